@@ -1,0 +1,94 @@
+"""What the kernels share: pass configurations, block shapes, and macros used by two ops or more."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import tilelang.language as T
+from tilelang import PassConfigKey
+
+Builder = TypeVar("Builder", bound=Callable[..., Any])
+
+# bfloat16 values in one 16-byte access, the widest a thread can make.
+VECTOR = 8
+
+# The kernels written thread by thread: there is no tile copy to hand to a producer warp.
+SIMT = {
+    PassConfigKey.TL_DISABLE_WARP_SPECIALIZED: True,
+    PassConfigKey.TL_DISABLE_TMA_LOWER: True,
+}
+
+
+def builder(pass_configs: dict[Any, Any]) -> Callable[[Builder], Builder]:
+    """Attach the pass configuration that a builder's kernel is compiled with."""
+
+    def attach(function: Builder) -> Builder:
+        function.pass_configs = pass_configs  # type: ignore[attr-defined]
+        return function
+
+    return attach
+
+
+def row_threads(hidden_size: int, limit: int = 256) -> int:
+    """The thread count, in warps, that covers H in 16-byte steps with the fewest idle lanes.
+
+    Of equal ones the largest: more loads of one token in flight.
+    """
+    lanes = -(-hidden_size // VECTOR)
+
+    def idle(threads: int) -> int:
+        return -(-lanes // threads) * threads - lanes
+
+    return min(range(32, limit + 1, 32), key=lambda threads: (idle(threads), -threads))
+
+
+@T.macro
+def load_streams(streams: T.Tensor, token: T.int32, h: T.int32, n: int, local: T.Buffer):
+    """local[i, :] = streams[token, i, h : h + VECTOR], n independent 16-byte loads."""
+    for i in T.unroll(n):
+        for v in T.vectorized(VECTOR):
+            local[i, v] = streams[token, i, h + v]
+
+
+@T.macro
+def weighted_sum(mix: T.Buffer, streams: T.Buffer, n: int, out: T.Buffer):
+    """out[v] = sum_i mix[i] * streams[i, v] in fp32, i ascending: every aggregate's arithmetic."""
+    for v in T.unroll(VECTOR):
+        out[v] = 0.0
+    for i in T.unroll(n):
+        for v in T.unroll(VECTOR):
+            out[v] += mix[i] * T.cast(streams[i, v], T.float32)
+
+
+def sum_lanes(count: int, threads: int) -> int:
+    """Threads that add up one of `count` sums of a CTA: a power of two, at most a warp."""
+    lanes = 1
+    while lanes < 32 and 2 * lanes * count <= threads:
+        lanes *= 2
+    return lanes
+
+
+def sums_shape(count: int, threads: int) -> tuple[int, int]:
+    """Shape of the shared buffer of `block_sums`; the padding keeps its reads free of conflicts."""
+    return count, threads + sum_lanes(count, threads)
+
+
+@T.macro
+def block_sums(values: T.Buffer, count: int, threads: int, shared: T.Buffer, out: T.Buffer):
+    """Sum values[k] over the CTA, in float64 and in a fixed order: exact to the last bit or so, and
+    the same bits always.
+
+    Afterwards thread k * sum_lanes(count, threads) holds sum k in out[0].
+    """
+    tid = T.get_thread_binding()
+    lanes = sum_lanes(count, threads)
+    total = T.alloc_local((1,), T.float64)
+    for k in T.unroll(count):
+        shared[k, tid] = values[k]
+    T.sync_threads()
+    total[0] = 0.0
+    if tid < count * lanes:
+        for step in T.serial(threads // lanes):
+            total[0] += T.cast(shared[tid // lanes, step * lanes + tid % lanes], T.float64)
+    for level in T.unroll(lanes.bit_length() - 1):
+        total[0] += T.shfl_xor(total[0], 1 << level)
+    out[0] = T.cast(total[0], T.float32)

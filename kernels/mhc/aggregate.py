@@ -1,0 +1,141 @@
+"""n -> 1, weighted by pre_mix.
+
+out[t, h] = sum_i pre_mix[t, i] * residual[t, i, h]
+grad_residual[t, i, h] = pre_mix[t, i] * grad[t, h]
+grad_mix[t, i] = sum_h grad[t, h] * residual[t, i, h]
+"""
+
+import tilelang.language as T
+
+from tile_mhc.kernels._common import (
+    SIMT,
+    VECTOR,
+    block_sums,
+    builder,
+    load_streams,
+    row_threads,
+    sum_lanes,
+    sums_shape,
+    weighted_sum,
+)
+
+
+@builder(SIMT)
+def aggregate_fwd(n: int, hidden_size: int):
+    tokens = T.dynamic("num_tokens")
+    threads = row_threads(hidden_size)
+
+    @T.prim_func
+    def aggregate_fwd_kernel(
+        residual: T.Tensor[(tokens, n, hidden_size), T.bfloat16],
+        pre_mix: T.Tensor[(tokens, n), T.float32],
+        out: T.Tensor[(tokens, hidden_size), T.bfloat16],
+    ):
+        with T.Kernel(tokens, T.ceildiv(hidden_size, threads * VECTOR), threads=threads) as (t, c):
+            h = (c * threads + T.get_thread_binding()) * VECTOR
+            streams = T.alloc_local((n, VECTOR), T.bfloat16)
+            mix = T.alloc_local((n,), T.float32)
+            total = T.alloc_local((VECTOR,), T.float32)
+            if h < hidden_size:
+                load_streams(residual, t, h, n, streams)
+                for i in T.unroll(n):
+                    mix[i] = pre_mix[t, i]
+                weighted_sum(mix, streams, n, total)
+                for v in T.vectorized(VECTOR):
+                    out[t, h + v] = T.cast(total[v], T.bfloat16)
+
+    return aggregate_fwd_kernel
+
+
+@T.macro
+def row_products(wide: T.Buffer, streams: T.Buffer, n: int, sums: T.Buffer):
+    """sums[i] += sum_v wide[v] * streams[i, v].
+
+    A short chain of its own, then one addition: less rounding than one long chain over the row.
+    """
+    partial = T.alloc_local((1,), T.float32)
+    for i in T.unroll(n):
+        partial[0] = 0.0
+        for v in T.unroll(VECTOR):
+            partial[0] += T.cast(wide[v], T.float32) * T.cast(streams[i, v], T.float32)
+        sums[i] += partial[0]
+
+
+@builder(SIMT)
+def aggregate_bwd(n: int, hidden_size: int):
+    tokens = T.dynamic("num_tokens")
+    threads = row_threads(hidden_size)
+    lanes = sum_lanes(n, threads)
+
+    @T.prim_func
+    def aggregate_bwd_kernel(
+        grad: T.Tensor[(tokens, hidden_size), T.bfloat16],
+        residual: T.Tensor[(tokens, n, hidden_size), T.bfloat16],
+        pre_mix: T.Tensor[(tokens, n), T.float32],
+        grad_residual: T.Tensor[(tokens, n, hidden_size), T.bfloat16],
+        grad_mix: T.Tensor[(tokens, n), T.float32],
+    ):
+        with T.Kernel(tokens, threads=threads) as t:
+            tid = T.get_thread_binding()
+            streams = T.alloc_local((n, VECTOR), T.bfloat16)
+            wide = T.alloc_local((VECTOR,), T.bfloat16)
+            mix = T.alloc_local((n,), T.float32)
+            sums = T.alloc_local((n,), T.float32)
+            total = T.alloc_local((1,), T.float32)
+            shared = T.alloc_shared(sums_shape(n, threads), T.float32)
+            for i in T.unroll(n):
+                mix[i] = pre_mix[t, i]
+                sums[i] = 0.0
+            for c in T.serial(T.ceildiv(hidden_size, threads * VECTOR)):
+                h = (c * threads + tid) * VECTOR
+                if h < hidden_size:
+                    for v in T.vectorized(VECTOR):
+                        wide[v] = grad[t, h + v]
+                    load_streams(residual, t, h, n, streams)
+                    row_products(wide, streams, n, sums)
+                    for i in T.unroll(n):
+                        for v in T.vectorized(VECTOR):
+                            grad_residual[t, i, h + v] = T.cast(
+                                mix[i] * T.cast(wide[v], T.float32), T.bfloat16
+                            )
+            block_sums(sums, n, threads, shared, total)
+            if tid % lanes == 0 and tid < n * lanes:
+                grad_mix[t, tid // lanes] = total[0]
+
+    return aggregate_bwd_kernel
+
+
+@builder(SIMT)
+def aggregate_mix_bwd(n: int, hidden_size: int):
+    """The gradient of pre_mix alone: the projection's backward takes the rest along."""
+    tokens = T.dynamic("num_tokens")
+    threads = row_threads(hidden_size)
+    lanes = sum_lanes(n, threads)
+
+    @T.prim_func
+    def aggregate_mix_bwd_kernel(
+        grad: T.Tensor[(tokens, hidden_size), T.bfloat16],
+        residual: T.Tensor[(tokens, n, hidden_size), T.bfloat16],
+        grad_mix: T.Tensor[(tokens, n), T.float32],
+    ):
+        with T.Kernel(tokens, threads=threads) as t:
+            tid = T.get_thread_binding()
+            streams = T.alloc_local((n, VECTOR), T.bfloat16)
+            wide = T.alloc_local((VECTOR,), T.bfloat16)
+            sums = T.alloc_local((n,), T.float32)
+            total = T.alloc_local((1,), T.float32)
+            shared = T.alloc_shared(sums_shape(n, threads), T.float32)
+            for i in T.unroll(n):
+                sums[i] = 0.0
+            for c in T.serial(T.ceildiv(hidden_size, threads * VECTOR)):
+                h = (c * threads + tid) * VECTOR
+                if h < hidden_size:
+                    for v in T.vectorized(VECTOR):
+                        wide[v] = grad[t, h + v]
+                    load_streams(residual, t, h, n, streams)
+                    row_products(wide, streams, n, sums)
+            block_sums(sums, n, threads, shared, total)
+            if tid % lanes == 0 and tid < n * lanes:
+                grad_mix[t, tid // lanes] = total[0]
+
+    return aggregate_mix_bwd_kernel

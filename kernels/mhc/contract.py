@@ -1,0 +1,73 @@
+"""The gate of the learned n -> 1 readout: sigmoid(mixes * scale + bias) + pre_eps.
+
+The readout itself is `projection` with n rows, this gate, and `aggregate`.
+"""
+
+import tilelang.language as T
+
+from tile_mhc.kernels._common import SIMT, block_sums, builder, sum_lanes, sums_shape
+from tile_mhc.kernels.mixes import THREADS, logit
+
+
+@builder(SIMT)
+def head_mix_fwd(n: int):
+    tokens = T.dynamic("num_tokens")
+
+    @T.prim_func
+    def head_mix_fwd_kernel(
+        mixes: T.Tensor[(tokens, n), T.float32],
+        scale: T.Tensor[(1,), T.float32],
+        bias: T.Tensor[(n,), T.float32],
+        out: T.Tensor[(tokens, n), T.float32],
+        pre_eps: T.float32,
+    ):
+        with T.Kernel(T.ceildiv(tokens * n, THREADS), threads=THREADS) as block:
+            index = T.cast(block, T.int64) * THREADS + T.get_thread_binding()
+            t = index // n
+            k = index % n
+            z = T.alloc_local((1,), T.float32)
+            if t < tokens:
+                logit(mixes[t, k], scale[0], bias[k], z)
+                out[t, k] = T.sigmoid(z[0]) + pre_eps
+
+    return head_mix_fwd_kernel
+
+
+@builder(SIMT)
+def head_mix_bwd(n: int):
+    tokens = T.dynamic("num_tokens")
+    rows = T.dynamic("num_partials")
+    lanes = sum_lanes(n + 1, THREADS)
+
+    @T.prim_func
+    def head_mix_bwd_kernel(
+        grad: T.Tensor[(tokens, n), T.float32],
+        mixes: T.Tensor[(tokens, n), T.float32],
+        scale: T.Tensor[(1,), T.float32],
+        bias: T.Tensor[(n,), T.float32],
+        grad_mixes: T.Tensor[(tokens, n), T.float32],
+        partials: T.Tensor[(rows, n + 1), T.float32],
+    ):
+        # One thread a token; its CTA's sums are one row of partials: bias, then scale.
+        with T.Kernel(rows, threads=THREADS) as row:
+            tid = T.get_thread_binding()
+            t = row * THREADS + tid
+            z = T.alloc_local((1,), T.float32)
+            gate = T.alloc_local((1,), T.float32)
+            partial = T.alloc_local((1,), T.float32)
+            sums = T.alloc_local((n + 1,), T.float32)
+            shared = T.alloc_shared(sums_shape(n + 1, THREADS), T.float32)
+            for k in T.unroll(n + 1):
+                sums[k] = 0.0
+            if t < tokens:
+                for k in T.unroll(n):
+                    logit(mixes[t, k], scale[0], bias[k], z)
+                    gate[0] = T.sigmoid(z[0])
+                    sums[k] = grad[t, k] * gate[0] * (1.0 - gate[0])
+                    sums[n] += sums[k] * mixes[t, k]
+                    grad_mixes[t, k] = sums[k] * scale[0]
+            block_sums(sums, n + 1, THREADS, shared, partial)
+            if tid % lanes == 0 and tid < (n + 1) * lanes:
+                partials[row, tid // lanes] = partial[0]
+
+    return head_mix_bwd_kernel

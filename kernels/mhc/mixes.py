@@ -1,0 +1,135 @@
+"""Scale, bias and sigmoid: mixes -> pre, post and the logits of comb.
+
+z = mixes * scale[group] + bias;  pre = sigmoid(z) + pre_eps;  post = post_mult * sigmoid(z);
+comb = z. Gradients of scale and bias are sums over tokens: a row of partial sums a CTA, then
+`column_sums` over the rows.
+"""
+
+import tilelang.language as T
+
+from tile_mhc.kernels._common import SIMT, block_sums, builder, sum_lanes, sums_shape
+from tile_mhc.kernels._shapes import TOKENS_PER_PARTIAL
+
+# One thread a token or a mix.
+THREADS = TOKENS_PER_PARTIAL
+
+
+@T.macro
+def logit(mix: T.float32, scale: T.float32, bias: T.float32, out: T.Buffer):
+    """out[0] = mix * scale + bias: every gate's argument, rounded alike in every kernel."""
+    out[0] = T.ieee_fmaf(mix, scale, bias)
+
+
+@builder(SIMT)
+def split_mixes_fwd(n: int):
+    tokens = T.dynamic("num_tokens")
+    num_mixes = n * (n + 2)
+
+    @T.prim_func
+    def split_mixes_fwd_kernel(
+        mixes: T.Tensor[(tokens, num_mixes), T.float32],
+        scale: T.Tensor[(3,), T.float32],
+        bias: T.Tensor[(num_mixes,), T.float32],
+        pre: T.Tensor[(tokens, n), T.float32],
+        post: T.Tensor[(tokens, n), T.float32],
+        comb: T.Tensor[(tokens, n * n), T.float32],
+        post_mult: T.float32,
+        pre_eps: T.float32,
+    ):
+        # One thread a mix.
+        with T.Kernel(T.ceildiv(tokens * num_mixes, THREADS), threads=THREADS) as block:
+            index = T.cast(block, T.int64) * THREADS + T.get_thread_binding()
+            t = index // num_mixes
+            k = index % num_mixes
+            z = T.alloc_local((1,), T.float32)
+            if t < tokens:
+                logit(mixes[t, k], scale[T.min(k // n, 2)], bias[k], z)
+                if k < n:
+                    pre[t, k] = T.sigmoid(z[0]) + pre_eps
+                elif k < 2 * n:
+                    post[t, k - n] = T.sigmoid(z[0]) * post_mult
+                else:
+                    comb[t, k - 2 * n] = z[0]
+
+    return split_mixes_fwd_kernel
+
+
+@builder(SIMT)
+def split_mixes_bwd(n: int):
+    tokens = T.dynamic("num_tokens")
+    rows = T.dynamic("num_partials")
+    num_mixes = n * (n + 2)
+    lanes = sum_lanes(num_mixes + 3, THREADS)
+
+    @T.prim_func
+    def split_mixes_bwd_kernel(
+        grad_pre: T.Tensor[(tokens, n), T.float32],
+        grad_post: T.Tensor[(tokens, n), T.float32],
+        grad_comb: T.Tensor[(tokens, n * n), T.float32],
+        mixes: T.Tensor[(tokens, num_mixes), T.float32],
+        scale: T.Tensor[(3,), T.float32],
+        bias: T.Tensor[(num_mixes,), T.float32],
+        grad_mixes: T.Tensor[(tokens, num_mixes), T.float32],
+        partials: T.Tensor[(rows, num_mixes + 3), T.float32],
+        post_mult: T.float32,
+    ):
+        # One thread a token; its CTA's sums are one row of partials: bias, then scale.
+        with T.Kernel(rows, threads=THREADS) as row:
+            tid = T.get_thread_binding()
+            t = row * THREADS + tid
+            z = T.alloc_local((1,), T.float32)
+            gate = T.alloc_local((1,), T.float32)
+            partial = T.alloc_local((1,), T.float32)
+            sums = T.alloc_local((num_mixes + 3,), T.float32)
+            shared = T.alloc_shared(sums_shape(num_mixes + 3, THREADS), T.float32)
+            for k in T.unroll(num_mixes + 3):
+                sums[k] = 0.0
+            if t < tokens:
+                for k in T.unroll(n):
+                    logit(mixes[t, k], scale[0], bias[k], z)
+                    gate[0] = T.sigmoid(z[0])
+                    sums[k] = grad_pre[t, k] * gate[0] * (1.0 - gate[0])
+                for k in T.unroll(n):
+                    logit(mixes[t, n + k], scale[1], bias[n + k], z)
+                    gate[0] = T.sigmoid(z[0])
+                    sums[n + k] = grad_post[t, k] * post_mult * gate[0] * (1.0 - gate[0])
+                for k in T.unroll(n * n):
+                    sums[2 * n + k] = grad_comb[t, k]
+                for k in T.unroll(n):
+                    sums[num_mixes] += sums[k] * mixes[t, k]
+                    sums[num_mixes + 1] += sums[n + k] * mixes[t, n + k]
+                    grad_mixes[t, k] = sums[k] * scale[0]
+                    grad_mixes[t, n + k] = sums[n + k] * scale[1]
+                for k in T.unroll(n * n):
+                    sums[num_mixes + 2] += sums[2 * n + k] * mixes[t, 2 * n + k]
+                    grad_mixes[t, 2 * n + k] = sums[2 * n + k] * scale[2]
+            block_sums(sums, num_mixes + 3, THREADS, shared, partial)
+            if tid % lanes == 0 and tid < (num_mixes + 3) * lanes:
+                partials[row, tid // lanes] = partial[0]
+
+    return split_mixes_bwd_kernel
+
+
+@builder(SIMT)
+def column_sums(columns: int):
+    rows = T.dynamic("num_partials")
+
+    @T.prim_func
+    def column_sums_kernel(
+        partials: T.Tensor[(rows, columns), T.float32],
+        out: T.Tensor[(columns,), T.float32],
+    ):
+        # One CTA a column: each thread a stride of rows, then the CTA's sum.
+        with T.Kernel(columns, threads=THREADS) as column:
+            tid = T.get_thread_binding()
+            total = T.alloc_local((1,), T.float32)
+            shared = T.alloc_shared(sums_shape(1, THREADS), T.float32)
+            total[0] = 0.0
+            for step in T.serial(T.ceildiv(rows, THREADS)):
+                if step * THREADS + tid < rows:
+                    total[0] += partials[step * THREADS + tid, column]
+            block_sums(total, 1, THREADS, shared, total)
+            if tid == 0:
+                out[column] = total[0]
+
+    return column_sums_kernel

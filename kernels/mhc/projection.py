@@ -1,0 +1,492 @@
+"""RMS statistic + (n*H) -> n(n+2) matmul, and its gradients.
+
+mixes[t, m] = (sum_k x[t, k] * w[m, k]) * r[t],  r[t] = rsqrt(mean_k x[t, k]**2 + eps)
+
+The streams are exact in bfloat16. A weight, or a gradient, is split into two bfloat16 parts,
+high = bf16(w) and low = bf16(w - high), which lie side by side as columns of one bfloat16 matmul:
+near-fp32 products at the tensor core cost of TF32, which would keep 11 bits.
+"""
+
+import tilelang.language as T
+from tilelang.layout import make_swizzled_layout
+
+from tile_mhc.kernels._common import SIMT, VECTOR, builder
+from tile_mhc.kernels._shapes import BLOCK_K, BLOCK_TOKENS, backward_tile, padded
+
+THREADS = 128
+# Two warpgroups of 64 tokens each: while one waits for its product the other works.
+MATMUL_THREADS = 256
+FULL_ROW = T.GemmWarpPolicy.FullRow
+SHARED_BYTES = 224 * 1024
+# Past this a sum of squares may have overflowed float32: such a token is done again on scaled
+# streams. Inf and NaN come here too, and stay what they are.
+LARGE_SQUARES = 1e37
+RESCUE_SCALE = 2.0**-76
+# The gradient of the bare product carries this factor: beside streams near the bfloat16 maximum it
+# is so small that its low part would be subnormal.
+GRAD_SCALE = 2.0**24
+
+
+@T.macro
+def round_to_tf32(values: T.Buffer, index: T.int32):
+    """values[index] to the 11 bits of TF32, halves away from zero, as TileKernels does; not NaN."""
+    bits = T.alloc_local((1,), T.int32)
+    bits[0] = (T.reinterpret(values[index], T.int32) + 0x1000) & -0x2000
+    if values[index] == values[index]:
+        values[index] = T.reinterpret(bits[0], T.float32)
+
+
+@builder(SIMT)
+def projection_weight(num_mixes: int, size: int, has_norm: bool):
+    """The two parts of weight * norm_weight, rows [high; low], unused rows zero."""
+    part_rows = padded(num_mixes)
+
+    @T.macro
+    def split(values: T.Buffer, parts: T.Tensor, m: T.int32, k: T.int32, tf32: T.int32):
+        high = T.alloc_local((VECTOR,), T.bfloat16)
+        if tf32 != 0:
+            for v in T.unroll(VECTOR):
+                round_to_tf32(values, v)
+        for v in T.vectorized(VECTOR):
+            high[v] = T.cast(values[v], T.bfloat16)
+        for v in T.unroll(VECTOR):
+            values[v] -= T.cast(high[v], T.float32)
+        for v in T.vectorized(VECTOR):
+            parts[m, k + v] = high[v]
+        for v in T.vectorized(VECTOR):
+            parts[part_rows + m, k + v] = T.cast(values[v], T.bfloat16)
+
+    @T.prim_func
+    def projection_weight_kernel(
+        weight: T.Tensor[(num_mixes, size), T.float32],
+        parts: T.Tensor[(2 * part_rows, size), T.bfloat16],
+        tf32: T.int32,
+    ):
+        with T.Kernel(T.ceildiv(size, THREADS * VECTOR), part_rows, threads=THREADS) as (block, m):
+            k = (block * THREADS + T.get_thread_binding()) * VECTOR
+            values = T.alloc_local((VECTOR,), T.float32)
+            if k < size:
+                for v in T.unroll(VECTOR):
+                    values[v] = 0.0
+                if m < num_mixes:
+                    for v in T.vectorized(VECTOR):
+                        values[v] = weight[m, k + v]
+                split(values, parts, m, k, tf32)
+
+    @T.prim_func
+    def projection_norm_weight_kernel(
+        weight: T.Tensor[(num_mixes, size), T.float32],
+        norm_weight: T.Tensor[(size,), T.float32],
+        parts: T.Tensor[(2 * part_rows, size), T.bfloat16],
+        tf32: T.int32,
+    ):
+        with T.Kernel(T.ceildiv(size, THREADS * VECTOR), part_rows, threads=THREADS) as (block, m):
+            k = (block * THREADS + T.get_thread_binding()) * VECTOR
+            values = T.alloc_local((VECTOR,), T.float32)
+            if k < size:
+                for v in T.unroll(VECTOR):
+                    values[v] = 0.0
+                if m < num_mixes:
+                    for v in T.vectorized(VECTOR):
+                        values[v] = weight[m, k + v] * norm_weight[k + v]
+                split(values, parts, m, k, tf32)
+
+    return projection_norm_weight_kernel if has_norm else projection_weight_kernel
+
+
+@builder({})
+def projection_fwd(num_mixes: int, size: int):
+    """Products and sums of squares of slices of K: split s takes `blocks` blocks from s * blocks."""
+    tokens = T.dynamic("num_tokens")
+    splits = T.dynamic("num_splits")
+    part_rows = padded(num_mixes)
+    num_blocks = size // BLOCK_K
+    # One CTA an SM (its registers fill it): a deep pipeline keeps the memory busy.
+    stages = min(6, SHARED_BYTES // ((BLOCK_TOKENS + 2 * part_rows) * BLOCK_K * 2))
+
+    @T.prim_func
+    def projection_fwd_kernel(
+        x: T.Tensor[(tokens, size), T.bfloat16],
+        parts: T.Tensor[(2 * part_rows, size), T.bfloat16],
+        products: T.Tensor[(splits, tokens, num_mixes), T.float32],
+        squares: T.Tensor[(splits, tokens), T.float32],
+        blocks: T.int32,
+    ):
+        # The split is the fastest index: the splits of one token tile run together.
+        with T.Kernel(splits, T.ceildiv(tokens, BLOCK_TOKENS), threads=MATMUL_THREADS) as (s, tile):
+            x_shared = T.alloc_shared((BLOCK_TOKENS, BLOCK_K), T.bfloat16)
+            w_shared = T.alloc_shared((2 * part_rows, BLOCK_K), T.bfloat16)
+            product = T.alloc_fragment((BLOCK_TOKENS, 2 * part_rows), T.float32)
+            x_local = T.alloc_fragment((BLOCK_TOKENS, BLOCK_K), T.bfloat16)
+            total = T.alloc_shared((BLOCK_TOKENS, 2 * part_rows), T.float32)
+            square = T.alloc_fragment((BLOCK_TOKENS, 8), T.float32)
+            square_sum = T.alloc_fragment((BLOCK_TOKENS,), T.float32)
+            T.annotate_layout({x_shared: make_swizzled_layout(x_shared)})
+            t0 = tile * BLOCK_TOKENS
+            T.clear(product)
+            T.clear(square)
+            for b in T.Pipelined(T.min(blocks, num_blocks - s * blocks), num_stages=stages):
+                k0 = (s * blocks + b) * BLOCK_K
+                T.copy(x[t0, k0], x_shared)
+                T.copy(parts[0, k0], w_shared)
+                T.copy(x_shared, x_local)
+                # Eight columns at a time, as the tensor core's operand lies across the lanes: the
+                # registers that feed the product feed the statistic too.
+                for g in T.serial(BLOCK_K // 8):
+                    for i, v in T.Parallel(BLOCK_TOKENS, 8):
+                        square[i, v] += T.cast(x_local[i, g * 8 + v], T.float32) * T.cast(
+                            x_local[i, g * 8 + v], T.float32
+                        )
+                T.gemm(x_local, w_shared, product, transpose_B=True, policy=FULL_ROW)
+            T.reduce_sum(square, square_sum, dim=1)
+            for i in T.Parallel(BLOCK_TOKENS):
+                if t0 + i < tokens:
+                    squares[s, t0 + i] = square_sum[i]
+            T.copy(product, total)
+            for i, m in T.Parallel(BLOCK_TOKENS, num_mixes):
+                if t0 + i < tokens:
+                    products[s, t0 + i, m] = total[i, m] + total[i, part_rows + m]
+
+    return projection_fwd_kernel
+
+
+@T.macro
+def token_inv_rms(
+    squares: T.Tensor, splits: T.int32, t: T.int32, size: int, eps: T.float32, out: T.Buffer
+):
+    """out[0] = the sum of squares, out[1] = rsqrt(mean square + eps); splits in order."""
+    out[0] = 0.0
+    for s in T.unroll(splits, unroll_factor=8):
+        out[0] += squares[s, t]
+    out[1] = T.rsqrt(out[0] / size + eps)
+
+
+@T.macro
+def token_mix(
+    products: T.Tensor,
+    squares: T.Tensor,
+    x: T.Tensor,
+    parts: T.Tensor,
+    splits: T.int32,
+    t: T.int32,
+    m: T.int32,
+    part_rows: int,
+    size: int,
+    eps: T.float32,
+    out: T.Buffer,
+):
+    """out = (mix m of token t, inv_rms of the token): every mix's arithmetic."""
+    sums = T.alloc_local((2,), T.float32)
+    value = T.alloc_local((1,), T.float32)
+    out[0] = 0.0
+    for s in T.unroll(splits, unroll_factor=8):
+        out[0] += products[s, t, m]
+    token_inv_rms(squares, splits, t, size, eps, sums)
+    out[1] = sums[1]
+    if not sums[0] < LARGE_SQUARES:
+        out[0] = 0.0
+        sums[0] = 0.0
+        for k in T.serial(size):
+            value[0] = T.cast(x[t, k], T.float32) * RESCUE_SCALE
+            sums[0] += value[0] * value[0]
+            out[0] += value[0] * (
+                T.cast(parts[m, k], T.float32) + T.cast(parts[part_rows + m, k], T.float32)
+            )
+        # eps is far below the mean square here, and its scaled value below float32.
+        sums[1] = T.rsqrt(sums[0] / size)
+        out[1] = sums[1] * RESCUE_SCALE
+    out[0] = out[0] * sums[1]
+
+
+@builder(SIMT)
+def projection_norm(num_mixes: int, size: int):
+    """Sum the splits and apply the RMS factor, one thread a mix."""
+    tokens = T.dynamic("num_tokens")
+    splits = T.dynamic("num_splits")
+    part_rows = padded(num_mixes)
+    block = THREADS // num_mixes
+
+    @T.prim_func
+    def projection_norm_kernel(
+        products: T.Tensor[(splits, tokens, num_mixes), T.float32],
+        squares: T.Tensor[(splits, tokens), T.float32],
+        x: T.Tensor[(tokens, size), T.bfloat16],
+        parts: T.Tensor[(2 * part_rows, size), T.bfloat16],
+        mixes: T.Tensor[(tokens, num_mixes), T.float32],
+        inv_rms: T.Tensor[(tokens,), T.float32],
+        eps: T.float32,
+    ):
+        with T.Kernel(T.ceildiv(tokens, block), threads=block * num_mixes) as b:
+            tid = T.get_thread_binding()
+            t = b * block + tid // num_mixes
+            m = tid % num_mixes
+            out = T.alloc_local((2,), T.float32)
+            if t < tokens:
+                token_mix(products, squares, x, parts, splits, t, m, part_rows, size, eps, out)
+                mixes[t, m] = out[0]
+                if m == 0:
+                    inv_rms[t] = out[1]
+
+    return projection_norm_kernel
+
+
+@builder(SIMT)
+def projection_norm_bwd(num_mixes: int, size: int):
+    """Gradient of the bare product, scaled, in two parts, and the factor of x from the statistic.
+
+    d mixes/d product = r;  d mixes/d x through r = -x * r**2 / K * mixes: here the factor without
+    one r, which joins x first where it is used, so that it cannot overflow.
+    """
+    tokens = T.dynamic("num_tokens")
+    part_rows = padded(num_mixes)
+    threads = 64
+
+    @T.prim_func
+    def projection_norm_bwd_kernel(
+        grad: T.Tensor[(tokens, num_mixes), T.float32],
+        mixes: T.Tensor[(tokens, num_mixes), T.float32],
+        inv_rms: T.Tensor[(tokens,), T.float32],
+        grad_parts: T.Tensor[(tokens, 2 * part_rows), T.bfloat16],
+        along: T.Tensor[(tokens,), T.float32],
+        tf32: T.int32,
+    ):
+        with T.Kernel(T.ceildiv(tokens, threads), threads=threads) as block:
+            t = block * threads + T.get_thread_binding()
+            row = T.alloc_local((2 * part_rows,), T.bfloat16)
+            value = T.alloc_local((1,), T.float32)
+            total = T.alloc_local((1,), T.float32)
+            if t < tokens:
+                total[0] = 0.0
+                for m in T.unroll(part_rows):
+                    if m < num_mixes:
+                        total[0] += grad[t, m] * mixes[t, m]
+                        value[0] = grad[t, m] * inv_rms[t]
+                        if tf32 != 0:
+                            round_to_tf32(value, 0)
+                    else:
+                        value[0] = 0.0
+                    value[0] *= GRAD_SCALE
+                    row[m] = T.cast(value[0], T.bfloat16)
+                    row[part_rows + m] = T.cast(value[0] - T.cast(row[m], T.float32), T.bfloat16)
+                along[t] = -total[0] * inv_rms[t] / size
+                for m in T.unroll(2 * part_rows // 8):
+                    for v in T.vectorized(8):
+                        grad_parts[t, m * 8 + v] = row[m * 8 + v]
+
+    return projection_norm_bwd_kernel
+
+
+@builder({})
+def projection_bwd(num_mixes: int, size: int, n: int):
+    """Gradients of x and, per slice of tokens, of the weight, in one pass over x.
+
+    A CTA owns a block of columns: its weights stay in shared memory, its weight gradient in
+    registers, and tokens stream through.
+    grad_x = G_high w_high + G_low w_high + G_high w_low + (x * r) * along;  grad_w = G^T x
+    With n > 0 streams, the gradient of their aggregate joins before the one rounding of grad_x:
+    pre_mix[t, i] * grad_input[t, h].
+    """
+    tokens = T.dynamic("num_tokens")
+    slices = T.dynamic("num_slices")
+    part_rows = padded(num_mixes)
+    both = 2 * part_rows
+    # The matmul steps 16 deep: the high part of G is read with what follows it, against zeros.
+    deep = -(-part_rows // 16) * 16
+    block, columns = backward_tile(num_mixes)
+    threads = 2 * block
+    hidden_size = size // max(n, 1)
+    # H is a multiple of this, so that a piece of columns lies in one stream.
+    piece = 64
+    pieces = columns // piece
+    fixed = (both + deep + block) * columns * 2
+    stage = block * (columns * (2 if n else 1) + both + deep) * 2
+    stages = min(3, (SHARED_BYTES - fixed) // stage)
+
+    @T.macro
+    def backward(
+        grad_parts: T.Tensor,
+        along: T.Tensor,
+        inv_rms: T.Tensor,
+        x: T.Tensor,
+        parts: T.Tensor,
+        grad_x: T.Tensor,
+        partials: T.Tensor,
+        slice_tokens: T.int32,
+        grad_input: T.Tensor,
+        pre_mix: T.Tensor,
+    ):
+        with T.Kernel(size // columns, slices, threads=threads) as (column, slot):
+            k0 = column * columns
+            high_twice = T.alloc_shared((both, columns), T.bfloat16)
+            low = T.alloc_shared((deep, columns), T.bfloat16)
+            x_shared = T.alloc_shared((block, columns), T.bfloat16)
+            g_shared = T.alloc_shared((block, both), T.bfloat16)
+            g_high = T.alloc_shared((block, deep), T.bfloat16)
+            out_shared = T.alloc_shared((block, columns), T.bfloat16)
+            rms_local = T.alloc_fragment((block,), T.float32)
+            along_local = T.alloc_fragment((block,), T.float32)
+            grad_local = T.alloc_fragment((block, columns), T.float32)
+            weight_local = T.alloc_fragment((columns, both), T.float32)
+            if n > 0:
+                wide_first = T.alloc_shared((block, piece), T.bfloat16)
+                wide_last = T.alloc_shared((block, piece), T.bfloat16)
+                T.annotate_layout(
+                    {wide: make_swizzled_layout(wide) for wide in (wide_first, wide_last)}
+                )
+                mix_local = T.alloc_fragment((block, pieces), T.float32)
+            for m, k in T.Parallel(part_rows, columns):
+                high_twice[m, k] = parts[m, k0 + k]
+                high_twice[part_rows + m, k] = parts[m, k0 + k]
+            for m, k in T.Parallel(deep, columns):
+                low[m, k] = T.if_then_else(
+                    m < part_rows, parts[part_rows + m, k0 + k], T.cast(0, T.bfloat16)
+                )
+            # The tensor cores read these through another path than the threads that wrote them.
+            T.fence_proxy_async()
+            T.sync_threads()
+            T.clear(weight_local)
+            first = slot * slice_tokens
+            for step in T.Pipelined(
+                T.ceildiv(T.min(slice_tokens, tokens - first), block), num_stages=stages
+            ):
+                t0 = first + step * block
+                T.copy(x[t0, k0], x_shared)
+                T.copy(grad_parts[t0, 0], g_shared)
+                T.copy(grad_parts[t0, 0], g_high)
+                T.copy(inv_rms[t0], rms_local)
+                T.copy(along[t0], along_local)
+                if n > 0:
+                    if pieces > 1:
+                        T.copy(grad_input[t0, k0 % hidden_size], wide_first)
+                    T.copy(grad_input[t0, (k0 + columns - piece) % hidden_size], wide_last)
+                    for i, c in T.Parallel(block, pieces):
+                        mix_local[i, c] = T.if_then_else(
+                            t0 + i < tokens, pre_mix[t0 + i, (k0 + c * piece) // hidden_size], 0.0
+                        )
+                T.gemm(g_shared, high_twice, grad_local, clear_accum=True, policy=FULL_ROW)
+                T.gemm(g_high, low, grad_local, policy=FULL_ROW)
+                T.gemm(x_shared, g_shared, weight_local, transpose_A=True, policy=FULL_ROW)
+                for i, k in T.Parallel(block, columns):
+                    grad_local[i, k] = (
+                        grad_local[i, k] * (1 / GRAD_SCALE)
+                        + (T.cast(x_shared[i, k], T.float32) * rms_local[i]) * along_local[i]
+                    )
+                if n > 0:
+                    for i, k in T.Parallel(block, columns):
+                        grad_local[i, k] += mix_local[i, k // piece] * T.cast(
+                            T.if_then_else(
+                                k < columns - piece,
+                                wide_first[i, k % piece],
+                                wide_last[i, k % piece],
+                            ),
+                            T.float32,
+                        )
+                T.copy(grad_local, out_shared)
+                T.copy(out_shared, grad_x[t0, k0])
+            weight_shared = T.alloc_shared((columns, both), T.float32)
+            T.copy(weight_local, weight_shared)
+            for m, k in T.Parallel(num_mixes, columns):
+                partials[slot, m, k0 + k] = (
+                    weight_shared[k, m] + weight_shared[k, part_rows + m]
+                ) * (1 / GRAD_SCALE)
+
+    if n == 0:
+
+        @T.prim_func
+        def projection_bwd_kernel(
+            grad_parts: T.Tensor[(tokens, both), T.bfloat16],
+            along: T.Tensor[(tokens,), T.float32],
+            inv_rms: T.Tensor[(tokens,), T.float32],
+            x: T.Tensor[(tokens, size), T.bfloat16],
+            parts: T.Tensor[(both, size), T.bfloat16],
+            grad_x: T.Tensor[(tokens, size), T.bfloat16],
+            partials: T.Tensor[(slices, num_mixes, size), T.float32],
+            slice_tokens: T.int32,
+        ):
+            backward(
+                grad_parts, along, inv_rms, x, parts, grad_x, partials, slice_tokens, None, None
+            )
+
+        return projection_bwd_kernel
+
+    @T.prim_func
+    def projection_aggregate_bwd_kernel(
+        grad_parts: T.Tensor[(tokens, both), T.bfloat16],
+        along: T.Tensor[(tokens,), T.float32],
+        inv_rms: T.Tensor[(tokens,), T.float32],
+        x: T.Tensor[(tokens, size), T.bfloat16],
+        parts: T.Tensor[(both, size), T.bfloat16],
+        grad_x: T.Tensor[(tokens, size), T.bfloat16],
+        partials: T.Tensor[(slices, num_mixes, size), T.float32],
+        slice_tokens: T.int32,
+        grad_input: T.Tensor[(tokens, hidden_size), T.bfloat16],
+        pre_mix: T.Tensor[(tokens, n), T.float32],
+    ):
+        backward(
+            grad_parts,
+            along,
+            inv_rms,
+            x,
+            parts,
+            grad_x,
+            partials,
+            slice_tokens,
+            grad_input,
+            pre_mix,
+        )
+
+    return projection_aggregate_bwd_kernel
+
+
+@builder(SIMT)
+def projection_weight_bwd(num_mixes: int, size: int, has_norm: bool):
+    """Sum the slices in order; with a norm weight, part the gradient between the two factors."""
+    slices = T.dynamic("num_slices")
+    vector = 4
+
+    @T.macro
+    def sum_slices(partials: T.Tensor, m: T.int32, k: T.int32, total: T.Buffer):
+        for v in T.unroll(vector):
+            total[v] = 0.0
+        for s in T.serial(slices):
+            for v in T.vectorized(vector):
+                total[v] += partials[s, m, k + v]
+
+    @T.prim_func
+    def projection_weight_bwd_kernel(
+        partials: T.Tensor[(slices, num_mixes, size), T.float32],
+        grad_weight: T.Tensor[(num_mixes, size), T.float32],
+    ):
+        with T.Kernel(T.ceildiv(size, THREADS * vector), num_mixes, threads=THREADS) as (block, m):
+            k = (block * THREADS + T.get_thread_binding()) * vector
+            total = T.alloc_local((vector,), T.float32)
+            if k < size:
+                sum_slices(partials, m, k, total)
+                for v in T.vectorized(vector):
+                    grad_weight[m, k + v] = total[v]
+
+    @T.prim_func
+    def projection_norm_weight_bwd_kernel(
+        partials: T.Tensor[(slices, num_mixes, size), T.float32],
+        weight: T.Tensor[(num_mixes, size), T.float32],
+        norm_weight: T.Tensor[(size,), T.float32],
+        grad_weight: T.Tensor[(num_mixes, size), T.float32],
+        grad_norm_weight: T.Tensor[(size,), T.float32],
+    ):
+        with T.Kernel(T.ceildiv(size, 32 * vector), threads=32) as block:
+            k = (block * 32 + T.get_thread_binding()) * vector
+            total = T.alloc_local((vector,), T.float32)
+            norm = T.alloc_local((vector,), T.float32)
+            if k < size:
+                for v in T.unroll(vector):
+                    norm[v] = 0.0
+                for m in T.serial(num_mixes):
+                    sum_slices(partials, m, k, total)
+                    for v in T.vectorized(vector):
+                        grad_weight[m, k + v] = total[v] * norm_weight[k + v]
+                    for v in T.vectorized(vector):
+                        norm[v] += total[v] * weight[m, k + v]
+                for v in T.vectorized(vector):
+                    grad_norm_weight[k + v] = norm[v]
+
+    return projection_norm_weight_bwd_kernel if has_norm else projection_weight_bwd_kernel

@@ -1,0 +1,124 @@
+"""Replay of L aggregates and their posts in one launch; the residual never leaves registers.
+
+A table of addresses, one row a layer, names the tensors: pre_mix, layer_input, layer_output,
+post_mix, comb_mix, residual. One kernel serves every number of layers.
+"""
+
+import tilelang.language as T
+
+from tile_mhc.kernels._common import (
+    SIMT,
+    VECTOR,
+    builder,
+    load_streams,
+    row_threads,
+    weighted_sum,
+)
+from tile_mhc.kernels._shapes import TABLE_SLOTS
+from tile_mhc.kernels.post import combine
+
+PRE_MIX, LAYER_INPUT, LAYER_OUTPUT, POST_MIX, COMB_MIX, RESIDUAL = range(6)
+
+
+@builder(SIMT)
+def recompute(n: int, hidden_size: int):
+    tokens = T.dynamic("num_tokens")
+    rows = T.dynamic("num_layers")
+    threads = row_threads(hidden_size)
+
+    @T.prim_func
+    def recompute_kernel(
+        initial_residual: T.Tensor[(tokens, n, hidden_size), T.bfloat16],
+        table: T.Tensor[(rows, 6), T.ptr],
+        posts: T.int32,
+    ):
+        with T.Kernel(tokens, T.ceildiv(hidden_size, threads * VECTOR), threads=threads) as (t, c):
+            h = (c * threads + T.get_thread_binding()) * VECTOR
+            streams = T.alloc_local((n, VECTOR), T.bfloat16)
+            mixed = T.alloc_local((n, VECTOR), T.bfloat16)
+            output = T.alloc_local((VECTOR,), T.bfloat16)
+            pre = T.alloc_local((n,), T.float32)
+            post = T.alloc_local((n,), T.float32)
+            comb = T.alloc_local((n, n), T.float32)
+            total = T.alloc_local((VECTOR,), T.float32)
+            if h < hidden_size:
+                load_streams(initial_residual, t, h, n, streams)
+                for layer in T.serial(rows):
+                    pre_mix = T.make_tensor(table[layer, PRE_MIX], (tokens, n), T.float32)
+                    layer_input = T.make_tensor(
+                        table[layer, LAYER_INPUT], (tokens, hidden_size), T.bfloat16
+                    )
+                    for i in T.unroll(n):
+                        pre[i] = pre_mix[t, i]
+                    if layer < posts:
+                        # Read before the aggregate is written: the loads overlap its arithmetic.
+                        layer_output = T.make_tensor(
+                            table[layer, LAYER_OUTPUT], (tokens, hidden_size), T.bfloat16
+                        )
+                        post_mix = T.make_tensor(table[layer, POST_MIX], (tokens, n), T.float32)
+                        comb_mix = T.make_tensor(table[layer, COMB_MIX], (tokens, n, n), T.float32)
+                        for v in T.vectorized(VECTOR):
+                            output[v] = layer_output[t, h + v]
+                        for i in T.unroll(n):
+                            post[i] = post_mix[t, i]
+                            for j in T.vectorized(n):
+                                comb[i, j] = comb_mix[t, i, j]
+                    weighted_sum(pre, streams, n, total)
+                    for v in T.vectorized(VECTOR):
+                        layer_input[t, h + v] = T.cast(total[v], T.bfloat16)
+                    if layer < posts:
+                        residual = T.make_tensor(
+                            table[layer, RESIDUAL], (tokens, n, hidden_size), T.bfloat16
+                        )
+                        for j in T.unroll(n):
+                            combine(post, comb, output, streams, j, n, total)
+                            for v in T.vectorized(VECTOR):
+                                mixed[j, v] = T.cast(total[v], T.bfloat16)
+                            for v in T.vectorized(VECTOR):
+                                residual[t, j, h + v] = mixed[j, v]
+                        for j in T.unroll(n):
+                            for v in T.vectorized(VECTOR):
+                                streams[j, v] = mixed[j, v]
+
+    return recompute_kernel
+
+
+@builder(SIMT)
+def recompute_table(slots: int):
+    """Write addresses that came as launch arguments: a CUDA graph keeps those by value."""
+    if slots != TABLE_SLOTS:
+        raise ValueError(f"recompute_table: slots must be {TABLE_SLOTS}; got {slots}")
+    entries = T.dynamic("num_entries")
+
+    # One line a layer.
+    # fmt: off
+    @T.prim_func
+    def recompute_table_kernel(
+        table: T.Tensor[(entries,), T.int64],
+        start: T.int32,
+        a0: T.int64, a1: T.int64, a2: T.int64, a3: T.int64, a4: T.int64, a5: T.int64,
+        a6: T.int64, a7: T.int64, a8: T.int64, a9: T.int64, a10: T.int64, a11: T.int64,
+        a12: T.int64, a13: T.int64, a14: T.int64, a15: T.int64, a16: T.int64, a17: T.int64,
+        a18: T.int64, a19: T.int64, a20: T.int64, a21: T.int64, a22: T.int64, a23: T.int64,
+        a24: T.int64, a25: T.int64, a26: T.int64, a27: T.int64, a28: T.int64, a29: T.int64,
+        a30: T.int64, a31: T.int64, a32: T.int64, a33: T.int64, a34: T.int64, a35: T.int64,
+        a36: T.int64, a37: T.int64, a38: T.int64, a39: T.int64, a40: T.int64, a41: T.int64,
+        a42: T.int64, a43: T.int64, a44: T.int64, a45: T.int64, a46: T.int64, a47: T.int64,
+    ):
+        with T.Kernel(1, threads=32):
+            values = (
+                a0, a1, a2, a3, a4, a5,
+                a6, a7, a8, a9, a10, a11,
+                a12, a13, a14, a15, a16, a17,
+                a18, a19, a20, a21, a22, a23,
+                a24, a25, a26, a27, a28, a29,
+                a30, a31, a32, a33, a34, a35,
+                a36, a37, a38, a39, a40, a41,
+                a42, a43, a44, a45, a46, a47,
+            )
+            for k, value in enumerate(values):
+                if T.get_thread_binding() == k % 32 and start + k < entries:
+                    table[start + k] = value
+    # fmt: on
+
+    return recompute_table_kernel

@@ -1,0 +1,213 @@
+"""n x n logits -> a doubly stochastic matrix, one token a thread, all of it in registers.
+
+Every iterate of Sinkhorn is diag(a) * E * diag(b) with E = softmax(logits) + eps, so the kernels
+iterate the scalings a and b alone: a normalisation costs n*n multiply-adds and n divisions instead
+of n*n divisions, and errors of a scaling are corrected by the next.
+"""
+
+import tilelang.language as T
+
+from tile_mhc.kernels._common import SIMT, builder
+
+# One warp a CTA: 8192 tokens make 256 CTAs, enough for every SM.
+THREADS = 32
+SHARED_BYTES = 200 * 1024
+
+
+@T.macro
+def divide(numerator: T.float32, divisor: T.float32, out: T.Buffer, index: T.int32):
+    """out[index] = numerator / divisor as IEEE rounds it, operands far from the ends of float32.
+
+    The compiler's division branches to a slow path for those ends, and a branch a division keeps
+    the n divisions of a step from overlapping: half of the kernel's time on an H200.
+    """
+    reciprocal = T.alloc_local((1,), T.float32)
+    quotient = T.alloc_local((1,), T.float32)
+    reciprocal[0] = T.fast_rcp(divisor)
+    reciprocal[0] = T.ieee_fmaf(
+        reciprocal[0], T.ieee_fmaf(-divisor, reciprocal[0], T.float32(1)), reciprocal[0]
+    )
+    quotient[0] = numerator * reciprocal[0]
+    out[index] = T.ieee_fmaf(
+        T.ieee_fmaf(-divisor, quotient[0], numerator), reciprocal[0], quotient[0]
+    )
+
+
+@T.macro
+def softmax_rows(comb: T.Buffer, n: int):
+    """comb[i, :] = softmax(comb[i, :]), in place."""
+    row = T.alloc_local((1,), T.float32)
+    for i in T.unroll(n):
+        row[0] = comb[i, 0]
+        for j in T.unroll(n - 1):
+            row[0] = T.max(row[0], comb[i, j + 1])
+        for j in T.unroll(n):
+            comb[i, j] = T.exp(comb[i, j] - row[0])
+        row[0] = 0.0
+        for j in T.unroll(n):
+            row[0] += comb[i, j]
+        for j in T.unroll(n):
+            comb[i, j] = comb[i, j] / row[0]
+
+
+@T.macro
+def scale_rows(comb: T.Buffer, a: T.Buffer, b: T.Buffer, n: int, eps: T.float32):
+    """a[i] such that row i of diag(a) comb diag(b) is divided by its sum + eps."""
+    row = T.alloc_local((1,), T.float32)
+    for i in T.unroll(n):
+        row[0] = 0.0
+        for j in T.unroll(n):
+            row[0] += comb[i, j] * b[j]
+        divide(a[i], a[i] * row[0] + eps, a, i)
+
+
+@T.macro
+def column_divisors(
+    comb: T.Buffer, a: T.Buffer, b: T.Buffer, n: int, eps: T.float32, divisor: T.Buffer
+):
+    """divisor[j] = sum over column j of diag(a) comb diag(b), + eps."""
+    for j in T.unroll(n):
+        divisor[j] = 0.0
+        for i in T.unroll(n):
+            divisor[j] += a[i] * comb[i, j]
+        divisor[j] = b[j] * divisor[j] + eps
+
+
+@T.macro
+def sinkhorn_token(comb: T.Buffer, n: int, repeat: T.int32, eps: T.float32):
+    """Logits to the doubly stochastic matrix, in place in registers."""
+    a = T.alloc_local((n,), T.float32)
+    b = T.alloc_local((n,), T.float32)
+    divisor = T.alloc_local((n,), T.float32)
+    softmax_rows(comb, n)
+    for i in T.unroll(n):
+        a[i] = 1.0
+        b[i] = 1.0
+        for j in T.unroll(n):
+            comb[i, j] += eps
+    column_divisors(comb, a, b, n, eps, divisor)
+    for _ in T.serial(repeat - 1):
+        for j in T.unroll(n):
+            divide(b[j], divisor[j], b, j)
+        scale_rows(comb, a, b, n, eps)
+        column_divisors(comb, a, b, n, eps, divisor)
+    # The last division is made on the elements: it cancels what is left of the error of b.
+    for i in T.unroll(n):
+        for j in T.unroll(n):
+            comb[i, j] = comb[i, j] * a[i] * b[j] / divisor[j]
+
+
+@builder(SIMT)
+def sinkhorn_fwd(n: int):
+    tokens = T.dynamic("num_tokens")
+
+    @T.prim_func
+    def sinkhorn_fwd_kernel(
+        logits: T.Tensor[(tokens, n * n), T.float32],
+        out: T.Tensor[(tokens, n * n), T.float32],
+        repeat: T.int32,
+        eps: T.float32,
+    ):
+        with T.Kernel(T.ceildiv(tokens, THREADS), threads=THREADS) as block:
+            t = block * THREADS + T.get_thread_binding()
+            comb = T.alloc_local((n, n), T.float32)
+            if t < tokens:
+                for i in T.unroll(n):
+                    for j in T.vectorized(n):
+                        comb[i, j] = logits[t, i * n + j]
+                sinkhorn_token(comb, n, repeat, eps)
+                for i in T.unroll(n):
+                    for j in T.vectorized(n):
+                        out[t, i * n + j] = comb[i, j]
+
+    return sinkhorn_fwd_kernel
+
+
+@builder(SIMT)
+def sinkhorn_bwd(n: int, capacity: int):
+    """The gradient of the `repeat`-step map (repeat <= capacity).
+
+    With Y = diag(a) E diag(b) after a step and the gradient kept as G = dY * a * b, undoing a
+    normalisation of row i is G[i, :] -= a[i] * b * sum_j E[i, j] * G[i, j], likewise for columns:
+    no division. The scalings of every step are kept in shared memory, E in registers.
+    """
+    tokens = T.dynamic("num_tokens")
+    threads = THREADS
+    while threads > 1 and 2 * capacity * n * threads * 4 > SHARED_BYTES:
+        threads //= 2
+
+    @T.prim_func
+    def sinkhorn_bwd_kernel(
+        grad: T.Tensor[(tokens, n * n), T.float32],
+        logits: T.Tensor[(tokens, n * n), T.float32],
+        grad_logits: T.Tensor[(tokens, n * n), T.float32],
+        repeat: T.int32,
+        eps: T.float32,
+    ):
+        with T.Kernel(T.ceildiv(tokens, threads), threads=threads) as block:
+            tid = T.get_thread_binding()
+            t = block * threads + tid
+            comb = T.alloc_local((n, n), T.float32)
+            delta = T.alloc_local((n, n), T.float32)
+            a = T.alloc_local((n,), T.float32)
+            b = T.alloc_local((n,), T.float32)
+            divisor = T.alloc_local((n,), T.float32)
+            along = T.alloc_local((1,), T.float32)
+            # Each thread reads back only what it wrote: no barrier is needed.
+            history_a = T.alloc_shared((capacity, n, threads), T.float32)
+            history_b = T.alloc_shared((capacity, n, threads), T.float32)
+            if t < tokens:
+                for i in T.unroll(n):
+                    for j in T.vectorized(n):
+                        comb[i, j] = logits[t, i * n + j]
+                    for j in T.vectorized(n):
+                        delta[i, j] = grad[t, i * n + j]
+                softmax_rows(comb, n)
+                for i in T.unroll(n):
+                    a[i] = 1.0
+                    b[i] = 1.0
+                    for j in T.unroll(n):
+                        comb[i, j] += eps
+                for step in T.serial(repeat):
+                    for i in T.unroll(n):
+                        history_a[step, i, tid] = a[i]
+                    column_divisors(comb, a, b, n, eps, divisor)
+                    for j in T.unroll(n):
+                        divide(b[j], divisor[j], b, j)
+                        history_b[step, j, tid] = b[j]
+                    if step + 1 < repeat:
+                        scale_rows(comb, a, b, n, eps)
+                for i in T.unroll(n):
+                    for j in T.unroll(n):
+                        delta[i, j] *= a[i] * b[j]
+                for back in T.serial(repeat):
+                    step = repeat - 1 - back
+                    for i in T.unroll(n):
+                        a[i] = history_a[step, i, tid]
+                        b[i] = history_b[step, i, tid]
+                    for j in T.unroll(n):
+                        along[0] = 0.0
+                        for i in T.unroll(n):
+                            along[0] += comb[i, j] * delta[i, j]
+                        for i in T.unroll(n):
+                            delta[i, j] -= a[i] * (b[j] * along[0])
+                    if step > 0:
+                        for j in T.unroll(n):
+                            b[j] = history_b[step - 1, j, tid]
+                        for i in T.unroll(n):
+                            along[0] = 0.0
+                            for j in T.unroll(n):
+                                along[0] += comb[i, j] * delta[i, j]
+                            for j in T.unroll(n):
+                                delta[i, j] -= b[j] * (a[i] * along[0])
+                for i in T.unroll(n):
+                    along[0] = 0.0
+                    for j in T.unroll(n):
+                        comb[i, j] -= eps
+                        along[0] += comb[i, j] * delta[i, j]
+                    for j in T.unroll(n):
+                        delta[i, j] = comb[i, j] * (delta[i, j] - along[0])
+                    for j in T.vectorized(n):
+                        grad_logits[t, i * n + j] = delta[i, j]
+
+    return sinkhorn_bwd_kernel

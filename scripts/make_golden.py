@@ -1,0 +1,89 @@
+"""Record outputs and gradients of TileKernels in tests/golden; needs a GPU and tile_kernels 1.0.0.
+
+    python scripts/make_golden.py [--force]
+
+Each case is run twice and must give the same bits, within TileKernels' own precision of float64,
+before anything is written.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from parity import calls, golden, real
+
+DEVICE = "cuda"
+
+
+def record(theirs, case):
+    """The recorded tensors of a case on the CPU, and its entry in the manifest."""
+    call, make = calls.CALLS[case.call], golden.MakerOn(case, DEVICE)
+    on_cpu = call.inputs(make)
+    inputs = golden.on(DEVICE, on_cpu)
+    results, cotangents = calls.evaluate(theirs, call, inputs, make)
+    again, _ = calls.evaluate(theirs, call, inputs, make)
+    truth = calls.evaluate_exactly(call, inputs, cotangents)
+    errors = {}
+    for name, exact in truth.items():
+        # TileKernels returns some tensors with an axis of 1 more, or flat; the interface says.
+        results[name] = results[name].view(exact.shape)
+        if calls.same_bits(results[name], again[name].view(exact.shape)) != exact.numel():
+            raise SystemExit(f"{case} {name}: two runs gave different bits; nothing is written")
+        errors[name] = calls.relative_error(results[name], exact)
+        if not errors[name] <= call.bound(name):
+            raise SystemExit(
+                f"{case} {name}: error {errors[name]:.3e}, expected at most "
+                f"{call.bound(name):.3e}; nothing is written"
+            )
+    kept = {name: t.cpu().contiguous() for name, t in results.items() if name not in case.left_out}
+    everything = on_cpu | {f"grad_{name}": tensor for name, tensor in cotangents.items()}
+    entry = {"inputs_sha256": golden.tensors_sha256(everything)}
+    entry["errors"] = {name: float(f"{errors[name]:.3e}") for name in kept}
+    return kept, entry
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--force", action="store_true", help="replace what is recorded")
+    options = parser.parse_args()
+    if golden.MANIFEST.exists() and not options.force:
+        parser.error(f"{golden.MANIFEST} exists; --force replaces it")
+    if not torch.cuda.is_available():
+        parser.error("a CUDA device is needed; torch sees none")
+    torch.set_float32_matmul_precision("highest")
+    with real.tile_kernels() as theirs:
+        version = theirs.version
+        recorded = {case: record(theirs, case) for case in golden.CASES}
+    golden.FOLDER.mkdir(exist_ok=True)
+    for stale in golden.FOLDER.glob("*.safetensors"):
+        stale.unlink()
+    files, total = {}, 0
+    for case, (tensors, entry) in recorded.items():
+        save_file(tensors, case.path)
+        size = case.path.stat().st_size
+        files[case.path.name] = {"sha256": golden.file_sha256(case.path), "bytes": size, **entry}
+        total += size
+        print(f"{case.path.name}: {size} bytes, errors {entry['errors']}")
+    if total >= golden.MAX_BYTES:
+        raise SystemExit(f"the files have {total} bytes; the limit is {golden.MAX_BYTES}")
+    manifest = {
+        "tile_kernels": version,
+        "tilelang": importlib.metadata.version("tilelang"),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "gpu": torch.cuda.get_device_name(),
+        "seed": calls.SEED,
+        "files": files,
+    }
+    golden.MANIFEST.write_text(json.dumps(manifest, indent=1) + "\n")
+    print(f"{len(files)} files, {total} bytes, {golden.MANIFEST}")
+
+
+if __name__ == "__main__":
+    main()

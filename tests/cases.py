@@ -1,0 +1,232 @@
+"""What the op tests run on: the ops with their inputs, and shapes, each with a reason.
+
+Shapes change one factor at a time. Every (n, H) pair is a compilation on the GPU, so all tests
+draw on the same few pairs.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tile_mhc
+from tile_mhc import reference
+
+Inputs = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by argument name, and the options
+
+
+@dataclass(frozen=True)
+class Case:
+    num_tokens: int
+    num_streams: int
+    hidden_size: int
+    why: str
+
+    def __str__(self) -> str:
+        return f"T{self.num_tokens}-n{self.num_streams}-H{self.hidden_size}"
+
+    @property
+    def shape(self) -> tuple[tuple[int], int, int]:
+        return (self.num_tokens,), self.num_streams, self.hidden_size
+
+
+STREAM_CASES = (
+    Case(0, 4, 64, "no token: nothing to launch, and still a gradient"),
+    Case(1, 4, 64, "one token of the smallest stream"),
+    Case(13, 4, 192, "a ragged tile, and an H that no power of two above 64 divides"),
+    Case(64, 2, 64, "fewest streams, exactly one tile"),
+    Case(65, 8, 128, "most streams, one token over a tile"),
+    Case(130, 4, 1280, "smallest H of TileKernels' tests, one pair over two tiles"),
+    Case(64, 8, 2560, "most streams on a wide H"),
+    Case(13, 2, 7168, "fewest streams on a wide H"),
+    Case(65, 4, 7168, "DeepSeek-V3's width"),
+    Case(1, 4, 16384, "one token of the widest stream"),
+    Case(130, 4, 16384, "the widest stream, several tiles"),
+    Case(4096, 4, 2560, "many tokens, and where TileKernels' error was measured"),
+    Case(4096, 4, 7168, "a real training shape"),
+)
+MIX_CASES = (
+    Case(0, 4, 64, "no token"),
+    Case(1, 4, 64, "one token"),
+    Case(13, 2, 64, "fewest streams, less than a warp of tokens"),
+    Case(64, 8, 64, "most streams"),
+    Case(128, 4, 64, "exactly one row of partial sums"),
+    Case(130, 8, 64, "one pair over it"),
+    Case(4096, 4, 64, "many tokens"),
+    Case(4097, 2, 64, "one token over"),
+    Case(20000, 4, 64, "more rows of partial sums than threads of a CTA"),
+)
+# For what is built of ops that all cases above cover.
+FEW_STREAM_CASES = tuple(case for case in STREAM_CASES if case.hidden_size in (64, 128, 192, 1280))
+streams = pytest.mark.parametrize("case", STREAM_CASES, ids=str)
+few_streams = pytest.mark.parametrize("case", FEW_STREAM_CASES, ids=str)
+mixes = pytest.mark.parametrize("case", MIX_CASES, ids=str)
+
+
+def normal(*shape: int, device: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, device=device, dtype=dtype)
+
+
+def stream(*shape: int, device: str) -> Tensor:
+    return normal(*shape, device=device, dtype=torch.bfloat16)
+
+
+def _residual(lead: Sequence[int], n: int, hidden_size: int, device: str) -> dict[str, Tensor]:
+    return {"residual": stream(*lead, n, hidden_size, device=device)}
+
+
+def _gates(scales: int, biases: int, device: str) -> dict[str, Tensor]:
+    return {"scale": normal(scales, device=device), "bias": normal(biases, device=device)}
+
+
+def _weight(rows: int, size: int, device: str) -> dict[str, Tensor]:
+    """Scaled so that the mixes are near 1, as a trained model's are."""
+    return {"weight": normal(rows, size, device=device) * size**-0.5}
+
+
+def expand_inputs(lead: Sequence[int], n: int, hidden_size: int, device: str) -> Inputs:
+    return {"hidden": stream(*lead, hidden_size, device=device)}, {"num_streams": n}
+
+
+def projection_inputs(lead: Sequence[int], n: int, hidden_size: int, device: str) -> Inputs:
+    size = n * hidden_size
+    tensors = _residual(lead, n, hidden_size, device) | _weight(n * (n + 2), size, device)
+    return tensors | {"norm_weight": torch.rand(size, device=device) + 0.5}, {}
+
+
+def split_mixes_inputs(lead: Sequence[int], n: int, hidden_size: int, device: str) -> Inputs:
+    num_mixes = n * (n + 2)
+    tensors = {"mixes": normal(*lead, num_mixes, device=device)} | _gates(3, num_mixes, device)
+    return tensors, {"num_streams": n, "post_mult": 2.0}
+
+
+def sinkhorn_inputs(lead: Sequence[int], n: int, hidden_size: int, device: str) -> Inputs:
+    return {"logits": normal(*lead, n, n, device=device)}, {"repeat": 20}
+
+
+def aggregate_inputs(lead: Sequence[int], n: int, hidden_size: int, device: str) -> Inputs:
+    mix = torch.rand(*lead, n, device=device)
+    return _residual(lead, n, hidden_size, device) | {"pre_mix": mix}, {}
+
+
+def post_inputs(lead: Sequence[int], n: int, hidden_size: int, device: str) -> Inputs:
+    tensors = {"layer_output": stream(*lead, hidden_size, device=device)}
+    tensors |= _residual(lead, n, hidden_size, device)
+    tensors |= {"post_mix": torch.rand(*lead, n, device=device)}
+    return tensors | {"comb_mix": torch.rand(*lead, n, n, device=device)}, {}
+
+
+def head_mix_inputs(lead: Sequence[int], n: int, hidden_size: int, device: str) -> Inputs:
+    return {"mixes": normal(*lead, n, device=device)} | _gates(1, n, device), {}
+
+
+def contract_inputs(lead: Sequence[int], n: int, hidden_size: int, device: str) -> Inputs:
+    tensors = _residual(lead, n, hidden_size, device) | _weight(n, n * hidden_size, device)
+    return tensors | _gates(1, n, device), {}
+
+
+def pre_inputs(lead: Sequence[int], n: int, hidden_size: int, device: str) -> Inputs:
+    tensors, _ = projection_inputs(lead, n, hidden_size, device)
+    options = {"post_mult": 2.0, "sinkhorn_repeat": 20}
+    return tensors | _gates(3, n * (n + 2), device), options
+
+
+@dataclass(frozen=True)
+class Op:
+    """A differentiable op beside its specification."""
+
+    name: str
+    run: Callable[..., Any]
+    reference: Callable[..., Any]
+    inputs: Callable[[Sequence[int], int, int, str], Inputs]
+    outputs: tuple[str, ...] = ("out",)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+PRE_OUTPUTS = ("layer_input", "post_mix", "comb_mix")
+EXPAND = Op("expand", tile_mhc.expand, reference.expand, expand_inputs)
+PROJECTION = Op("projection", tile_mhc.projection, reference.projection, projection_inputs)
+SPLIT_MIXES = Op(
+    "split_mixes",
+    tile_mhc.split_mixes,
+    reference.split_mixes,
+    split_mixes_inputs,
+    ("pre_mix", "post_mix", "comb"),
+)
+SINKHORN = Op("sinkhorn", tile_mhc.sinkhorn, reference.sinkhorn, sinkhorn_inputs)
+AGGREGATE = Op("aggregate", tile_mhc.aggregate, reference.aggregate, aggregate_inputs)
+POST = Op("post", tile_mhc.post, reference.post, post_inputs)
+HEAD_MIX = Op("head_mix", tile_mhc.head_mix, reference.head_mix, head_mix_inputs)
+CONTRACT = Op("contract", tile_mhc.contract, reference.contract, contract_inputs)
+FUSED_PRE = Op("fused_pre", tile_mhc.fused_pre, reference.fused_pre, pre_inputs, PRE_OUTPUTS)
+OPS = (EXPAND, PROJECTION, SPLIT_MIXES, SINKHORN, AGGREGATE, POST, HEAD_MIX, CONTRACT)
+
+# Arguments without a token axis: their gradient is a sum over tokens.
+PARAMETERS = ("weight", "norm_weight", "scale", "bias")
+
+
+def recompute_inputs(
+    layers: int, posts: int, lead: Sequence[int], n: int, hidden_size: int, device: str
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """The arguments of `recompute`. Combs near doubly stochastic keep the residual near 1."""
+    return (
+        stream(*lead, n, hidden_size, device=device),
+        [torch.rand(*lead, n, device=device) for _ in range(layers)],
+        [stream(*lead, hidden_size, device=device) for _ in range(posts)],
+        [torch.rand(*lead, n, device=device) for _ in range(posts)],
+        [normal(*lead, n, n, device=device).softmax(-1) for _ in range(posts)],
+    )
+
+
+def operator_calls(
+    lead: Sequence[int], n: int, hidden_size: int, device: str
+) -> dict[str, tuple[Any, ...]]:
+    """Arguments of every torch.library operator, for `torch.library.opcheck`.
+
+    Tensors that have a gradient require it; those of backward and of out variants do not.
+    """
+
+    def tensors(op: Op) -> list[Tensor]:
+        return list(op.inputs(lead, n, hidden_size, device)[0].values())
+
+    def leaves(op: Op) -> list[Tensor]:
+        return [tensor.requires_grad_() for tensor in tensors(op)]
+
+    residual, weight, norm_weight = tensors(PROJECTION)
+    product, inv_rms = torch.ops.tile_mhc.projection(residual, weight, norm_weight, 1e-6, None)
+    wide, narrow = residual, residual[..., 0, :].contiguous()
+    pre = tensors(FUSED_PRE)
+    initial, *lists = recompute_inputs(2, 1, lead, n, hidden_size, device)
+    split = torch.ops.tile_mhc.split_mixes(*tensors(SPLIT_MIXES), n, 2.0, 1e-6)
+    square = tensors(SINKHORN)[0]
+    return {
+        "expand": (*leaves(EXPAND), n),
+        "expand_out": (narrow, torch.zeros_like(wide)),
+        "expand_backward": (wide,),
+        "projection": (*leaves(PROJECTION), 1e-6, None),
+        "projection_backward": (product, residual, weight, norm_weight, product, inv_rms),
+        "split_mixes": (*leaves(SPLIT_MIXES), n, 2.0, 1e-6),
+        "split_mixes_backward": (*split, *tensors(SPLIT_MIXES), n, 2.0),
+        "sinkhorn": (*leaves(SINKHORN), 5, 1e-6),
+        "sinkhorn_backward": (square, *tensors(SINKHORN), 5, 1e-6),
+        "aggregate": tuple(leaves(AGGREGATE)),
+        "aggregate_out": (*tensors(AGGREGATE), torch.zeros_like(narrow)),
+        "aggregate_backward": (narrow, *tensors(AGGREGATE)),
+        "post": tuple(leaves(POST)),
+        "post_out": (*tensors(POST), torch.zeros_like(wide)),
+        "post_backward": (wide, *tensors(POST)),
+        "head_mix": (*leaves(HEAD_MIX), 1e-6),
+        "head_mix_backward": (tensors(HEAD_MIX)[0], *tensors(HEAD_MIX)),
+        "fused_pre": (*pre[:2], *pre[3:], pre[2], 1e-6, 1e-6, 1e-6, 2.0, 5, None),
+        "recompute": (
+            initial,
+            *lists,
+            [torch.zeros_like(narrow) for _ in range(2)],
+            [torch.zeros_like(wide)],
+        ),
+    }

@@ -1,0 +1,414 @@
+"""`tile-mhc`: what it prints, what it refuses, and that its numbers are ptxas's."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("rich")
+CliRunner = pytest.importorskip("click.testing").CliRunner
+
+from tile_mhc import __version__, jit, specs
+from tile_mhc.cli import _clean, _compile, _doctor, _list, _resources, app, main
+
+SPILLING = """
+extern "C" __global__ void plain(float* x) {
+    __shared__ float s[300];
+    s[threadIdx.x] = x[threadIdx.x];
+    __syncthreads();
+    x[threadIdx.x] = s[threadIdx.x ^ 1];
+}
+extern "C" __global__ void __launch_bounds__(1024, 2) spilling(float* x) {
+    float l[100];
+#pragma unroll
+    for (int i = 0; i < 100; i++) l[i] = x[i * 1024 + threadIdx.x];
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 100; i++) x[i * 1024 + threadIdx.x] = l[99 - i];
+}
+"""
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path, monkeypatch):
+    """Options set this variable, and a test must not leave it set."""
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TILE_MHC_JIT", "1")
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*arguments):
+        code = main(list(arguments))
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def nvcc():
+    jit.import_tilelang()
+    path = jit.find_nvcc()
+    if path is None:
+        pytest.skip("needs nvcc")
+    return path
+
+
+def check_refusal(result, code, pattern):
+    """A failure is a code, nothing on stdout, and one line on stderr that names what is allowed."""
+    got, out, err = result
+    assert got == code
+    assert out == ""
+    assert len(err.splitlines()) == 1, err
+    assert err.startswith("tile-mhc: error: ")
+    assert re.search(pattern, err), err
+
+
+ARCH = ("--arch", "sm_90a")
+HIDDEN = ("--hidden", "4096")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        ((*ARCH, "--hidden", "100"), r"--hidden.*multiple of 64 from 64 to 16384; got '100'"),
+        ((*ARCH, "--hidden", "0"), r"multiple of 64 from 64 to 16384; got '0'"),
+        ((*ARCH, "--hidden", "16448"), r"multiple of 64 from 64 to 16384; got '16448'"),
+        ((*ARCH, "--hidden", "4096,big"), r"multiple of 64 from 64 to 16384; got 'big'"),
+        ((*ARCH, "--hidden", ""), r"multiple of 64 from 64 to 16384; got ''"),
+        ((*ARCH, *HIDDEN, "--streams", "3"), r"--streams.*must be one of 2, 4, 8; got '3'"),
+        ((*ARCH, *HIDDEN, "--repeat", "0"), r"--repeat.*positive integer; got '0'"),
+        ((*ARCH, *HIDDEN, "--ops", "expand,nope"), r"--ops.*aggregate, contract, .*got 'nope'"),
+        (("--arch", "sm_90", *HIDDEN), r"--arch.*sm_90a, sm_100a.*got 'sm_90'"),
+        ((*ARCH, *HIDDEN, "--jobs", "0"), r"--jobs.*x>=1"),
+        (ARCH, r"Missing option '--hidden'"),
+        ((*ARCH, *HIDDEN, "extra"), r"unexpected extra argument"),
+    ],
+)
+def test_compile_refuses(run, arguments, pattern):
+    check_refusal(run("compile", *arguments), 2, pattern)
+
+
+def test_compile_needs_an_arch_without_a_gpu(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    check_refusal(run("compile", *HIDDEN), 2, r"--arch must be given.*sm_90a")
+
+
+def test_compile_refuses_a_cache_it_cannot_write(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "cache"
+    result = run("compile", *ARCH, *HIDDEN, "--cache-dir", str(folder))
+    check_refusal(result, 1, r"--cache-dir must be writable; got .*file/cache \(NotADirectoryError")
+
+
+def test_unknown_command(run):
+    check_refusal(run("compil"), 2, r"No such command 'compil'")
+
+
+def test_no_arguments_show_the_help(run):
+    code, _, err = run()
+    assert code == 2
+    assert all(name in err for name in ("compile", "list", "doctor", "clean"))
+
+
+@pytest.mark.parametrize("name", ["compile", "list", "doctor", "clean"])
+def test_help(name):
+    result = CliRunner().invoke(app, [name, "--help"])
+    assert result.exit_code == 0
+    assert "--json" in result.output
+
+
+def test_version(run):
+    assert run("--version") == (0, f"tile-mhc, version {__version__}\n", "")
+
+
+def test_an_unforeseen_error_is_one_line(run, monkeypatch):
+    def broken(_):
+        raise KeyError("a\nb")
+
+    monkeypatch.setattr(_list, "print_table", broken)
+    check_refusal(run("list"), 1, r"KeyError: .*TILE_MHC_TRACEBACK=1")
+
+
+def test_list(run):
+    code, out, err = run("list", "--hidden", "4096,7168", "--streams", "4")
+    assert (code, err) == (0, "")
+    for spec in specs.SPECS:
+        assert spec.name in out
+    assert "(4, 7168)" in out
+
+
+def test_list_as_json(run):
+    code, out, _ = run("list", "--hidden", "64", "--streams", "2,8", "--ops", "post", "--json")
+    assert code == 0
+    assert json.loads(out) == [
+        {
+            "name": name,
+            "stem": "post",
+            "ops": ["post"],
+            "arguments": [[2, 64], [8, 64]],
+        }
+        for name in ("post_fwd", "post_bwd")
+    ]
+
+
+def cli(*arguments):
+    run = subprocess.run(
+        [sys.executable, "-c", "from tile_mhc.cli import entry; entry()", *arguments],
+        cwd="/",
+        env=os.environ.copy(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return run.returncode, run.stdout, run.stderr
+
+
+def test_compile_then_cached_then_cleaned(nvcc, private_cache):
+    """Both generations, from nothing; then the same again as text; then clean."""
+    arguments = ("--arch", "sm_90a,sm_100a", "--hidden", "64", "--streams", "2", "--ops", "expand")
+    code, out, err = cli("compile", *arguments, "--json")
+    assert (code, err) == (0, "")
+    report = json.loads(out)
+    assert report["cache_dir"] == str(private_cache)
+    assert [(k["name"], k["arch"]) for k in report["kernels"]] == [
+        (name, arch) for arch in ("sm_90a", "sm_100a") for name in ("expand_fwd", "expand_bwd")
+    ]
+    for kernel in report["kernels"]:
+        assert kernel["status"] == "built"
+        assert 0 < kernel["registers"] <= 255
+        assert (kernel["stack"], kernel["spill_stores"], kernel["spill_loads"]) == (0, 0, 0)
+        assert kernel["shared_memory"] == 0
+        assert list(private_cache.glob(f"*/*/kernels/{kernel['key']}"))
+
+    code, out, err = cli("compile", *arguments)
+    assert code == 0
+    assert len(err.splitlines()) == 4, "a plain line for each kernel"
+    assert all(" cached " in line for line in err.splitlines())
+    assert "0 built, 4 cached, 0 failed" in out
+    assert all(
+        word in out for word in ("registers", "shared memory", "spills", "expand_bwd(2, 64)")
+    )
+
+    foreign = private_cache / "0.1.15" / "linux-x86_64" / "kernels" / "foreign"
+    foreign.mkdir(parents=True)
+    (foreign / "device_kernel.cu").write_text("__global__ void their_kernel_kernel() {}")
+    code, out, err = cli("clean")
+    assert (code, out) == (130, "")
+    assert "Remove 8 cache entries" in err
+    assert len(_clean.find_entries(private_cache)) == 8
+    code, out, err = cli("clean", "--yes", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["removed"] == 8
+    assert _clean.find_entries(private_cache) == []
+    assert foreign.exists()
+
+
+def test_resources_of_a_kernel_that_first_use_compiled(nvcc, private_cache):
+    """No record lies beside it then, so dynamic shared memory is worked out anew."""
+    build = "from tile_mhc import jit; jit.compile_kernel('sinkhorn_bwd', (2, 32), 'sm_90a')"
+    subprocess.run([sys.executable, "-c", build], cwd="/", check=True, capture_output=True)
+    assert not list(private_cache.rglob(_resources.CACHE_NAME))
+    arguments = (*ARCH, "--hidden", "64", "--streams", "2", "--ops", "sinkhorn", "--json")
+    found = {}
+    for _ in range(2):
+        code, out, err = cli("compile", *arguments)
+        assert code == 0, err
+        (kernel,) = [k for k in json.loads(out)["kernels"] if k["name"] == "sinkhorn_bwd"]
+        assert kernel["status"] == "cached"
+        found.setdefault("shared_memory", kernel["shared_memory"])
+        assert kernel["shared_memory"] == found["shared_memory"] > 0
+        assert list(private_cache.rglob(_resources.CACHE_NAME))
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+def test_registers_stack_and_static_shared_memory_are_those_of_ptxas(nvcc, tmp_path, arch):
+    source = tmp_path / "kernel.cu"
+    source.write_text(SPILLING)
+    command = [nvcc, "--cubin", "-O3", f"-arch={arch}", "--ptxas-options=-v", "-o"]
+    report = subprocess.run(
+        [*command, tmp_path / "kernel.cubin", source], capture_output=True, text=True, check=True
+    ).stderr
+    used = max(map(int, re.findall(r"Used (\d+) registers", report)))
+    stack = max(map(int, re.findall(r"(\d+) bytes stack frame", report)))
+    assert stack > 0
+    image = b"a host library" + (tmp_path / "kernel.cubin").read_bytes()
+    usages = [_resources._usage(cubin, arch) for cubin in _resources._cubins(image)]
+    assert usages == [(used, stack, 1200)]
+
+
+def fake_entry(folder, nvcc, arch):
+    """A cache entry whose library is a cubin of the spilling kernel."""
+    source = folder / _resources.SOURCE_NAME
+    source.write_text(SPILLING)
+    subprocess.run(
+        [nvcc, "--cubin", "-O3", "-lineinfo", f"-arch={arch}", "-std=c++20", "-o",
+         folder / _resources.LIBRARY_NAME, source],
+        check=True,
+    )  # fmt: skip
+
+    class Source:
+        class artifact:  # noqa: N801
+            class device_mod:  # noqa: N801
+                functions = {}  # noqa: RUF012
+
+    return jit.Compiled("expand_fwd", (2, 64), arch, print, True, 0.0, "key", folder, Source)
+
+
+def test_spills_are_those_of_ptxas(nvcc, tmp_path):
+    resources = _resources.measure(fake_entry(tmp_path, nvcc, "sm_90a"))
+    assert resources.stack > 0
+    assert resources.spill_stores > 0
+    assert resources.spill_loads > 0
+    # The second time from the record, whatever the library.
+    (tmp_path / _resources.LIBRARY_NAME).unlink()
+    compiled = jit.Compiled("expand_fwd", (2, 64), "sm_90a", print, False, 0.0, "k", tmp_path, None)
+    assert _resources.measure(compiled) == resources
+
+
+def test_spills_are_unknown_when_the_compilation_differs(nvcc, tmp_path):
+    compiled = fake_entry(tmp_path, nvcc, "sm_90a")
+    # A source that is not what the library was made from: half as many CTAs, so more registers.
+    source = tmp_path / _resources.SOURCE_NAME
+    source.write_text(SPILLING.replace("(1024, 2)", "(1024, 1)"))
+    resources = _resources.measure(compiled)
+    assert resources.stack > 0
+    assert (resources.spill_stores, resources.spill_loads) == (None, None)
+
+
+@pytest.fixture
+def compiled_with(monkeypatch, tmp_path):
+    """`compile` with a pretended compiler: kernels of these resources, or failing ones."""
+
+    def use(resources):
+        def compile_kernel(name, args, arch):
+            if resources is None:
+                raise jit.CompileError(f"kernel {name}: broken\nin two lines")
+            return jit.Compiled(name, args, arch, print, True, 0.0, "key", tmp_path, None)
+
+        monkeypatch.setattr(jit, "compile_kernel", compile_kernel)
+        monkeypatch.setattr(_resources, "measure", lambda _: resources)
+
+    return use
+
+
+EXPAND = ("compile", *ARCH, "--hidden", "64", "--streams", "2", "--ops", "expand")
+
+
+@pytest.mark.parametrize(
+    ("spills", "code"), [((0, 0), 0), ((8, 0), 1), ((0, 8), 1), ((None, None), 1)]
+)
+def test_fail_on_spills(run, compiled_with, spills, code):
+    compiled_with(_resources.Resources(32, 0, 8, *spills))
+    assert run(*EXPAND)[0] == 0
+    got, out, err = run(*EXPAND, "--fail-on-spills")
+    assert got == code
+    assert ("2 of 2 kernels spill registers" in err) == bool(code)
+    assert ("?" in out) == (spills == (None, None))
+
+
+def test_a_kernel_that_fails(run, compiled_with):
+    """The table still comes, with the others; then one line and a code."""
+    compiled_with(None)
+    code, out, err = run(*EXPAND)
+    assert code == 1
+    assert "0 built, 0 cached, 2 failed" in out
+    last = err.splitlines()[-1]
+    assert last == (
+        "tile-mhc: error: 2 of 2 kernels failed, the first with: "
+        "kernel expand_fwd: broken in two lines"
+    )
+    code, out, err = run(*EXPAND, "--json")
+    assert code == 1
+    assert [k["status"] for k in json.loads(out)["kernels"]] == ["failed", "failed"]
+    assert len(err.splitlines()) == 1
+
+
+def test_clean_asks_and_json_cannot(run, private_cache):
+    entry = private_cache / "0.1.15" / "linux-x86_64" / "kernels" / "ours"
+    entry.mkdir(parents=True)
+    (entry / "device_kernel.cu").write_text("__global__ void expand_fwd_kernel_kernel() {}")
+    check_refusal(run("clean", "--json"), 2, r"--json must come with --yes")
+    result = CliRunner().invoke(app, ["clean"], input="n\n")
+    assert result.exit_code == 1
+    assert entry.exists()
+    result = CliRunner().invoke(app, ["clean"], input="y\n")
+    assert result.exit_code == 0
+    assert "removed 1 cache entries" in result.output
+    assert not entry.exists()
+
+
+def test_clean_of_nothing(run, private_cache):
+    assert run("clean") == (0, f"removed 0 cache entries (0.0 MB) from {private_cache}\n", "")
+
+
+CHECKS = [
+    "tile_mhc",
+    "python",
+    "torch",
+    "tilelang",
+    "tvm",
+    "nvcc",
+    "gpu",
+    "driver",
+    "cache",
+    "kernel",
+]
+
+
+def test_doctor(nvcc):
+    code, out, err = cli("doctor", "--json")
+    report = json.loads(out)
+    assert (code, err) == (0, "")
+    assert report["ok"] is True
+    assert [check["name"] for check in report["checks"]] == CHECKS
+    trial = report["checks"][-1]
+    assert trial["status"] == "ok"
+    assert ("largest difference" if torch.cuda.is_available() else "expand_fwd") in trial["detail"]
+
+
+def test_doctor_with_nothing_to_try(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(jit, "find_nvcc", lambda: None)
+    code, out, err = run("doctor")
+    assert code == 1
+    assert err == "tile-mhc: error: failed: kernel\n"
+    assert "neither a GPU nor nvcc" in out
+
+
+def test_doctor_survives_what_it_examines(run, monkeypatch):
+    def broken():
+        raise RuntimeError("bad\ndriver")
+
+    monkeypatch.setattr(_doctor, "_driver", broken)
+    monkeypatch.setattr(_doctor, "_kernel", lambda: ("ok", ""))
+    code, out, err = run("doctor", "--json")
+    assert code == 1
+    driver = next(c for c in json.loads(out)["checks"] if c["name"] == "driver")
+    assert driver == {"name": "driver", "status": "fail", "detail": "RuntimeError: bad driver"}
+    assert err == "tile-mhc: error: failed: driver\n"
+
+
+def test_doctor_reports_an_unwritable_cache(run, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(_doctor, "_kernel", lambda: ("ok", ""))
+    code, out, _ = run("doctor", "--json", "--cache-dir", str(tmp_path / "file" / "cache"))
+    cache = next(c for c in json.loads(out)["checks"] if c["name"] == "cache")
+    assert code == 0
+    assert cache["status"] == "note"
+    assert "cannot be written" in cache["detail"]
+
+
+def test_progress_bar_on_a_terminal(monkeypatch):
+    """On a terminal the lines give way to one bar, which is cleared at the end."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    outcome = _compile.Outcome("expand_fwd", (2, 64), "sm_90a", error="x")
+    with _compile._reporter(1, quiet=False) as report:
+        report(outcome)
+    assert report(outcome) is None

@@ -1,0 +1,272 @@
+"""Every `raise` of the op layer, by its message. One row a mistake."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import tile_mhc
+from cases import (
+    AGGREGATE,
+    CONTRACT,
+    EXPAND,
+    FUSED_PRE,
+    HEAD_MIX,
+    POST,
+    PROJECTION,
+    SINKHORN,
+    SPLIT_MIXES,
+    recompute_inputs,
+)
+from tile_mhc import ShapeError, UnsupportedError, errors
+
+BF16, F32 = torch.bfloat16, torch.float32
+T, N, H = 3, 4, 64
+
+
+def bf16(*shape, device="cpu"):
+    return torch.zeros(shape, dtype=BF16, device=device)
+
+
+def f32(*shape, device="cpu"):
+    return torch.zeros(shape, dtype=F32, device=device)
+
+
+def call(op, **changes):
+    """Call an op with right arguments but for `changes`."""
+    tensors, options = op.inputs((T,), N, H, "cpu")
+    return op.run(**(tensors | options | changes))
+
+
+def overlapping(op, name, *shape):
+    """Call an op with an `out` that lies inside the memory of input `name`."""
+    tensors, options = op.inputs((T,), N, H, "cpu")
+    storage = torch.zeros(4 * T * N * H, dtype=BF16)
+    old = tensors[name]
+    tensors[name] = storage[: old.numel()].view(old.shape)
+    out = storage[1 : 1 + torch.Size(shape).numel()].view(shape)
+    return op.run(**tensors, **options, out=out)
+
+
+def needs_grad(op, name, *shape):
+    tensors, options = op.inputs((T,), N, H, "cpu")
+    tensors[name].requires_grad_()
+    return op.run(**tensors, **options, out=bf16(*shape))
+
+
+def on_another_backend():
+    with FakeTensorMode():
+        residual = bf16(T, N, H, device="xpu")
+        return tile_mhc.aggregate(residual, f32(T, N, device="xpu"))
+
+
+def recompute(index=None, value=None, **destinations):
+    arguments = list(recompute_inputs(2, 1, (T,), N, H, "cpu"))
+    if index is not None:
+        arguments[index] = value
+    return tile_mhc.recompute(*arguments, **destinations)
+
+
+def recompute_overlapping():
+    initial, *groups = recompute_inputs(2, 1, (T,), N, H, "cpu")
+    inside = initial.view(-1)[: T * H].view(T, H)
+    return tile_mhc.recompute(initial, *groups, layer_inputs=[inside, bf16(T, H)])
+
+
+def recompute_same_destination_twice():
+    initial, *groups = recompute_inputs(2, 1, (T,), N, H, "cpu")
+    same = bf16(T, H)
+    return tile_mhc.recompute(initial, *groups, layer_inputs=[same, same])
+
+
+STRIDED = bf16(N, T, H).transpose(0, 1)
+
+# (what is wrong, the call, the exception, its message)
+MISTAKES = [
+    # A tensor is not a tensor, or has another dtype, shape, device, layout.
+    ("a list", lambda: call(AGGREGATE, residual=[1.0]), ShapeError,
+     "aggregate: residual must be a torch.Tensor; got list [1.0]"),
+    ("None", lambda: call(POST, comb_mix=None), ShapeError,
+     "post: comb_mix must be a torch.Tensor; got None"),
+    ("float32 streams", lambda: call(AGGREGATE, residual=f32(T, N, H)), ShapeError,
+     "aggregate: residual must be (..., n, H) bfloat16; got (3, 4, 64) float32 on cpu"),
+    ("float16 streams", lambda: call(POST, residual=f32(T, N, H).half()), ShapeError,
+     "post: residual must be (..., n, H) bfloat16; got (3, 4, 64) float16 on cpu"),
+    ("one axis", lambda: call(PROJECTION, residual=bf16(H)), ShapeError,
+     "projection: residual must be (..., n, H) bfloat16; got (64,) bfloat16 on cpu"),
+    ("bfloat16 mix", lambda: call(AGGREGATE, pre_mix=bf16(T, N)), ShapeError,
+     "aggregate: pre_mix must be (3, 4) or (3, 4, 1) float32 to match residual "
+     "(3, 4, 64) bfloat16 on cpu; got (3, 4) bfloat16 on cpu"),
+    ("mix of other tokens", lambda: call(POST, post_mix=f32(T + 1, N)), ShapeError,
+     "post: post_mix must be (3, 4) or (3, 4, 1) float32 to match residual "
+     "(3, 4, 64) bfloat16 on cpu; got (4, 4) float32 on cpu"),
+    ("flat comb", lambda: call(POST, comb_mix=f32(T, N * N)), ShapeError,
+     "post: comb_mix must be (3, 4, 4) float32 to match residual"),
+    ("wide output", lambda: call(POST, layer_output=bf16(T, 2 * H)), ShapeError,
+     "post: layer_output must be (3, 64) bfloat16 to match residual"),
+    ("another device", lambda: call(AGGREGATE, pre_mix=f32(T, N, device="meta")), ShapeError,
+     "aggregate: pre_mix must be on cpu, where residual is; got (3, 4) float32 on meta"),
+    ("weight elsewhere", lambda: call(PROJECTION, weight=f32(24, N * H, device="meta")),
+     ShapeError, "projection: weight must be on cpu, where residual is; got (24, 256)"),
+    ("bias elsewhere", lambda: call(HEAD_MIX, bias=f32(N, device="meta")), ShapeError,
+     "head_mix: bias must be on cpu, where mixes is; got (4,) float32 on meta"),
+    ("no backend", on_another_backend, UnsupportedError,
+     "aggregate: residual must be on a CUDA device or the CPU; got (3, 4, 64) bfloat16 on xpu"),
+    ("strided streams", lambda: call(AGGREGATE, residual=STRIDED), ShapeError,
+     "aggregate: residual must be contiguous (call .contiguous() first); got (3, 4, 64) bfloat16 "
+     "on cpu with strides (64, 192, 1)"),
+    ("strided output", lambda: call(POST, layer_output=bf16(H, T).mT), ShapeError,
+     "post: layer_output must be contiguous (call .contiguous() first); got"),
+    ("strided hidden", lambda: call(EXPAND, hidden=bf16(H, T).mT), ShapeError,
+     "expand: hidden must be contiguous (call .contiguous() first); got"),
+    # n and H.
+    ("three streams", lambda: call(AGGREGATE, residual=bf16(T, 3, H)), UnsupportedError,
+     "aggregate: the number of streams n must be one of (2, 4, 8); got 3"),
+    ("one stream", lambda: call(EXPAND, num_streams=1), UnsupportedError,
+     "expand: the number of streams n must be one of (2, 4, 8); got 1"),
+    ("five streams", lambda: call(SPLIT_MIXES, num_streams=5), UnsupportedError,
+     "split_mixes: the number of streams n must be one of (2, 4, 8); got 5"),
+    ("sixteen streams", lambda: call(SINKHORN, logits=f32(T, 16, 16)), UnsupportedError,
+     "sinkhorn: the number of streams n must be one of (2, 4, 8); got 16"),
+    ("odd H", lambda: call(POST, residual=bf16(T, N, 5129)), UnsupportedError,
+     "post: the hidden size H must be a multiple of 64 from 64 to 16384; got 5129"),
+    ("no H", lambda: call(EXPAND, hidden=bf16(T, 0)), UnsupportedError,
+     "expand: the hidden size H must be a multiple of 64 from 64 to 16384; got 0"),
+    ("wide H", lambda: call(AGGREGATE, residual=bf16(T, N, 16448)), UnsupportedError,
+     "aggregate: the hidden size H must be a multiple of 64 from 64 to 16384; got 16448"),
+    # What one op alone asks.
+    ("float32 hidden", lambda: call(EXPAND, hidden=f32(T, H)), ShapeError,
+     "expand: hidden must be (..., H) bfloat16; got (3, 64) float32 on cpu"),
+    ("scalar hidden", lambda: call(EXPAND, hidden=bf16()), ShapeError,
+     "expand: hidden must be (..., H) bfloat16; got () bfloat16 on cpu"),
+    ("float64 logits", lambda: call(SINKHORN, logits=f32(T, N, N).double()), ShapeError,
+     "sinkhorn: logits must be (..., n, n) float32; got (3, 4, 4) float64 on cpu"),
+    ("oblong logits", lambda: call(SINKHORN, logits=f32(T, N, 2)), ShapeError,
+     "sinkhorn: logits must be (..., n, n) float32; got (3, 4, 2) float32 on cpu"),
+    ("no step", lambda: call(SINKHORN, repeat=0), ShapeError,
+     "sinkhorn: repeat must be an integer of at least 1; got 0"),
+    ("half a step", lambda: call(SINKHORN, repeat=1.5), ShapeError,
+     "sinkhorn: repeat must be an integer of at least 1; got 1.5"),
+    ("True steps", lambda: call(FUSED_PRE, sinkhorn_repeat=True), ShapeError,
+     "fused_pre: repeat must be an integer of at least 1; got True"),
+    ("no split", lambda: call(PROJECTION, num_splits=0), ShapeError,
+     "projection: num_splits must be an integer of at least 1; got 0"),
+    ("eps of text", lambda: call(PROJECTION, norm_eps="small"), ShapeError,
+     "projection: norm_eps must be a number; got str 'small'"),
+    ("eps of a tensor", lambda: call(HEAD_MIX, pre_eps=f32(1)), ShapeError,
+     "head_mix: pre_eps must be a number; got (1,) float32 on cpu"),
+    ("no mult", lambda: call(SPLIT_MIXES, post_mult=None), ShapeError,
+     "split_mixes: post_mult must be a number; got None"),
+    ("weight of another n", lambda: call(PROJECTION, weight=f32(25, N * H)), ShapeError,
+     "projection: weight must be (24, 256) or (4, 256) float32 to match residual"),
+    ("weight of the head", lambda: call(FUSED_PRE, weight=f32(N, N * H)), ShapeError,
+     "fused_pre: weight must be (24, 256) float32 to match residual"),
+    ("weight of a block", lambda: call(CONTRACT, weight=f32(24, N * H)), ShapeError,
+     "contract: weight must be (4, 256) float32 to match residual"),
+    ("short norm weight", lambda: call(PROJECTION, norm_weight=f32(H)), ShapeError,
+     "projection: norm_weight must be (256,) float32 to match residual"),
+    ("short mixes", lambda: call(SPLIT_MIXES, mixes=f32(T, 23)), ShapeError,
+     "split_mixes: mixes must be (3, 24) float32; got (3, 23) float32 on cpu"),
+    ("two scales", lambda: call(SPLIT_MIXES, scale=f32(2)), ShapeError,
+     "split_mixes: scale must be (3,) float32 to match mixes"),
+    ("scalar head mixes", lambda: call(HEAD_MIX, mixes=f32()), ShapeError,
+     "head_mix: mixes must be (..., n) float32; got () float32 on cpu"),
+    ("bfloat16 head mixes", lambda: call(HEAD_MIX, mixes=bf16(T, N)), ShapeError,
+     "head_mix: mixes must be (..., n) float32; got (3, 4) bfloat16 on cpu"),
+    # out=
+    ("short out", lambda: call(AGGREGATE, out=bf16(T, N, H)), ShapeError,
+     "aggregate: out must be (3, 64) bfloat16 to match residual"),
+    ("float32 out", lambda: call(EXPAND, out=f32(T, N, H)), ShapeError,
+     "expand: out must be (3, 4, 64) bfloat16 to match hidden"),
+    ("strided out", lambda: call(POST, out=STRIDED), ShapeError,
+     "post: out must be contiguous (call .contiguous() first); got"),
+    ("out needs grad", lambda: call(EXPAND, out=bf16(T, N, H).requires_grad_()), ShapeError,
+     "expand: out must be None when a gradient is needed; got an out, and out requires grad"),
+    ("input needs grad", lambda: needs_grad(AGGREGATE, "pre_mix", T, H), ShapeError,
+     "aggregate: out must be None when a gradient is needed; got an out, and pre_mix requires"),
+    ("input of post needs grad", lambda: needs_grad(POST, "comb_mix", T, N, H), ShapeError,
+     "post: out must be None when a gradient is needed; got an out, and comb_mix requires grad"),
+    ("out in hidden", lambda: overlapping(EXPAND, "hidden", T, N, H), ShapeError,
+     "expand: out must not share memory with an input; got an out that overlaps hidden"),
+    ("out in residual", lambda: overlapping(AGGREGATE, "residual", T, H), ShapeError,
+     "aggregate: out must not share memory with an input; got an out that overlaps residual"),
+    ("out in output", lambda: overlapping(POST, "layer_output", T, N, H), ShapeError,
+     "post: out must not share memory with an input; got an out that overlaps layer_output"),
+    # No gradient.
+    *(
+        (f"{name} needs grad", lambda name=name: call(
+            FUSED_PRE, **{name: FUSED_PRE.inputs((T,), N, H, "cpu")[0][name].requires_grad_()}
+        ), ShapeError,
+         f"fused_pre: has no gradient, so {name} must not require grad outside torch.no_grad(); ")
+        for name in ("residual", "weight", "scale", "bias", "norm_weight")
+    ),
+    # recompute
+    ("no layer", lambda: recompute(1, []), ShapeError,
+     "recompute: layer_outputs must hold as many tensors as pre_mixes, or one less, and "
+     "pre_mixes at least one; got 0 pre_mixes and 1 layer_outputs"),
+    ("two posts short", lambda: recompute(2, []), ShapeError,
+     "recompute: layer_outputs must hold as many tensors as pre_mixes, or one less"),
+    ("a comb short", lambda: recompute(4, []), ShapeError,
+     "recompute: comb_mixes must hold 1 tensors; got 0"),
+    ("a destination short", lambda: recompute(layer_inputs=[bf16(T, H)]), ShapeError,
+     "recompute: layer_inputs must hold 2 tensors; got 1"),
+    ("wrong second mix", lambda: recompute(1, [f32(T, N), f32(T, 2)]), ShapeError,
+     "recompute: pre_mixes[1] must be (3, 4) or (3, 4, 1) float32 to match initial_residual"),
+    ("strided mix", lambda: recompute(3, [f32(N, T).mT]), ShapeError,
+     "recompute: post_mixes[0] must be contiguous (call .contiguous() first); got"),
+    ("strided comb", lambda: recompute(4, [f32(T, N, N).mT]), ShapeError,
+     "recompute: comb_mixes[0] must be contiguous (call .contiguous() first); got"),
+    ("wrong residual", lambda: recompute(residuals=[bf16(T, N, 2 * H)]), ShapeError,
+     "recompute: residuals[0] must be (3, 4, 64) bfloat16 to match initial_residual"),
+    ("destination in an input", recompute_overlapping, ShapeError,
+     "recompute: a destination must not share memory with an input or another destination; "
+     "got overlapping tensors"),
+    ("one destination twice", recompute_same_destination_twice, ShapeError,
+     "recompute: a destination must not share memory with an input or another destination; "
+     "got overlapping tensors"),
+]  # fmt: skip
+IDS = [mistake[0] for mistake in MISTAKES]
+
+
+@pytest.mark.parametrize(("what", "mistake", "exception", "message"), MISTAKES, ids=IDS)
+def test_message(what, mistake, exception, message):
+    with pytest.raises(exception, match="^" + re.escape(message)):
+        mistake()
+
+
+def test_exceptions_are_the_builtin_kinds():
+    assert issubclass(ShapeError, ValueError)
+    assert issubclass(UnsupportedError, NotImplementedError)
+
+
+def raise_statements():
+    """(file, first line, last line) of every `raise` in errors.py and the ops."""
+    folder = Path(errors.__file__).parent
+    for path in (folder / "errors.py", *sorted((folder / "ops").glob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise):
+                yield str(path), node.lineno, node.end_lineno
+
+
+def test_every_raise_is_reached():
+    reached = set()
+    for _, mistake, exception, _ in MISTAKES:
+        with pytest.raises(exception) as caught:
+            mistake()
+        last = caught.traceback[-1]
+        reached.add((str(last.path), last.lineno + 1))
+    missing = [
+        f"{Path(path).name}:{first}"
+        for path, first, last in raise_statements()
+        if not any(path == where and first <= line <= last for where, line in reached)
+    ]
+    assert not missing, f"no mistake reaches {missing}"
+
+
+def test_no_assert_in_the_package():
+    for path in Path(errors.__file__).parent.rglob("*.py"):
+        asserts = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Assert)]
+        assert not asserts, path

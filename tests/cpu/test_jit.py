@@ -1,0 +1,334 @@
+"""Where kernels come from: memory, the disk cache, the compiler; and what goes wrong on the way.
+
+Each process of these tests starts Python anew, since TileLang keeps what it compiled in memory.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from tile_mhc import jit, specs
+
+NAME, ARGS, ARCH = "expand_fwd", (2, 64), "sm_90a"
+
+OBTAIN = """
+import dataclasses, json, sys, warnings
+from tile_mhc import jit
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always", RuntimeWarning)
+    try:
+        for hidden in map(int, sys.argv[1:]):
+            kernel = jit.compile_kernel("expand_fwd", (2, hidden), "sm_90a")
+            assert callable(kernel.launch)
+    except jit.CompileError as error:
+        print(json.dumps({"error": type(error).__name__, "text": str(error)}))
+        sys.exit()
+text = [str(w.message) for w in caught if "tile_mhc" in str(w.message)]
+print(json.dumps({"path": str(kernel.path), "warnings": text}
+                 | dataclasses.asdict(jit.statistics())))
+"""
+
+
+@pytest.fixture(scope="session")
+def nvcc():
+    jit.import_tilelang()
+    if jit.find_nvcc() is None:
+        pytest.skip("needs nvcc")
+
+
+@pytest.fixture(scope="session")
+def filled(nvcc, tmp_path_factory):
+    """A cache that another process filled."""
+    cache = tmp_path_factory.mktemp("filled")
+    assert obtain(cache)["built"] == 1
+    return cache
+
+
+@pytest.fixture
+def cache(filled, tmp_path):
+    return shutil.copytree(filled, tmp_path / "cache")
+
+
+def start(code, *arguments, cache, **env):
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd="/",
+        env=os.environ | {"TILELANG_CACHE_DIR": str(cache)} | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+def obtain(cache, *hidden, **env):
+    return finish(start(OBTAIN, *(hidden or (64,)), cache=cache, **env))
+
+
+def entry_of(cache):
+    (library,) = cache.glob("*/*/kernels/*/executable.so")
+    return library.parent
+
+
+def test_second_process_loads(cache):
+    assert obtain(cache) == {
+        "path": str(entry_of(cache)),
+        "warnings": [],
+        "built": 0,
+        "loaded": 1,
+        "resident": 0,
+    }
+
+
+def truncate(entry):
+    library = entry / "executable.so"
+    library.write_bytes(library.read_bytes()[:-100])
+
+
+def flip(entry):
+    library = entry / "executable.so"
+    content = bytearray(library.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    library.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncate,
+        flip,
+        lambda entry: (entry / "params.json").write_text("{"),
+        lambda entry: (entry / "manifest.json").unlink(),
+        lambda entry: (shutil.rmtree(entry), entry.write_text("a file")),
+    ],
+    ids=["truncated", "flipped", "bad parameters", "no manifest", "a file"],
+)
+def test_corrupted_entry_is_built_again(cache, damage):
+    damage(entry_of(cache))
+    found = obtain(cache)
+    assert (found["built"], found["loaded"]) == (1, 0)
+    assert found["warnings"] == []
+
+
+def test_corrupted_entry_is_repaired(cache):
+    entry = entry_of(cache)
+    sound = (entry / "device_kernel.cu").read_bytes()
+    flip(entry)
+    obtain(cache)
+    assert (entry / "device_kernel.cu").read_bytes() == sound
+    assert obtain(cache)["loaded"] == 1
+
+
+def test_impossible_cache_directory(nvcc, tmp_path):
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    found = obtain(blocker / "cache", 64, 128)
+    assert found["built"] == 2
+    assert len(found["warnings"]) == 1, "one warning, however many kernels"
+    assert f"cannot be stored in {blocker / 'cache'}" in found["warnings"][0]
+    assert "TILELANG_CACHE_DIR" in found["warnings"][0]
+
+
+def test_unwritable_cache_directory_is_still_read(cache):
+    # Permissions do not stop root, so a file stands where TileLang would stage an entry.
+    (staging,) = cache.glob("*/*/.staging")
+    shutil.rmtree(staging)
+    staging.write_text("")
+    before = sorted(cache.rglob("*"))
+    assert obtain(cache)["loaded"] == 1
+    found = obtain(cache, 64, 128)
+    assert (found["built"], found["loaded"], len(found["warnings"])) == (1, 1, 1)
+    assert sorted(cache.rglob("*")) == before
+
+
+def test_two_processes_compile_the_same_kernel(nvcc, tmp_path):
+    processes = [start(OBTAIN, 64, cache=tmp_path) for _ in range(2)]
+    found = [finish(process) for process in processes]
+    assert all(f["built"] + f["loaded"] == 1 for f in found)
+    assert obtain(tmp_path)["loaded"] == 1
+    entry_of(tmp_path)  # exactly one
+
+
+def test_two_threads_compile_once(cache, nvcc):
+    code = """
+import json
+from concurrent.futures import ThreadPoolExecutor
+from tile_mhc import jit
+with ThreadPoolExecutor(4) as pool:
+    found = list(pool.map(lambda _: jit.compile_kernel("expand_fwd", (2, 192), "sm_90a"), range(4)))
+print(json.dumps([jit.statistics().built, len(found), len(set(map(id, found)))]))
+"""
+    assert finish(start(code, cache=cache)) == [1, 4, 1]
+
+
+def test_building_forbidden(cache):
+    """What is cached loads; the error for the rest names the command that makes it load too."""
+    pytest.importorskip("click")
+    pytest.importorskip("rich")
+    assert obtain(cache, TILE_MHC_JIT="0")["loaded"] == 1
+    found = obtain(cache, 320, TILE_MHC_JIT="0")
+    assert found["error"] == "NotCompiledError"
+    command = "tile-mhc compile --arch sm_90a --hidden 320 --streams 2 --ops expand"
+    assert found["text"] == (
+        f"kernel expand_fwd(2, 320): is not compiled for sm_90a in {cache}, and TILE_MHC_JIT=0 "
+        f"forbids building it now; run `{command}`"
+    )
+    code = "import sys; from tile_mhc.cli import main; sys.exit(main(sys.argv[1:]))"
+    # The command obeys although the variable is still set.
+    process = start(code, *shlex.split(command)[1:], cache=cache, TILE_MHC_JIT="0")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    assert obtain(cache, 320, TILE_MHC_JIT="0")["loaded"] == 1
+
+
+def test_no_nvcc(cache):
+    """A cached kernel needs none; for another, the error says what is missing."""
+    away = {"CUDA_HOME": "/nonexistent", "CUDA_PATH": "/nonexistent"}
+    assert obtain(cache, **away)["loaded"] == 1
+    found = obtain(cache, 448, **away)
+    assert found["error"] == "CompileError"
+    assert found["text"].startswith("kernel expand_fwd(2, 448): building it needs nvcc, and none")
+    assert "\n" not in found["text"]
+
+
+@pytest.mark.parametrize("value", [None, "1"])
+def test_compilation_is_quiet_unless_the_user_says_otherwise(cache, monkeypatch, value):
+    monkeypatch.delenv("TILELANG_PRINT_ON_COMPILATION", raising=False)
+    code = """
+import json
+from tile_mhc import jit
+print(json.dumps(jit.import_tilelang().env.is_print_on_compilation_enabled()))
+"""
+    env = {} if value is None else {"TILELANG_PRINT_ON_COMPILATION": value}
+    assert finish(start(code, cache=cache, **env)) is (value == "1")
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A pretended CUDA device, and the calls that reached the compiler."""
+    state = {"device": 0, "capturing": False, "capability": (9, 0), "calls": []}
+
+    def compile_kernel(name, args, arch):
+        state["calls"].append((name, args, arch))
+        launch = (lambda: (name, args, arch)).__call__
+        return jit.Compiled(name, args, arch, launch, True, 0.0, "", None, None)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: state["device"])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: state["capability"])
+    monkeypatch.setattr(jit, "compile_kernel", compile_kernel)
+    monkeypatch.setattr(jit, "_ready", {})
+    return state
+
+
+def test_memory_answers_the_second_time(device):
+    first = jit.kernel(NAME, *ARGS)
+    assert first() == (NAME, ARGS, ARCH)
+    assert jit.kernel(NAME, *ARGS) is first
+    assert device["calls"] == [(NAME, ARGS, ARCH)]
+    assert jit.statistics().resident == 1
+
+
+def test_memory_is_per_device(device):
+    jit.kernel(NAME, *ARGS)
+    device.update(device=1, capability=(10, 0))
+    assert jit.kernel(NAME, *ARGS)() == (NAME, ARGS, "sm_100a")
+    assert jit.statistics().resident == 2
+
+
+def test_first_use_inside_a_capture(device):
+    device["capturing"] = True
+    with pytest.raises(
+        jit.NotCompiledError, match=r"expand_fwd\(2, 64\).*before a CUDA graph"
+    ) as e:
+        jit.kernel(NAME, *ARGS)
+    assert "Run the op once" in str(e.value)
+    assert device["calls"] == []
+    device["capturing"] = False
+    jit.kernel(NAME, *ARGS)
+    device["capturing"] = True
+    assert jit.kernel(NAME, *ARGS)() == (NAME, ARGS, ARCH)
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"),
+    [((8, 0), "sm_80"), ((8, 9), "sm_89"), ((9, 0), "sm_90a"), ((10, 0), "sm_100a"),
+     ((10, 3), "sm_103a"), ((12, 0), "sm_120a")],
+)  # fmt: skip
+def test_device_arch(device, capability, arch):
+    device["capability"] = capability
+    assert jit.device_arch(0) == arch
+    assert arch in specs.ARCHS
+
+
+@pytest.mark.parametrize(
+    ("value", "allowed"),
+    [(None, True), ("1", True), ("yes", True), ("0", False), ("off", False), (" False ", False)],
+)
+def test_switch(monkeypatch, value, allowed):
+    monkeypatch.delenv("TILE_MHC_JIT", raising=False)
+    if value is not None:
+        monkeypatch.setenv("TILE_MHC_JIT", value)
+    assert jit.building_allowed() is allowed
+
+
+def test_a_builder_that_fails(monkeypatch):
+    def broken(*_):
+        raise TypeError("no such\nthing")
+
+    monkeypatch.setattr(specs, "builder", lambda _: broken)
+    with pytest.raises(
+        jit.CompileError, match=r"^kernel broken\(7\): the builder failed: TypeError"
+    ):
+        jit.compile_kernel("broken", (7,), ARCH)
+    assert ("broken", (7,), ARCH) not in jit._compiled
+
+
+def test_unknown_kernel():
+    with pytest.raises(ValueError, match="name must be one of expand_fwd"):
+        jit.compile_kernel("nope", (), ARCH)
+
+
+def test_cache_problem(tmp_path):
+    assert jit.cache_problem(tmp_path / "new" / "folder") is None
+    (tmp_path / "file").write_text("")
+    assert "NotADirectoryError" in jit.cache_problem(tmp_path / "file" / "cache")
+    assert jit.cache_problem(tmp_path / "file") is not None
+
+
+def test_statistics_count_under_threads(monkeypatch):
+    """Many kernels at once: every one counted, none twice."""
+    monkeypatch.setattr(jit, "_compiled", {})
+    monkeypatch.setattr(jit, "_locks", {})
+    monkeypatch.setattr(jit, "_counts", {"built": 0, "loaded": 0})
+    monkeypatch.setattr(
+        jit,
+        "_load_or_build",
+        lambda name, args, arch: jit.Compiled(
+            name, args, arch, print, args[0] % 2 == 0, 0.0, "", None, None
+        ),
+    )
+
+    def work():
+        for i in range(100):
+            jit.compile_kernel(NAME, (i,), ARCH)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    statistics = jit.statistics()
+    assert (statistics.built, statistics.loaded) == (50, 50)

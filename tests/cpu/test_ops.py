@@ -1,0 +1,293 @@
+"""The op layer on CPU: registration, gradients, tracing, layouts, destinations."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+import oracle
+import tile_mhc
+from cases import (
+    AGGREGATE,
+    EXPAND,
+    FUSED_PRE,
+    OPS,
+    PARAMETERS,
+    POST,
+    Case,
+    operator_calls,
+    recompute_inputs,
+)
+from tile_mhc import functional
+
+CALLS = sorted(operator_calls((2,), 2, 64, "meta"))
+EVERY_OP = pytest.mark.parametrize("op", OPS, ids=str)
+LEADS = pytest.mark.parametrize("lead", [(), (1,), (3,), (2, 3), (2, 1, 3), (2, 1, 3, 1)], ids=str)
+
+
+def test_every_operator_is_checked():
+    defined = {
+        name.removeprefix("tile_mhc::").partition(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("tile_mhc::")
+    }
+    assert defined == set(CALLS)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck(name):
+    calls = operator_calls((3, 2), 2, 64, "cpu")
+    opcheck(getattr(torch.ops.tile_mhc, name), calls[name])
+
+
+@EVERY_OP
+@LEADS
+def test_leading_dimensions(op, lead):
+    case = Case(0, 2, 64, "any leading dimensions")
+    tensors, options = op.inputs(lead, 2, 64, "cpu")
+    ours = oracle.check(op, case, tensors, options)
+    for name in op.outputs:
+        assert ours[name].shape[: len(lead)] == lead
+
+
+@EVERY_OP
+def test_no_token(op):
+    tensors, options = op.inputs((0,), 4, 64, "cpu")
+    upstream = oracle.upstream_of(op, tensors, options)
+    ours = oracle.evaluate(op.run, tensors, options, upstream, op.outputs)
+    for name in tensors:
+        assert ours[f"grad_{name}"].shape == tensors[name].shape
+        if name in PARAMETERS:
+            assert not ours[f"grad_{name}"].any(), "a sum over no token is zero"
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(OPS),
+    st.lists(st.integers(0, 3), max_size=3),
+    st.sampled_from([2, 4, 8]),
+    st.sampled_from([64, 128, 192]),
+)
+def test_any_shape(op, lead, n, hidden_size):
+    case = Case(0, n, hidden_size, "whatever comes")
+    oracle.check(op, case, *op.inputs(lead, n, hidden_size, "cpu"))
+
+
+@EVERY_OP
+def test_each_gradient_alone(op):
+    tensors, options = op.inputs((3,), 4, 64, "cpu")
+    upstream = oracle.upstream_of(op, tensors, options)
+    every = oracle.evaluate(op.run, tensors, options, upstream, op.outputs)
+    for wanted in tensors:
+        inputs = {name: tensor.detach() for name, tensor in tensors.items()}
+        inputs[wanted].requires_grad_()
+        outputs = oracle.as_tuple(op.run(**inputs, **options))
+        pairs = [p for p in zip(outputs, upstream, strict=True) if p[0].requires_grad]
+        torch.autograd.backward([p[0] for p in pairs], [p[1] for p in pairs])
+        assert torch.equal(inputs[wanted].grad, every[f"grad_{wanted}"])
+        assert all(tensor.grad is None for name, tensor in inputs.items() if name != wanted)
+
+
+@EVERY_OP
+def test_no_gradient_wanted(op):
+    tensors, options = op.inputs((3,), 4, 64, "cpu")
+    outputs = oracle.as_tuple(op.run(**tensors, **options))
+    assert not any(out.requires_grad for out in outputs)
+
+
+@pytest.mark.parametrize("used", range(3), ids=FUSED_PRE.outputs)
+def test_one_output_used(used):
+    tensors, options = FUSED_PRE.inputs((3,), 4, 64, "cpu")
+    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    ours = functional.mhc_pre(**leaves, **options)[used]
+    other = FUSED_PRE.reference(**leaves, **options)[used]
+    grad = torch.randn_like(ours)
+    arguments = {"allow_unused": True, "materialize_grads": True}
+    grads = torch.autograd.grad(ours, list(leaves.values()), grad, **arguments)
+    expected = torch.autograd.grad(other, list(leaves.values()), grad, **arguments)
+    for name, a, b in zip(leaves, grads, expected, strict=True):
+        rtol = 2**-7 if a.dtype == torch.bfloat16 else 1e-4
+        torch.testing.assert_close(a, b, rtol=rtol, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_another_consumer_of_the_residual():
+    """The gradient is the sum of both uses, in whichever order they come."""
+    tensors, options = FUSED_PRE.inputs((3,), 4, 64, "cpu")
+    residual = tensors["residual"].requires_grad_()
+    grad = torch.randn(3, 64).bfloat16()
+    layer_input = functional.mhc_pre(**tensors, **options)[0]
+    (alone,) = torch.autograd.grad(layer_input, residual, grad)
+    for before in (True, False):
+        extra = residual * 2 if before else None
+        layer_input = functional.mhc_pre(**tensors, **options)[0]
+        extra = residual * 2 if extra is None else extra
+        (both,) = torch.autograd.grad(
+            (layer_input, extra), residual, (grad, torch.ones_like(extra))
+        )
+        torch.testing.assert_close(both, alone + 2, rtol=2**-7, atol=2**-7)
+
+
+def test_gradients_on_or_off():
+    """norm_weight included: dropping it without a gradient would change evaluation alone."""
+    tensors, options = FUSED_PRE.inputs((3,), 4, 64, "cpu")
+    off = functional.mhc_pre(**tensors, **options)
+    for wanted in tensors:
+        inputs = {name: tensor.detach() for name, tensor in tensors.items()}
+        inputs[wanted].requires_grad_()
+        on = functional.mhc_pre(**inputs, **options)
+        assert all(torch.equal(a, b) for a, b in zip(on, off, strict=True))
+    tensors["norm_weight"] = None
+    without = functional.mhc_pre(**tensors, **options)
+    assert not torch.equal(without[2], off[2])
+
+
+def sub_layer(residual, weight, norm_weight, scale, bias):
+    layer_input, post_mix, comb_mix = functional.mhc_pre(
+        residual, weight, scale, bias, norm_weight=norm_weight
+    )
+    return functional.mhc_post(torch.tanh(layer_input), residual, post_mix, comb_mix)
+
+
+def test_compiled_sub_layer():
+    tensors, _ = FUSED_PRE.inputs((3,), 4, 64, "cpu")
+    grad = torch.randn(3, 4, 64).bfloat16()
+    results = []
+    for function in (sub_layer, torch.compile(sub_layer, fullgraph=True, backend="aot_eager")):
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors.values()]
+        out = function(*leaves)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", ["expand", "contract", "recompute", "out"])
+def test_compiled(name):
+    """The ops that a sub-layer does not use."""
+
+    def run(function, *arguments):
+        if name == "recompute":
+            layer_inputs, residuals = function(*arguments)
+            return layer_inputs + residuals
+        return [function(*arguments)]
+
+    if name == "recompute":
+        function, arguments = tile_mhc.recompute, recompute_inputs(2, 1, (3,), 4, 64, "cpu")
+    elif name == "out":
+        tensors, _ = POST.inputs((3,), 4, 64, "cpu")
+        arguments = (*tensors.values(), torch.empty(3, 4, 64, dtype=torch.bfloat16))
+
+        def function(*values):
+            return tile_mhc.post(*values[:-1], out=values[-1])
+    elif name == "expand":
+        function, arguments = tile_mhc.expand, (torch.randn(3, 64).bfloat16(), 4)
+    else:
+        tensors, _ = next(op for op in OPS if op.name == name).inputs((3,), 4, 64, "cpu")
+        function, arguments = tile_mhc.contract, tuple(tensors.values())
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    ours = [tensor.clone() for tensor in run(compiled, *arguments)]
+    eager = run(function, *arguments)
+    assert all(torch.equal(a, b) for a, b in zip(ours, eager, strict=True))
+
+
+STREAM_NAMES = ("hidden", "residual", "layer_output")
+
+
+@EVERY_OP
+def test_strided_parameters_and_mixes(op):
+    """Everything but the streams may have any layout."""
+    tensors, options = op.inputs((3,), 4, 64, "cpu")
+    strided = {
+        name: tensor if name in STREAM_NAMES else torch.stack((tensor, tensor), -1)[..., 0]
+        for name, tensor in tensors.items()
+    }
+    upstream = oracle.upstream_of(op, tensors, options)
+    expected = oracle.evaluate(op.run, tensors, options, upstream, op.outputs)
+    spread = [torch.stack((grad, grad), -1)[..., 0] for grad in upstream]
+    ours = oracle.evaluate(op.run, strided, options, spread, op.outputs)
+    for name, value in ours.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+
+
+@EVERY_OP
+def test_strided_streams_are_refused(op):
+    tensors, options = op.inputs((3,), 4, 64, "cpu")
+    for name in set(tensors) & set(STREAM_NAMES):
+        spread = torch.stack((tensors[name], tensors[name]), -1)[..., 0]
+        with pytest.raises(tile_mhc.ShapeError, match=f"{op.name}: {name} must be contiguous"):
+            op.run(**{**tensors, name: spread}, **options)
+
+
+def test_mix_of_a_last_axis_of_one():
+    for op, name in ((AGGREGATE, "pre_mix"), (POST, "post_mix")):
+        tensors, _ = op.inputs((3,), 4, 64, "cpu")
+        expected = op.run(**tensors)
+        tensors[name] = tensors[name].unsqueeze(-1).requires_grad_()
+        out = op.run(**tensors)
+        assert torch.equal(out, expected)
+        out.float().sum().backward()
+        assert tensors[name].grad.shape == (3, 4, 1)
+
+
+@pytest.mark.parametrize("op", [EXPAND, AGGREGATE, POST], ids=str)
+def test_out(op):
+    tensors, options = op.inputs((3,), 4, 64, "cpu")
+    expected = op.run(**tensors, **options)
+    out = torch.empty_like(expected)
+    assert op.run(**tensors, **options, out=out) is out
+    assert torch.equal(out, expected)
+
+
+def test_out_beside_a_gradient_is_allowed_without_grad():
+    tensors, _ = AGGREGATE.inputs((3,), 4, 64, "cpu")
+    tensors["residual"].requires_grad_()
+    with torch.no_grad():
+        out = tile_mhc.aggregate(**tensors, out=torch.empty(3, 64, dtype=torch.bfloat16))
+    assert torch.equal(out, tile_mhc.aggregate(**tensors))
+
+
+def test_out_next_to_an_input_in_one_storage():
+    """Neighbours do not overlap."""
+    storage = torch.randn(3 * 64 * 5).bfloat16()
+    residual, out = storage[: 3 * 4 * 64].view(3, 4, 64), storage[3 * 4 * 64 :].view(3, 64)
+    mix = torch.rand(3, 4)
+    expected = tile_mhc.aggregate(residual.clone(), mix)
+    assert torch.equal(tile_mhc.aggregate(residual, mix, out=out), expected)
+
+
+@pytest.mark.parametrize(("layers", "posts"), [(1, 0), (1, 1), (3, 2), (3, 3)])
+def test_recompute(layers, posts):
+    initial, pre, outputs, post_mixes, combs = recompute_inputs(layers, posts, (3,), 4, 64, "cpu")
+    destinations = [torch.empty(3, 4, 64, dtype=torch.bfloat16) for _ in range(posts)]
+    layer_inputs, residuals = tile_mhc.recompute(
+        initial, pre, outputs, post_mixes, combs, residuals=destinations
+    )
+    assert all(a is b for a, b in zip(residuals, destinations, strict=True))
+    residual = initial
+    for layer in range(layers):
+        assert torch.equal(layer_inputs[layer], tile_mhc.aggregate(residual, pre[layer]))
+        if layer < posts:
+            residual = tile_mhc.post(outputs[layer], residual, post_mixes[layer], combs[layer])
+            assert torch.equal(residuals[layer], residual)
+
+
+@EVERY_OP
+def test_shapes_without_data(op):
+    """Meta tensors go through: the fakes are enough."""
+    tensors, options = op.inputs((3,), 4, 64, "cpu")
+    expected = oracle.as_tuple(op.run(**tensors, **options))
+    meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    for a, b in zip(oracle.as_tuple(op.run(**meta, **options)), expected, strict=True):
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+def test_import_brings_in_neither_compiler_nor_transformers():
+    code = (
+        "import sys, tile_mhc, tile_mhc.functional, tile_mhc.reference\n"
+        "heavy = ('tilelang', 'tvm', 'transformers', 'triton')\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,127 @@
+"""The table of kernels against the code: builders, launches, and the four places of a stem."""
+
+import ast
+import inspect
+import shlex
+from pathlib import Path
+
+import pytest
+
+import tile_mhc
+from tile_mhc import specs
+from tile_mhc.ops import recompute, sinkhorn
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = [specs.Sizes(2, 64), specs.Sizes(4, 1280), specs.Sizes(8, 7168, 40)]
+KERNELS = specs.select(SIZES)
+
+
+def launches():
+    """(kernel name, number of arguments) of every jit.kernel("name", ...) in the ops."""
+    for path in sorted((ROOT / "tile_mhc" / "ops").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "jit.kernel":
+                assert isinstance(node.args[0], ast.Constant), f"{path.name}: name it literally"
+                yield node.args[0].value, len(node.args) - 1
+
+
+def test_every_launch_is_in_the_table_and_the_other_way_round():
+    assert {name for name, _ in launches()} == {spec.name for spec in specs.SPECS}
+
+
+def test_launches_pass_as_many_arguments_as_the_table():
+    table = {spec.name: len(spec.arguments(SIZES[0])[0]) for spec in specs.SPECS}
+    for name, count in launches():
+        assert count == table[name], name
+
+
+def test_names_are_unique():
+    names = [spec.name for spec in specs.SPECS]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("stem", sorted({spec.stem for spec in specs.SPECS}))
+def test_a_stem_has_its_places(stem):
+    for place in (f"kernels/mhc/{stem}.py", f"tile_mhc/ops/{stem}.py", f"tests/gpu/test_{stem}.py"):
+        assert (ROOT / place).is_file(), f"{stem} lacks {place}"
+
+
+@pytest.mark.parametrize("folder", ["kernels/mhc", "tile_mhc/ops"])
+def test_every_module_is_a_stem(folder):
+    modules = {path.stem for path in (ROOT / folder).glob("*.py") if path.name[0] != "_"}
+    assert modules == {spec.stem for spec in specs.SPECS}
+
+
+def test_ops_are_public():
+    assert set(specs.OPS) <= set(tile_mhc.__all__)
+    assert all(callable(getattr(tile_mhc, op)) for op in specs.OPS)
+
+
+@pytest.mark.parametrize("spec", specs.SPECS, ids=lambda spec: spec.name)
+def test_a_builder_takes_the_arguments_of_the_table(spec):
+    builder = specs.builder(spec.name)
+    assert builder.__module__ == f"tile_mhc.kernels.{spec.stem}"
+    assert isinstance(builder.pass_configs, dict)
+    for size in SIZES:
+        for args in spec.arguments(size):
+            inspect.signature(builder).bind(*args)
+
+
+@pytest.mark.parametrize(("name", "args"), KERNELS, ids=str)
+def test_a_builder_elaborates(name, args):
+    """Tracing alone, no compiler: type and shape mistakes show here for every size."""
+    func = specs.builder(name)(*args)
+    # `tile-mhc clean` recognises our cache entries by this name.
+    assert f"{func.attrs['global_symbol']}_kernel" in specs.device_functions()
+
+
+@pytest.mark.parametrize(("name", "args"), KERNELS, ids=str)
+def test_the_command_compiles_the_kernel(name, args):
+    words = shlex.split(specs.compile_command(name, args, "sm_90a"))
+    assert words[:4] == ["tile-mhc", "compile", "--arch", "sm_90a"]
+    options = dict(zip(words[2::2], words[3::2], strict=True))
+    size = specs.Sizes(
+        int(options["--streams"]), int(options["--hidden"]), int(options.get("--repeat", 1))
+    )
+    assert (name, args) in specs.select([size], [options["--ops"]])
+
+
+def test_no_command_for_what_no_size_gives():
+    assert specs.compile_command("expand_fwd", (3, 64), "sm_90a") is None
+
+
+def test_select_names_each_kernel_once():
+    chosen = specs.select([*SIZES, *SIZES])
+    assert len(chosen) == len(set(chosen)) == len(KERNELS)
+
+
+def test_select_takes_only_the_ops_asked_for():
+    assert specs.select([specs.Sizes(4, 64)], ["expand"]) == [
+        ("expand_fwd", (4, 64)),
+        ("expand_bwd", (4, 64)),
+    ]
+
+
+def test_unknown_kernel():
+    with pytest.raises(ValueError, match=r"kernel: name must be one of expand_fwd, .*got 'nope'"):
+        specs.builder("nope")
+
+
+def test_constants_agree_with_the_ops():
+    assert specs.HISTORY_STEP == sinkhorn.HISTORY_STEP
+    assert specs.TABLE_SLOTS == recompute.TABLE_SLOTS
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "kernels" / "mhc").glob("*.py")), ids=lambda p: p.stem
+)
+def test_kernels_import_no_layer_above_them(path):
+    allowed = ("tilelang", "tile_mhc.kernels", "collections.abc", "typing", "math", "functools")
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module]
+        for name in names:
+            assert any(name == a or name.startswith(f"{a}.") for a in allowed), f"imports {name}"

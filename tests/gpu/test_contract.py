@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+import oracle
+from cases import CONTRACT, Case, few_streams
+from tile_mhc import contract
+
+
+@few_streams
+def test_contract(case):
+    oracle.check(CONTRACT, case, *CONTRACT.inputs(*case.shape, "cuda"))
+
+
+def test_norm_weight():
+    tensors, options = CONTRACT.inputs((130,), 4, 1280, "cuda")
+    tensors["norm_weight"] = torch.rand(4 * 1280, device="cuda") + 0.5
+    oracle.check(CONTRACT, Case(130, 4, 1280, "a weight of the norm"), tensors, options)
+
+
+def test_same_bits_every_run():
+    oracle.check_repeatable(CONTRACT, *CONTRACT.inputs((130,), 4, 1280, "cuda"))
+
+
+def test_nonfinite_stays_in_its_token():
+    oracle.check_isolation(CONTRACT, *CONTRACT.inputs((65,), 8, 128, "cuda"), "residual")
+
+
+@pytest.mark.parametrize("lead", [(), (3, 5), (1, 2, 3, 5)], ids=str)
+def test_leading_dimensions(lead):
+    case = Case(0, 4, 192, "any leading dimensions")
+    oracle.check(CONTRACT, case, *CONTRACT.inputs(lead, 4, 192, "cuda"))
+
+
+@pytest.mark.parametrize("wanted", ["residual", "weight", "scale", "bias"])
+def test_one_gradient_alone(wanted):
+    tensors, _ = CONTRACT.inputs((65,), 8, 128, "cuda")
+    grad = torch.randn_like(tensors["residual"][:, 0])
+    every = oracle.evaluate(contract, tensors, {}, [grad], ["out"])
+    tensors[wanted].requires_grad_()
+    contract(**tensors).backward(grad)
+    assert torch.equal(tensors[wanted].grad, every[f"grad_{wanted}"])
+    assert all(t.grad is None for name, t in tensors.items() if name != wanted)

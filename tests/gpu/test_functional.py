@@ -1,0 +1,111 @@
+"""A whole sub-layer: before and after the layer, with everything that may use the residual."""
+
+import pytest
+import torch
+
+import oracle
+from cases import PARAMETERS, Case, Op, post_inputs, pre_inputs
+from tile_mhc import functional, reference
+
+CASES = pytest.mark.parametrize(
+    "case",
+    [
+        Case(0, 4, 64, "no token"),
+        Case(13, 4, 192, "less than a tile"),
+        Case(65, 8, 128, "most streams"),
+        Case(64, 2, 64, "fewest streams"),
+        Case(4096, 4, 2560, "where TileKernels' error was measured"),
+    ],
+    ids=str,
+)
+
+
+def inputs(lead, num_streams, hidden_size, device):
+    tensors, options = pre_inputs(lead, num_streams, hidden_size, device)
+    layer_output = post_inputs(lead, num_streams, hidden_size, device)[0]["layer_output"]
+    return tensors | {"layer_output": layer_output}, options
+
+
+def sub_layer(pre, post, layer_output, residual, **arguments):
+    """The layer itself is left out: its output is an input, its gradient comes from outside."""
+    layer_input, post_mix, comb_mix = pre(residual, **arguments)
+    return layer_input, post(layer_output, residual, post_mix, comb_mix)
+
+
+def ours(**arguments):
+    return sub_layer(functional.mhc_pre, functional.mhc_post, **arguments)
+
+
+def specified(**arguments):
+    return sub_layer(reference.fused_pre, reference.post, **arguments)
+
+
+SUB_LAYER = Op("mhc_sub_layer", ours, specified, inputs, ("layer_input", "out"))
+
+
+@CASES
+def test_sub_layer(case):
+    oracle.check(SUB_LAYER, case, *inputs(*case.shape, "cuda"))
+
+
+def test_same_bits_every_run():
+    oracle.check_repeatable(SUB_LAYER, *inputs((130,), 4, 1280, "cuda"))
+
+
+def test_nonfinite_stays_in_its_token():
+    oracle.check_isolation(SUB_LAYER, *inputs((130,), 4, 1280, "cuda"), "residual")
+
+
+@pytest.mark.parametrize("wanted", ["layer_output", "residual", *PARAMETERS])
+def test_one_gradient_alone(wanted):
+    tensors, options = inputs((65,), 4, 192, "cuda")
+    upstream = oracle.upstream_of(SUB_LAYER, tensors, options)
+    every = oracle.evaluate(ours, tensors, options, upstream, SUB_LAYER.outputs)
+    leaf = tensors[wanted].requires_grad_()
+    outputs = ours(**tensors, **options)
+    pairs = [p for p in zip(outputs, upstream, strict=True) if p[0].requires_grad]
+    (grad,) = torch.autograd.grad([p[0] for p in pairs], leaf, [p[1] for p in pairs])
+    assert torch.equal(grad, every[f"grad_{wanted}"])
+
+
+@pytest.mark.parametrize("used", range(3), ids=["layer_input", "post_mix", "comb_mix"])
+def test_one_output_used(used):
+    """The gradient of one output alone is that of all, with zeros for the others."""
+    tensors, options = pre_inputs((65,), 4, 192, "cuda")
+    names = ("layer_input", "post_mix", "comb_mix")
+    with torch.no_grad():
+        outputs = functional.mhc_pre(**tensors, **options)
+    upstream = [
+        torch.randn_like(out) if i == used else torch.zeros_like(out)
+        for i, out in enumerate(outputs)
+    ]
+    every = oracle.evaluate(functional.mhc_pre, tensors, options, upstream, names)
+    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    out = functional.mhc_pre(**leaves, **options)[used]
+    grads = torch.autograd.grad(out, list(leaves.values()), upstream[used], allow_unused=True)
+    for name, grad in zip(leaves, grads, strict=True):
+        zero = torch.zeros_like(leaves[name])
+        # Equal as numbers: a sum with zeros may turn -0 into 0.
+        assert torch.equal(zero if grad is None else grad, every[f"grad_{name}"]), name
+
+
+def test_another_consumer_of_the_residual():
+    """Whatever else reads the residual, its gradient is the sum: none left out, none twice."""
+    tensors, options = inputs((65,), 4, 192, "cuda")
+
+    def with_consumer(function):
+        def run(residual, **arguments):
+            return (*function(residual=residual, **arguments), residual.flip(-1))
+
+        return run
+
+    op = Op("mhc_sub_layer", with_consumer(ours), with_consumer(specified), inputs)
+    names = ("layer_input", "out", "flipped")
+    upstream = oracle.upstream_of(op, tensors, options)
+    wide = {name: tensor.double() for name, tensor in tensors.items()}
+    wide_upstream = [grad.double() for grad in upstream]
+    result = oracle.evaluate(op.run, tensors, options, upstream, names)
+    plain = oracle.evaluate(op.reference, tensors, options, upstream, names)
+    truth = oracle.evaluate(op.reference, wide, options, wide_upstream, names)
+    for name, value in result.items():
+        oracle.check_elements("mhc_sub_layer", name, value, plain[name], truth[name])

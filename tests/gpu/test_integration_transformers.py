@@ -1,0 +1,143 @@
+"""TileLang under Hugging Face's DeepSeek-V4 on a GPU."""
+
+import copy
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tile_mhc.integrations import transformers as integration
+
+transformers = pytest.importorskip("transformers")
+modeling = pytest.importorskip(integration.MODELING)
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "deepseek_v4.py"
+HIDDEN = 256
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    yield
+    integration.unpatch()
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("deepseek_v4", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["deepseek_v4"] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def model(script):
+    return script.build_model(torch.device("cuda"))
+
+
+def make_connection(dtype):
+    config = SimpleNamespace(
+        hc_mult=4, hidden_size=HIDDEN, hc_sinkhorn_iters=20, hc_eps=1e-6, rms_norm_eps=1e-6
+    )
+    connection = modeling.DeepseekV4HyperConnection(config).cuda()
+    for parameter in connection.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+        parameter.data = parameter.data.bfloat16().to(dtype)
+    return connection
+
+
+def distance(value, truth):
+    value, truth = value.detach().double(), truth.detach().double()
+    return float((value - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_connection_and_mixing_are_no_further_from_float32_than_the_original(dtype):
+    module = make_connection(dtype)
+    exact = copy.deepcopy(module).float()
+    streams = torch.randn(2, 33, 4, HIDDEN, device="cuda").bfloat16()
+    output = torch.randn(2, 33, HIDDEN, device="cuda").bfloat16()
+    upstream = torch.randn(2, 33, 4, HIDDEN, device="cuda").bfloat16()
+
+    def evaluate(connection, x, y, mix):
+        x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
+        post_mix, comb_mix, layer_input = connection(x)
+        mixed = mix(layer_input * 0.5 + y, x, post_mix, comb_mix)
+        leaves = [x, y, *connection.parameters()]
+        grads = torch.autograd.grad(mixed, leaves, upstream.to(mixed.dtype))
+        return [post_mix, comb_mix, layer_input, mixed, *grads]
+
+    def mix_as_the_original(y, x, post_mix, comb_mix):
+        added = post_mix.to(x.dtype).unsqueeze(-1) * y.unsqueeze(-2)
+        return added + torch.matmul(comb_mix.to(x.dtype).transpose(-1, -2), x)
+
+    truth = evaluate(exact, streams.float(), output.float(), mix_as_the_original)
+    original = evaluate(module, streams, output, mix_as_the_original)
+    integration.patch()
+    ours = evaluate(module, streams, output, integration._post)
+    assert integration.backend_report() == {"post": {"TileLang": 1}, "pre": {"TileLang": 1}}
+    for index, (mine, theirs, exactly) in enumerate(zip(ours, original, truth, strict=True)):
+        assert mine.dtype == theirs.dtype
+        # The projection takes the weight as two bfloat16 parts: 1e-5, where float32 has 1e-6.
+        assert distance(mine, exactly) <= 1.1 * distance(theirs, exactly) + 3e-5, index
+
+
+def test_script_agrees_on_tilelang(script, capsys):
+    assert script.main(["--device", "cuda", "--text", str(SCRIPT), "--steps", "3", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    backends = [run["backend"] for run in report["runs"] if run["patched"]]
+    assert backends == ["reference (float32 streams)", "TileLang", "TileLang"]
+
+
+def test_generation_with_a_cache(script, model):
+    model = script.cast_parameters(model, "bfloat16").eval()
+    prompt = torch.randint(256, (1, 40), device="cuda")
+    integration.patch()
+    tokens = model.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=True)
+    assert tokens.shape == (1, 46)
+    assert integration.backend_report()["head"] == {"TileLang": 6}
+    with torch.no_grad():
+        logits = model(tokens[:, :-1]).logits[:, 39:].float()
+    # Prefill and decode round differently, by about 0.02 standard deviations: the chosen token is
+    # the best, or tied with it.
+    chosen = logits.gather(-1, tokens[:, 40:, None]).squeeze(-1)
+    assert (chosen >= logits.amax(-1) - 0.15 * logits.std(-1)).all()
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(script, model):
+    model = script.cast_parameters(model, "bfloat16, hc float32")
+    ids = torch.randint(256, (1, 160), device="cuda")
+    integration.patch()
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        output = model(ids, labels=ids, use_cache=False)
+        output.loss.backward()
+        grads.append(
+            torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None])
+        )
+    # Not the same bits: some of transformers' own backwards add with atomics.
+    assert distance(grads[1], grads[0]) <= 1e-2
+    assert set(integration.backend_report()["post"]) == {"TileLang"}
+
+
+def test_compiled_connection():
+    connection = make_connection(torch.float32)
+    streams = torch.randn(2, 33, 4, HIDDEN, device="cuda").bfloat16().requires_grad_()
+    integration.patch()
+    eager = connection(streams)
+    upstream = [torch.randn_like(out) for out in eager]
+    leaves = [streams, *connection.parameters()]
+    eager_grads = torch.autograd.grad(eager, leaves, upstream)
+    compiled = torch.compile(connection, fullgraph=True)(streams)
+    grads = torch.autograd.grad(compiled, leaves, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
+    for mine, theirs in zip(grads, eager_grads, strict=True):
+        # The sum of the three gradients of the streams may be rounded once rather than twice.
+        assert distance(mine, theirs) <= (4e-3 if mine.dtype == torch.bfloat16 else 1e-6)

@@ -1,0 +1,189 @@
+"""Hold an op and its gradients against float64, with torch in the op's own dtypes beside it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tolerances
+from cases import PARAMETERS, Case, Op
+
+Named = dict[str, Tensor]
+
+
+def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def evaluate(
+    function: Callable[..., Any],
+    tensors: Named,
+    options: Mapping[str, Any],
+    upstream: Sequence[Tensor],
+    names: Sequence[str],
+) -> Named:
+    """The outputs of `function`, and the gradient of each of `tensors`, by name."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    outputs = as_tuple(function(**leaves, **options))
+    grads = torch.autograd.grad(outputs, list(leaves.values()), upstream)
+    result = {name: out.detach() for name, out in zip(names, outputs, strict=True)}
+    return result | {f"grad_{name}": g for name, g in zip(leaves, grads, strict=True)}
+
+
+def upstream_of(
+    op: Op, tensors: Named, options: Mapping[str, Any], size: float = 1.0
+) -> list[Tensor]:
+    """A random gradient, near `size`, for each output of an op."""
+    with torch.no_grad():
+        outputs = as_tuple(op.reference(**tensors, **options))
+    return [torch.randn_like(out) * size for out in outputs]
+
+
+def check(
+    op: Op, case: Case, tensors: Named, options: Mapping[str, Any], upstream_size: float = 1.0
+) -> Named:
+    """Check every output and gradient of `op`; return ours."""
+    upstream = upstream_of(op, tensors, options, upstream_size)
+    ours = evaluate(op.run, tensors, options, upstream, op.outputs)
+    torch_result = evaluate(op.reference, tensors, options, upstream, op.outputs)
+    truth = evaluate(
+        op.reference,
+        {name: tensor.double() for name, tensor in tensors.items()},
+        options,
+        [grad.double() for grad in upstream],
+        op.outputs,
+    )
+    bars = tolerances.norm_bars(case.num_tokens, case.num_streams, case.hidden_size)
+    for name in ours:
+        # The few elements of a scale's gradient may cancel; the bias's is a sum of the same terms.
+        beside = truth["grad_bias"] if name == "grad_scale" else None
+        check_tensor(op.name, name, ours[name], torch_result[name], truth[name], bars, beside)
+    return ours
+
+
+def check_tensor(
+    op: str,
+    name: str,
+    ours: Tensor,
+    torch_result: Tensor,
+    truth: Tensor,
+    bars: Mapping[tuple[str, str], float],
+    beside: Tensor | None = None,
+) -> None:
+    """Check shape, dtype, every element and the norm; `beside` may raise the unit of the budget."""
+    if ours.shape != truth.shape or ours.dtype != torch_result.dtype:
+        raise AssertionError(
+            f"{op} {name}: {tuple(ours.shape)} {ours.dtype}, "
+            f"not {tuple(truth.shape)} {torch_result.dtype}"
+        )
+    if ours.numel() == 0:
+        return
+    check_elements(op, name, ours, torch_result, truth, beside)
+    check_norm(op, name, ours, torch_result, truth, bars.get((op, name)))
+
+
+def rms(tensor: Tensor) -> Tensor:
+    return tensor.square().mean().sqrt()
+
+
+def check_elements(
+    op: str,
+    name: str,
+    ours: Tensor,
+    torch_result: Tensor,
+    truth: Tensor,
+    beside: Tensor | None = None,
+) -> None:
+    """The budget of every element; a NaN on our side alone exceeds it."""
+    error = (ours.double() - truth).abs()
+    unit = rms(truth) if beside is None else torch.maximum(rms(truth), rms(beside))
+    # Below the smallest normal number, a GPU may flush to zero.
+    floor = tolerances.atol(op, name) * truth.abs().maximum(unit) + torch.finfo(ours.dtype).tiny
+    # Where torch itself overflows, it excuses nothing.
+    torch_error = (torch_result.double() - truth).abs().nan_to_num(0.0, posinf=0.0)
+    budget = tolerances.FACTOR * torch_error + floor
+    same = (ours == truth) | (ours.isnan() & truth.isnan())
+    excess = torch.where(same, -1.0, (error - budget).nan_to_num(torch.inf))
+    worst = int(excess.argmax())
+    if excess.flatten()[worst] > 0:
+        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), ours.shape))
+        raise AssertionError(
+            f"{op} {name}{list(index)}: {int((excess > 0).sum())} of {ours.numel()} elements out "
+            f"of budget, the worst: ours {ours[index].item()!r}, "
+            f"torch {torch_result[index].item()!r}, float64 {truth[index].item()!r}, "
+            f"error {error[index].item():.3e}, budget {budget[index].item():.3e}"
+        )
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    return float((value.double() - truth).norm() / truth.norm())
+
+
+def check_norm(
+    op: str,
+    name: str,
+    ours: Tensor,
+    torch_result: Tensor,
+    truth: Tensor,
+    bar: float | None,
+) -> None:
+    if not truth.isfinite().all() or not truth.any():
+        return
+    if bar is not None and ours.numel() < tolerances.NORM_MIN_ELEMENTS:
+        return
+    if bar is None and ours.dtype == torch.bfloat16:
+        if tolerances.atol(op, name) == tolerances.BF16_SUM:
+            bar = tolerances.BF16_SUM_ROUNDING * relative_error(torch_result, truth)
+        else:
+            bar = tolerances.BF16_ROUNDING * relative_error(truth.bfloat16(), truth)
+    if bar is not None and relative_error(ours, truth) > bar:
+        raise AssertionError(
+            f"{op} {name}: ||ours - fp64|| / ||fp64|| is {relative_error(ours, truth):.3e}, "
+            f"the bar is {bar:.3e}; torch has {relative_error(torch_result, truth):.3e}"
+        )
+
+
+def check_same_bits(first: Named, second: Named, what: str) -> None:
+    """Equal bits, NaN included."""
+    for name, a in first.items():
+        b = second[name]
+        bits = torch.int16 if a.dtype == torch.bfloat16 else torch.int32
+        if a.shape != b.shape or a.dtype != b.dtype:
+            raise AssertionError(f"{what} {name}: {a.shape} {a.dtype}, then {b.shape} {b.dtype}")
+        differ = a.contiguous().view(bits) != b.contiguous().view(bits)
+        if differ.any():
+            index = tuple(int(i) for i in differ.nonzero()[0])
+            raise AssertionError(
+                f"{what} {name}{list(index)}: {int(differ.sum())} of {a.numel()} elements differ, "
+                f"the first: {a[index].item()!r} and {b[index].item()!r}"
+            )
+
+
+def check_repeatable(op: Op, tensors: Named, options: Mapping[str, Any]) -> None:
+    """Two runs, one set of bits: outputs and gradients."""
+    upstream = upstream_of(op, tensors, options)
+    first = evaluate(op.run, tensors, options, upstream, op.outputs)
+    second = evaluate(op.run, tensors, options, upstream, op.outputs)
+    check_same_bits(first, second, f"{op.name}, run twice:")
+
+
+def check_isolation(op: Op, tensors: Named, options: Mapping[str, Any], poisoned: str) -> None:
+    """NaN and Inf in two tokens of one input leave the bits of the other tokens as they were."""
+    upstream = upstream_of(op, tensors, options)
+    clean = evaluate(op.run, tensors, options, upstream, op.outputs)
+    dirty_input = tensors[poisoned].clone()
+    num_tokens = dirty_input.shape[0]
+    bad = {num_tokens // 3: float("nan"), num_tokens - 2: float("inf")}
+    for token, value in bad.items():
+        dirty_input[token].view(-1)[-1] = value
+    dirty = evaluate(op.run, {**tensors, poisoned: dirty_input}, options, upstream, op.outputs)
+    good = [token for token in range(num_tokens) if token not in bad]
+    by_token = [name for name in clean if name.removeprefix("grad_") not in PARAMETERS]
+    check_same_bits(
+        {name: clean[name][good] for name in by_token},
+        {name: dirty[name][good] for name in by_token},
+        f"{op.name}, NaN in another token's {poisoned}:",
+    )
+    if not any(dirty[name][num_tokens // 3].isnan().any() for name in op.outputs):
+        raise AssertionError(f"{op.name}: a NaN in {poisoned} reaches no output")

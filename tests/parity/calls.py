@@ -1,0 +1,395 @@
+"""Every mHC call of TileKernels 1.0.0 as one value: its inputs, how to run it, and how exact it is.
+
+`run` takes a namespace of functions with TileKernels' names, so that one call serves theirs, ours
+and the float64 specification. Inputs come from an integer hash: the same bits under any version of
+torch, on any device. n is 4, as TileKernels' backward wants; residuals are (1, T, n, H), as its
+wrappers want.
+"""
+
+import hashlib
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from tile_mhc import reference
+
+Named = dict[str, Tensor]
+SEED = 0
+NUM_STREAMS = 4
+NUM_MIXES = NUM_STREAMS * (NUM_STREAMS + 2)
+LAYERS, POSTS = 3, 2  # of the recompute: an aggregate follows the last post
+
+# The largest relative error, in norm, of rounding once to a format: half a unit in the last place
+# of the smallest mantissa, spread evenly. Measured values are a quarter below.
+BF16 = 2.0**-8 / math.sqrt(3)
+TF32 = 2.0**-11 / math.sqrt(3)
+# A few dozen float32 operations of 6e-8 each.
+FLOAT32 = 1e-6
+
+
+def hashed(key: str, *shape: int, device: str = "cpu") -> Tensor:
+    """Near normal float64 values, mean 0 and variance 1, |value| < 3.5, named by `key`."""
+    digest = hashlib.sha256(f"{SEED}:{key}".encode()).digest()
+    bits = torch.arange(math.prod(shape), device=device) + int.from_bytes(digest[:7], "big")
+    # The finalizer of splitmix64; int64 products wrap, and shifts need their sign bits cleared.
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, None)):
+        bits = bits ^ ((bits >> shift) & (2 ** (64 - shift) - 1))
+        bits = bits if factor is None else bits * (factor - 2**64)
+    total = sum((bits >> shift) & 0xFFFF for shift in (0, 16, 32, 48))
+    # A product: a division by a constant is rounded differently on a CPU and a GPU.
+    return ((total.double() - 4 * 32767.5) * (math.sqrt(3) / 65536)).view(shape)
+
+
+class Maker:
+    """Makes the tensors of one call: float32 ones and bfloat16 ones, by name."""
+
+    def __init__(self, call: str, num_tokens: int, hidden_size: int, device: str) -> None:
+        self.key = f"{call}-T{num_tokens}-H{hidden_size}"
+        self.num_tokens, self.hidden_size, self.device = num_tokens, hidden_size, device
+
+    def float32(self, name: str, *shape: int) -> Tensor:
+        return hashed(f"{self.key}-{name}", *shape, device=self.device).float()
+
+    def bfloat16(self, name: str, *shape: int) -> Tensor:
+        return self.float32(name, *shape).bfloat16()
+
+    def mix(self, name: str, *shape: int) -> Tensor:
+        """float32 per token, within (0, 1) as mixes are."""
+        value = self.float32(name, 1, self.num_tokens, *shape)
+        return (value + 4) / 8
+
+    def hidden(self, name: str) -> Tensor:
+        return self.bfloat16(name, 1, self.num_tokens, self.hidden_size)
+
+    def residual(self, name: str = "residual") -> Tensor:
+        return self.bfloat16(name, 1, self.num_tokens, NUM_STREAMS, self.hidden_size)
+
+    def block(self) -> Named:
+        size = NUM_STREAMS * self.hidden_size
+        return {
+            "residual": self.residual(),
+            # A power of two, for exactness; the mixes are near 1, as a trained model's are.
+            "fn": self.float32("fn", NUM_MIXES, size) * 2.0 ** -round(math.log2(size) / 2),
+            "scale": self.float32("scale", 3) / 2,
+            "base": self.float32("base", NUM_MIXES) / 2,
+        }
+
+    def norm_weight(self) -> Tensor:
+        return self.float32("norm_weight", NUM_STREAMS * self.hidden_size) / 8 + 1
+
+    def cotangents(self, outputs: Named) -> Named:
+        """A gradient for every output."""
+        return {
+            name: self.float32(f"grad_{name}", *out.shape).to(out.dtype)
+            for name, out in outputs.items()
+        }
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call; `bounds` are the errors of TileKernels' own precision, by tensor.
+
+    A tensor without a bound has FLOAT32.
+    """
+
+    name: str
+    inputs: Callable[[Maker], Named]
+    run: Callable[[SimpleNamespace, Named], Named]
+    bounds: dict[str, float]
+    has_gradient: bool = True
+
+    def bound(self, tensor: str) -> float:
+        return self.bounds.get(tensor, FLOAT32)
+
+
+def _expand(tk: SimpleNamespace, x: Named) -> Named:
+    return {"out": tk.expand_to_mhc(x["hidden"], NUM_STREAMS)}
+
+
+def _norm_fn(tk: SimpleNamespace, x: Named) -> Named:
+    # Without fuse_grad_acc: with it, TileKernels wants the caller to have posted a gradient.
+    weight = x.get("norm_weight")
+    return {"out": tk.mhc_pre_norm_fn(x["residual"], x["fn"], weight, 1e-6, False)}
+
+
+def _split_mixes(tk: SimpleNamespace, x: Named) -> Named:
+    outputs = tk.mhc_pre_split_mixes(x["mixes"], x["scale"], x["base"], NUM_STREAMS, 2.0, 1e-6)
+    return dict(zip(("pre_mix", "post_mix", "comb"), outputs, strict=True))
+
+
+def _sinkhorn(tk: SimpleNamespace, x: Named) -> Named:
+    return {"out": tk.sinkhorn_normalize(x["logits"], 20, 1e-6)}
+
+
+def _apply_mix(tk: SimpleNamespace, x: Named) -> Named:
+    return {"out": tk.mhc_pre_apply_mix(x["residual"], x["mix"])}
+
+
+def _post(tk: SimpleNamespace, x: Named) -> Named:
+    return {"out": tk.mhc_post(x["x"], x["residual"], x["post_mix"], x["comb_mix"])}
+
+
+def _head_compute_mix(tk: SimpleNamespace, x: Named) -> Named:
+    return {"out": tk.mhc_head_compute_mix(x["mix"], x["scale"], x["base"], 1e-6)}
+
+
+def _big_fuse(tk: SimpleNamespace, x: Named) -> Named:
+    outputs = tk.mhc_pre_big_fuse(*x.values(), 1e-6, 1e-6, 1e-6, 2.0, 20)
+    return dict(zip(("post_mix", "comb_mix", "layer_input"), outputs, strict=True))
+
+
+def _recompute(tk: SimpleNamespace, x: Named) -> Named:
+    def listed(name: str) -> list[Tensor]:
+        return [tensor for key, tensor in x.items() if key.startswith(name)]
+
+    residual = x["initial_residual"]
+    inputs = [torch.empty_like(residual[..., 0, :]) for _ in range(LAYERS)]
+    residuals = [torch.empty_like(residual) for _ in range(POSTS)]
+    names = ("pre_mix", "layer_output", "post_mix", "comb_mix")
+    tk.mhc_multilayer_recompute(residual, *map(listed, names), inputs, residuals)
+    return {f"layer_input_{i}": t for i, t in enumerate(inputs)} | {
+        f"residual_{i}": t for i, t in enumerate(residuals)
+    }
+
+
+def _recompute_inputs(make: Maker) -> Named:
+    inputs = {"initial_residual": make.residual()}
+    for i in range(LAYERS):
+        inputs[f"pre_mix_{i}"] = make.mix(f"pre_mix_{i}", NUM_STREAMS, 1)
+    for i in range(POSTS):
+        inputs[f"layer_output_{i}"] = make.hidden(f"layer_output_{i}")
+        inputs[f"post_mix_{i}"] = make.mix(f"post_mix_{i}", NUM_STREAMS, 1)
+        # Rows that sum to about 1 keep the residual of one size.
+        inputs[f"comb_mix_{i}"] = make.mix(f"comb_mix_{i}", NUM_STREAMS, NUM_STREAMS) / 2
+    return inputs
+
+
+def _sub_layer(tk: SimpleNamespace, x: Named) -> Named:
+    layer_input, (post_mix, comb_mix) = tk.mhc_pre(
+        x["residual"], x["fn"], x["scale"], x["base"], post_mult_value=2.0, sinkhorn_repeat=20
+    )
+    # Half of its input is a layer whose own gradient is exact.
+    return {"out": tk.mhc_post(layer_input * 0.5, x["residual"], post_mix, comb_mix)}
+
+
+def _without_gates(make: Maker) -> Named:
+    inputs = make.block()
+    return {name: inputs[name] for name in ("residual", "fn")}
+
+
+# out_mul and the gradient of it are multiplied as TF32; the residual is bfloat16, hence exact.
+NORM_FN_BOUNDS = {
+    "out": TF32,
+    "grad_residual": math.hypot(BF16, TF32, TF32),
+    "grad_fn": TF32,
+    "grad_norm_weight": TF32,
+}
+CALLS = {
+    call.name: call
+    for call in (
+        Call(
+            "expand",
+            lambda make: {"hidden": make.hidden("hidden")},
+            _expand,
+            {"out": 0.0, "grad_hidden": BF16},
+        ),
+        Call("norm_fn", _without_gates, _norm_fn, NORM_FN_BOUNDS),
+        Call(
+            "norm_fn_weight",
+            lambda make: _without_gates(make) | {"norm_weight": make.norm_weight()},
+            _norm_fn,
+            NORM_FN_BOUNDS,
+        ),
+        Call(
+            "split_mixes",
+            lambda make: {
+                "mixes": make.float32("mixes", 1, make.num_tokens, NUM_MIXES),
+                "scale": make.float32("scale", 3),
+                "base": make.float32("base", NUM_MIXES),
+            },
+            _split_mixes,
+            {},
+        ),
+        Call(
+            "sinkhorn",
+            lambda make: {
+                "logits": make.float32("logits", 1, make.num_tokens, NUM_STREAMS, NUM_STREAMS)
+            },
+            _sinkhorn,
+            {},
+        ),
+        Call(
+            "apply_mix",
+            lambda make: {"residual": make.residual(), "mix": make.mix("mix", NUM_STREAMS, 1)},
+            _apply_mix,
+            {"out": BF16, "grad_residual": BF16},
+        ),
+        Call(
+            "post",
+            lambda make: {
+                "x": make.hidden("x"),
+                "residual": make.residual(),
+                "post_mix": make.mix("post_mix", NUM_STREAMS, 1),
+                "comb_mix": make.mix("comb_mix", NUM_STREAMS, NUM_STREAMS),
+            },
+            _post,
+            {"out": BF16, "grad_x": BF16, "grad_residual": BF16},
+        ),
+        Call(
+            "head_compute_mix",
+            lambda make: {
+                "mix": make.float32("mix", 1, make.num_tokens, NUM_STREAMS),
+                "scale": make.float32("scale", 1),
+                "base": make.float32("base", NUM_STREAMS),
+            },
+            _head_compute_mix,
+            {},
+        ),
+        Call(
+            "big_fuse",
+            lambda make: make.block(),
+            _big_fuse,
+            # A scale below 2 multiplies the error of the mixes; sigmoid and Sinkhorn damp it.
+            {"post_mix": 2 * TF32, "comb_mix": 2 * TF32, "layer_input": BF16},
+            has_gradient=False,
+        ),
+        Call(
+            "recompute",
+            _recompute_inputs,
+            _recompute,
+            # Every stored residual on the way adds one rounding.
+            {f"layer_input_{i}": BF16 * math.sqrt(i + 1) for i in range(LAYERS)}
+            | {f"residual_{i}": BF16 * math.sqrt(i + 1) for i in range(POSTS)},
+            has_gradient=False,
+        ),
+        Call(
+            "sub_layer",
+            lambda make: make.block(),
+            _sub_layer,
+            # Roundings to bfloat16 on the way: layer_input and out; of the residual's gradient,
+            # one after each of three parts and up to two more where autograd adds them; of the
+            # parameters' gradients, layer_input and its gradient.
+            {"out": BF16 * math.sqrt(2), "grad_residual": BF16 * math.sqrt(5)}
+            | {f"grad_{name}": BF16 * math.sqrt(2) for name in ("fn", "scale", "base")},
+        ),
+    )
+}
+
+
+def functions(package: str) -> SimpleNamespace:
+    """The functions of `modeling.mhc` and its ops, of TileKernels or of its stand-in."""
+    ops = importlib.import_module(f"{package}.modeling.mhc.ops")
+    functional = importlib.import_module(f"{package}.modeling.mhc.functional")
+    public = {name: value for name, value in vars(ops).items() if callable(value)}
+    return SimpleNamespace(**public, mhc_pre=functional.mhc_pre, mhc_head=functional.mhc_head)
+
+
+def _spec_recompute(residual, pre, outputs, post, comb, inputs, residuals) -> None:
+    results = reference.recompute(residual, pre, outputs, post, comb)
+    for destinations, sources in zip((inputs, residuals), results, strict=True):
+        for destination, source in zip(destinations, sources, strict=True):
+            destination.copy_(source)
+
+
+def _spec_split_mixes(mixes, scale, base, n, post_mult, pre_eps):
+    pre, post, comb = reference.split_mixes(
+        mixes, scale, base, num_streams=n, post_mult=post_mult, pre_eps=pre_eps
+    )
+    return pre.unsqueeze(-1), post.unsqueeze(-1), comb
+
+
+def _spec_pre(residual, fn, scale, base, *, post_mult_value=1.0, sinkhorn_repeat=10):
+    layer_input, *mixes = reference.fused_pre(
+        residual, fn, scale, base, post_mult=post_mult_value, sinkhorn_repeat=sinkhorn_repeat
+    )
+    return layer_input, tuple(mixes)
+
+
+def _spec_big_fuse(residual, fn, scale, base, rms_eps, pre_eps, sinkhorn_eps, post_mult, repeat):
+    layer_input, post_mix, comb_mix = reference.fused_pre(
+        residual,
+        fn,
+        scale,
+        base,
+        norm_eps=rms_eps,
+        pre_eps=pre_eps,
+        sinkhorn_eps=sinkhorn_eps,
+        post_mult=post_mult,
+        sinkhorn_repeat=repeat,
+    )
+    return post_mix.unsqueeze(-1), comb_mix, layer_input
+
+
+SPECIFICATION = SimpleNamespace(
+    expand_to_mhc=reference.expand,
+    mhc_pre_norm_fn=lambda residual, fn, weight, eps, _: reference.projection(
+        residual, fn, norm_weight=weight, norm_eps=eps
+    ),
+    mhc_pre_split_mixes=_spec_split_mixes,
+    sinkhorn_normalize=lambda x, repeat, eps: reference.sinkhorn(x, repeat=repeat, eps=eps),
+    mhc_pre_apply_mix=reference.aggregate,
+    mhc_post=reference.post,
+    mhc_head_compute_mix=lambda mix, scale, base, eps: reference.head_mix(
+        mix, scale, base, pre_eps=eps
+    ),
+    mhc_pre_big_fuse=_spec_big_fuse,
+    mhc_multilayer_recompute=_spec_recompute,
+    mhc_pre=_spec_pre,
+)
+
+
+def evaluate(tk: SimpleNamespace, call: Call, inputs: Named, make: Maker) -> tuple[Named, Named]:
+    """The outputs and gradients of a call by name, and the output gradients it was given."""
+    if not call.has_gradient:
+        with torch.no_grad():
+            return call.run(tk, inputs), {}
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
+    outputs = call.run(tk, leaves)
+    cotangents = make.cotangents(outputs)
+    torch.autograd.backward(list(outputs.values()), list(cotangents.values()))
+    result = {name: out.detach() for name, out in outputs.items()}
+    for name, tensor in leaves.items():
+        if tensor.grad is None:
+            raise AssertionError(f"{call.name}: no gradient came for {name}")
+        result[f"grad_{name}"] = tensor.grad
+    return result, cotangents
+
+
+def evaluate_exactly(call: Call, inputs: Named, cotangents: Named) -> Named:
+    """The float64 specification on the same inputs and output gradients."""
+    if not call.has_gradient:
+        with torch.no_grad():
+            return call.run(SPECIFICATION, {name: t.double() for name, t in inputs.items()})
+    leaves = {name: tensor.double().requires_grad_() for name, tensor in inputs.items()}
+    outputs = call.run(SPECIFICATION, leaves)
+    torch.autograd.backward(list(outputs.values()), [cotangents[k].double() for k in outputs])
+    result = {name: out.detach() for name, out in outputs.items()}
+    return result | {f"grad_{name}": tensor.grad for name, tensor in leaves.items()}
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """||value - truth|| / ||truth||; NaN where value holds one."""
+    return float((value.double() - truth.double()).norm() / truth.double().norm())
+
+
+def allowed_error(theirs: float, truth: Tensor, dtype: torch.dtype) -> float:
+    """How large our error may be, where TileKernels' is `theirs`.
+
+    No larger, with 2 % for ties. Two sound results differ by chance, and the ratio of two error
+    norms of n elements is uncertain by 1/sqrt(n): three of these come on top, which is 1 % for a
+    hundred thousand elements and matters only for the few numbers of a scale or a bias. The exact
+    result, rounded to the format, is good enough whatever they have.
+    """
+    slack = 1.02 + 3 / math.sqrt(truth.numel())
+    return max(theirs * slack + 1e-9, relative_error(truth.to(dtype), truth))
+
+
+def same_bits(a: Tensor, b: Tensor) -> int:
+    """How many elements are equal, bit by bit."""
+    bits = {2: torch.int16, 4: torch.int32}[a.element_size()]
+    return int((a.contiguous().view(bits) == b.contiguous().view(bits)).sum())

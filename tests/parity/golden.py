@@ -1,0 +1,84 @@
+"""What of TileKernels is recorded in tests/golden, one file a case, and the manifest beside it."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from parity import calls
+
+FOLDER = Path(__file__).parents[1] / "golden"
+MANIFEST = FOLDER / "MANIFEST.json"
+MAX_BYTES = 1_000_000
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call at one size; tensors in `left_out` are too large to keep."""
+
+    call: str
+    num_tokens: int
+    hidden_size: int
+    left_out: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.call}-T{self.num_tokens}-H{self.hidden_size}"
+
+    @property
+    def path(self) -> Path:
+        return FOLDER / f"{self}.safetensors"
+
+    def maker(self) -> calls.Maker:
+        return calls.Maker(self.call, self.num_tokens, self.hidden_size, "cpu")
+
+
+# A ragged tile everywhere. H of 256 is the least whose K TileKernels' projection takes.
+CASES = (
+    Case("expand", 7, 256),
+    Case("norm_fn", 13, 256),
+    Case("norm_fn", 7, 1280, ("grad_fn",)),
+    Case("norm_fn_weight", 13, 256),
+    Case("split_mixes", 64, 64),
+    Case("sinkhorn", 64, 64),
+    Case("apply_mix", 7, 1280),
+    Case("post", 7, 512),
+    Case("head_compute_mix", 64, 64),
+    Case("big_fuse", 13, 256),
+    Case("recompute", 5, 512),
+    Case("sub_layer", 13, 256),
+)
+
+
+def file_sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def tensors_sha256(tensors: dict[str, Tensor]) -> str:
+    """Names, shapes, dtypes and bits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_manifest() -> dict:
+    return json.loads(MANIFEST.read_text())
+
+
+def on(device: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+class MakerOn(calls.Maker):
+    """Makes on the CPU, whose bits the manifest records, and moves."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        super().__init__(case.call, case.num_tokens, case.hidden_size, "cpu")
+        self.target = device
+
+    def cotangents(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return on(self.target, super().cotangents(outputs))

@@ -1,0 +1,77 @@
+"""TileKernels 1.0.0 beside tile_mhc on the GPU: bits, and errors against float64.
+
+Needs a tile_kernels package on the path. TILE_MHC_PARITY_REPORT=FILE.md or FILE.json keeps the
+table that the run prints.
+"""
+
+import pytest
+import torch
+
+from parity import calls, real
+
+# Shapes of TileKernels' own tests: (tokens, hidden size); without streams, the size is not used.
+SHAPES = {
+    "expand": ((1024, 1280), (4096, 2560)),
+    "norm_fn": ((13, 1280), (4096, 1280), (4096, 2560), (4096, 7168)),
+    "norm_fn_weight": ((4096, 1280), (4096, 2560)),
+    "split_mixes": ((1024, 64), (4096, 64)),
+    "sinkhorn": ((1, 64), (4096, 64)),
+    "apply_mix": ((1024, 1280), (4096, 2560)),
+    "post": ((4096, 1280), (4096, 2560), (4096, 7168)),
+    "head_compute_mix": ((1024, 64), (4096, 64)),
+    "big_fuse": ((512, 1280), (8192, 2560)),
+    "recompute": ((8192, 2560),),
+    "sub_layer": ((512, 1280), (4096, 2560)),
+}
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    try:
+        with real.tile_kernels() as namespace:
+            yield namespace
+    except ImportError as error:
+        pytest.skip(f"tile_kernels does not import: {error}")
+
+
+@pytest.fixture(scope="module")
+def ours():
+    return calls.functions("tile_mhc.compat.tile_kernels")
+
+
+@pytest.mark.cpu
+def test_every_call_is_compared():
+    assert SHAPES.keys() == calls.CALLS.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "num_tokens", "hidden_size"),
+    [(name, *shape) for name, shapes in SHAPES.items() for shape in shapes],
+)
+def test_beside_tile_kernels(theirs, ours, report, name, num_tokens, hidden_size):
+    call = calls.CALLS[name]
+    make = calls.Maker(name, num_tokens, hidden_size, "cuda")
+    inputs = call.inputs(make)
+    found, cotangents = calls.evaluate(ours, call, inputs, make)
+    wanted, _ = calls.evaluate(theirs, call, inputs, make)
+    truth = calls.evaluate_exactly(call, inputs, cotangents)
+    torch.cuda.synchronize()
+    assert found.keys() == wanted.keys() == truth.keys()
+    worse = []
+    for tensor, exact in truth.items():
+        mine, other = found[tensor], wanted[tensor].view_as(found[tensor])
+        assert mine.dtype == other.dtype
+        row = {
+            "call": name,
+            "shape": f"T={num_tokens} H={hidden_size}",
+            "tensor": tensor,
+            "elements": exact.numel(),
+            "same bits": calls.same_bits(mine, other),
+            "our error": calls.relative_error(mine, exact.view_as(mine)),
+            "their error": calls.relative_error(other, exact.view_as(other)),
+        }
+        report.append(row)
+        allowed = calls.allowed_error(row["their error"], exact, mine.dtype)
+        if not row["our error"] <= allowed:
+            worse.append(f"{tensor}: {row['our error']:.3e}, allowed {allowed:.3e}: {row}")
+    assert not worse, "\n".join(worse)

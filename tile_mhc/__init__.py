@@ -1,0 +1,32 @@
+"""Manifold-constrained hyper-connections (mHC) in TileLang.
+
+A residual is n streams of width H. The ops read a layer input from them, write a layer output back,
+and mix them; on a CUDA device they run TileLang kernels, on a CPU the torch reference.
+"""
+
+from tile_mhc.errors import ShapeError, UnsupportedError
+from tile_mhc.ops.aggregate import aggregate
+from tile_mhc.ops.contract import contract, head_mix
+from tile_mhc.ops.expand import expand
+from tile_mhc.ops.fused_pre import fused_pre
+from tile_mhc.ops.mixes import split_mixes
+from tile_mhc.ops.post import post
+from tile_mhc.ops.projection import projection
+from tile_mhc.ops.recompute import recompute
+from tile_mhc.ops.sinkhorn import sinkhorn
+
+__version__ = "0.1.0"
+__all__ = [
+    "ShapeError",
+    "UnsupportedError",
+    "aggregate",
+    "contract",
+    "expand",
+    "fused_pre",
+    "head_mix",
+    "post",
+    "projection",
+    "recompute",
+    "sinkhorn",
+    "split_mixes",
+]

@@ -1,0 +1,238 @@
+"""`tile-mhc compile`: fill the cache with every kernel that given sizes need."""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from tile_mhc import jit, specs
+from tile_mhc.cli import _resources
+from tile_mhc.cli._options import (
+    Words,
+    cache_option,
+    json_option,
+    kernel_options,
+    print_json,
+    print_table,
+    sizes,
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One row of the closing table."""
+
+    name: str
+    args: specs.Arguments
+    arch: str
+    compiled: jit.Compiled | None = None
+    resources: _resources.Resources | None = None
+    error: str | None = None
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}({', '.join(map(str, self.args))})"
+
+    @property
+    def status(self) -> str:
+        if self.compiled is None:
+            return "failed"
+        return "built" if self.compiled.built else "cached"
+
+    @property
+    def spills(self) -> int | None:
+        r = self.resources
+        if r is None or r.spill_stores is None or r.spill_loads is None:
+            return None
+        return r.spill_stores + r.spill_loads
+
+
+@click.command("compile")
+@click.option(
+    "--arch",
+    type=Words(specs.ARCHS),
+    help=f"Targets, comma-separated: {', '.join(specs.ARCHS)}.  [default: this machine's GPU]",
+)
+@kernel_options(hidden_required=True)
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=lambda: len(os.sched_getaffinity(0)),
+    show_default="one a CPU core",
+    help="Kernels compiled at a time.",
+)
+@cache_option
+@click.option("--fail-on-spills", is_flag=True, help="Exit with 1 if a kernel spills registers.")
+@json_option
+def compile_command(
+    arch: tuple[str, ...] | None,
+    hidden: tuple[int, ...],
+    streams: tuple[int, ...],
+    repeat: tuple[int, ...],
+    ops: tuple[str, ...],
+    jobs: int,
+    fail_on_spills: bool,
+    as_json: bool,
+) -> None:
+    """Compile kernels into TileLang's cache. Needs nvcc, but no GPU.
+
+    The cache can be copied to another machine with the same TileLang version; there, set
+    TILELANG_CACHE_DIR to it, and nothing is compiled.
+    """
+    if arch is None:
+        if not torch.cuda.is_available():
+            raise click.UsageError(
+                f"--arch must be given where there is no GPU: {', '.join(specs.ARCHS)}"
+            )
+        arch = (jit.device_arch(torch.cuda.current_device()),)
+    root = jit.cache_directory()
+    if problem := jit.cache_problem(root):
+        raise click.ClickException(f"--cache-dir must be writable; got {root} ({problem})")
+    # The variable forbids surprises, and this command is how kernels are built on purpose.
+    os.environ["TILE_MHC_JIT"] = "1"
+
+    wanted = [
+        (name, args, a)
+        for a in arch
+        for name, args in specs.select(sizes(hidden, streams, repeat), ops)
+    ]
+    start = time.perf_counter()
+    outcomes = _compile_all(wanted, jobs, quiet=as_json)
+    seconds = time.perf_counter() - start
+    if as_json:
+        print_json(
+            {
+                "cache_dir": str(root),
+                "seconds": round(seconds, 3),
+                "kernels": [_as_json(outcome) for outcome in outcomes],
+            }
+        )
+    else:
+        _print_outcomes(outcomes, seconds, str(root))
+    _raise_if_bad(outcomes, fail_on_spills)
+
+
+def _compile_all(
+    wanted: list[tuple[str, specs.Arguments, str]], jobs: int, quiet: bool
+) -> list[Outcome]:
+    """Compile in threads: lowering releases the GIL, and nvcc is a process of its own."""
+    outcomes: dict[tuple[str, specs.Arguments, str], Outcome] = {}
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        with _reporter(len(wanted), quiet) as report:
+            futures = [pool.submit(_compile_one, *kernel) for kernel in wanted]
+            for future in as_completed(futures):
+                outcome = future.result()
+                outcomes[outcome.name, outcome.args, outcome.arch] = outcome
+                report(outcome)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return [outcomes[kernel] for kernel in wanted]
+
+
+def _compile_one(name: str, args: specs.Arguments, arch: str) -> Outcome:
+    try:
+        compiled = jit.compile_kernel(name, args, arch)
+    except jit.CompileError as error:
+        return Outcome(name, args, arch, error=str(error))
+    try:
+        resources = _resources.measure(compiled)
+    except (OSError, jit.CompileError) as error:
+        return Outcome(name, args, arch, compiled, error=str(error))
+    return Outcome(name, args, arch, compiled, resources)
+
+
+@contextlib.contextmanager
+def _reporter(total: int, quiet: bool) -> Iterator[Callable[[Outcome], None]]:
+    """A progress bar on a terminal, a line a kernel elsewhere; both on stderr."""
+    console = Console(stderr=True, quiet=quiet)
+    if not console.is_terminal:
+        done = 0
+
+        def line(outcome: Outcome) -> None:
+            nonlocal done
+            done += 1
+            if quiet:
+                return
+            detail = outcome.error or ""
+            if outcome.compiled is not None:
+                detail = f"{outcome.compiled.seconds:6.2f} s  {outcome.compiled.key[:12]}"
+            click.echo(
+                f"[{done}/{total}] {outcome.arch} {outcome.title} {outcome.status} {detail}",
+                err=True,
+            )
+
+        yield line
+        return
+    columns = (
+        TextColumn("compiling"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda outcome: progress.update(task, advance=1, description=outcome.title)
+
+
+def _print_outcomes(outcomes: list[Outcome], seconds: float, root: str) -> None:
+    table = Table("kernel", "arch", "key")
+    for heading in ("seconds", "", "registers", "shared memory", "stack", "spills"):
+        table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
+    for o in outcomes:
+        r = o.resources
+        table.add_row(
+            o.title,
+            o.arch,
+            o.compiled.key[:12] if o.compiled else "-",
+            f"{o.compiled.seconds:.2f}" if o.compiled else "-",
+            o.status,
+            str(r.registers) if r else "-",
+            str(r.shared_memory) if r else "-",
+            str(r.stack) if r else "-",
+            "?" if o.spills is None else str(o.spills),
+        )
+    print_table(table)
+    counts = {status: sum(o.status == status for o in outcomes) for status in ("built", "cached")}
+    click.echo(
+        f"{counts['built']} built, {counts['cached']} cached, "
+        f"{len(outcomes) - sum(counts.values())} failed in {seconds:.1f} s; cache: {root}"
+    )
+
+
+def _as_json(outcome: Outcome) -> dict[str, Any]:
+    compiled, resources = outcome.compiled, outcome.resources
+    return {
+        "name": outcome.name,
+        "args": outcome.args,
+        "arch": outcome.arch,
+        "status": outcome.status,
+        "key": compiled.key if compiled else None,
+        "seconds": round(compiled.seconds, 3) if compiled else None,
+        **(asdict(resources) if resources else {}),
+        "error": outcome.error,
+    }
+
+
+def _raise_if_bad(outcomes: list[Outcome], fail_on_spills: bool) -> None:
+    failed = [o for o in outcomes if o.error]
+    if failed:
+        raise click.ClickException(
+            f"{len(failed)} of {len(outcomes)} kernels failed, the first with: {failed[0].error}"
+        )
+    # Unknown counts as spilling: the option is a promise.
+    spilling = [o.title for o in outcomes if o.spills != 0]
+    if fail_on_spills and spilling:
+        raise click.ClickException(
+            f"{len(spilling)} of {len(outcomes)} kernels spill registers: {', '.join(spilling)}"
+        )

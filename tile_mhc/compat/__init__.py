@@ -1,0 +1,1 @@
+"""The ops under the names and argument orders of other libraries."""

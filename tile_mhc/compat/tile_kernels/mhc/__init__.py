@@ -1,0 +1,1 @@
+"""TileKernels' functions below autograd: they take tensors and build no graph."""

@@ -1,0 +1,61 @@
+"""The post and its gradients, without a graph."""
+
+import torch
+
+from tile_mhc import errors
+from tile_mhc.compat.tile_kernels._gradients import POSTED
+from tile_mhc.ops.aggregate import check_mix
+from tile_mhc.ops.post import post
+
+
+def mhc_post_fwd(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    post_layer_mix: torch.Tensor,
+    comb_res_mix: torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`tile_mhc.post` outside any graph; a residual that is not contiguous is copied."""
+    residual = errors.require_tensor("mhc_post_fwd", "residual", residual).contiguous()
+    with torch.no_grad():
+        return post(x, residual, post_layer_mix, comb_res_mix, out=out)
+
+
+def mhc_post_bwd(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    post_layer_mix: torch.Tensor,
+    comb_res_mix: torch.Tensor,
+    d_o: torch.Tensor,
+    fuse_grad_acc: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, residual, post_layer_mix and comb_res_mix from that of the output.
+
+    With `fuse_grad_acc` the residual's gradient is also posted on the residual's storage, where
+    `mhc_pre_apply_mix` and `mhc_pre_norm_fn` add theirs to it in place: right only where nothing
+    else consumes the residual. Raises ValueError where a posted gradient is still pending.
+    """
+    op = "mhc_post_bwd"
+    num_streams, hidden_size = errors.check_streams(op, "residual", residual)
+    like = ("residual", residual)
+    lead = residual.shape[:-2]
+    errors.check_tensor(op, "x", x, [(*lead, hidden_size)], residual.dtype, like)
+    errors.check_contiguous(op, "x", x)
+    check_mix(op, "post_layer_mix", post_layer_mix, residual)
+    comb_shape = (*lead, num_streams, num_streams)
+    errors.check_tensor(op, "comb_res_mix", comb_res_mix, [comb_shape], torch.float32, like)
+    errors.check_tensor(op, "d_o", d_o, [residual.shape], residual.dtype, like)
+    storage = residual.untyped_storage()
+    if fuse_grad_acc and hasattr(storage, POSTED):
+        raise ValueError(
+            f"{op}: the storage of residual must hold no pending {POSTED}; "
+            f"got {errors.describe(getattr(storage, POSTED))}"
+        )
+    with torch.no_grad():
+        grads = torch.ops.tile_mhc.post_backward(
+            d_o.contiguous(), x, residual, post_layer_mix, comb_res_mix
+        )
+    if fuse_grad_acc:
+        setattr(storage, POSTED, grads[1])
+    d_x, d_residual, d_post_layer_mix, d_comb_res_mix = grads
+    return d_x, d_residual, d_post_layer_mix, d_comb_res_mix

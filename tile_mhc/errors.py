@@ -1,0 +1,144 @@
+"""The exceptions of tile_mhc and the checks that every op runs before it launches anything.
+
+A check reads Python metadata only: no synchronisation, no copy. Every message has one form:
+``<op>: <argument> must be <expected>; got <actual>``.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+SUPPORTED_STREAMS = (2, 4, 8)
+HIDDEN_MULTIPLE = 64
+MAX_HIDDEN = 16384
+
+
+class ShapeError(ValueError):
+    """A tensor has the wrong shape, dtype, device or layout for the op."""
+
+
+class UnsupportedError(NotImplementedError):
+    """The configuration is valid mathematics, but no kernel is built for it."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def describe(value: object) -> str:
+    """Shape, dtype and device of a tensor in one phrase, or the type of anything else."""
+    if not isinstance(value, Tensor):
+        return f"{type(value).__name__} {value!r}" if value is not None else "None"
+    text = f"{tuple(value.shape)} {dtype_name(value.dtype)} on {value.device}"
+    return text if value.is_contiguous() else f"{text} with strides {value.stride()}"
+
+
+def require_tensor(op: str, name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ShapeError(f"{op}: {name} must be a torch.Tensor; got {describe(value)}")
+    return value
+
+
+def check_tensor(
+    op: str,
+    name: str,
+    value: object,
+    shapes: Sequence[Sequence[int]],
+    dtype: torch.dtype,
+    like: tuple[str, Tensor] | None = None,
+) -> None:
+    """Raise ShapeError unless `value` has one of `shapes`, `dtype` and the device of `like`."""
+    tensor = require_tensor(op, name, value)
+    if tensor.dtype == dtype and any(tensor.shape == torch.Size(s) for s in shapes):
+        if like is None or tensor.device == like[1].device:
+            return
+        raise ShapeError(
+            f"{op}: {name} must be on {like[1].device}, where {like[0]} is; got {describe(tensor)}"
+        )
+    expected = " or ".join(str(tuple(s)) for s in shapes)
+    match = f" to match {like[0]} {describe(like[1])}" if like else ""
+    raise ShapeError(
+        f"{op}: {name} must be {expected} {dtype_name(dtype)}{match}; got {describe(tensor)}"
+    )
+
+
+def check_contiguous(op: str, name: str, tensor: Tensor) -> None:
+    """Stream tensors are never copied silently: a copy would cost as much as the op."""
+    if not tensor.is_contiguous():
+        raise ShapeError(
+            f"{op}: {name} must be contiguous (call .contiguous() first); got {describe(tensor)}"
+        )
+
+
+def check_streams(op: str, name: str, value: object) -> tuple[int, int]:
+    """Check a residual (..., n, H) bfloat16, contiguous; return (n, H)."""
+    tensor = require_tensor(op, name, value)
+    if tensor.dtype != torch.bfloat16 or tensor.ndim < 2:
+        raise ShapeError(f"{op}: {name} must be (..., n, H) bfloat16; got {describe(tensor)}")
+    num_streams, hidden_size = tensor.shape[-2:]
+    check_num_streams(op, num_streams)
+    check_hidden_size(op, hidden_size)
+    check_device(op, name, tensor)
+    check_contiguous(op, name, tensor)
+    return num_streams, hidden_size
+
+
+def check_num_streams(op: str, num_streams: int) -> None:
+    if num_streams not in SUPPORTED_STREAMS:
+        raise UnsupportedError(
+            f"{op}: the number of streams n must be one of {SUPPORTED_STREAMS}; got {num_streams}"
+        )
+
+
+def check_hidden_size(op: str, hidden_size: int) -> None:
+    if hidden_size % HIDDEN_MULTIPLE or not 0 < hidden_size <= MAX_HIDDEN:
+        raise UnsupportedError(
+            f"{op}: the hidden size H must be a multiple of {HIDDEN_MULTIPLE} "
+            f"from {HIDDEN_MULTIPLE} to {MAX_HIDDEN}; got {hidden_size}"
+        )
+
+
+def check_device(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.device.type not in ("cuda", "cpu", "meta"):
+        raise UnsupportedError(
+            f"{op}: {name} must be on a CUDA device or the CPU; got {describe(tensor)}"
+        )
+
+
+def check_out(op: str, out: Tensor, inputs: Sequence[tuple[str, Tensor]]) -> None:
+    """A caller's `out` must not need a gradient, nor share memory with an input."""
+    check_contiguous(op, "out", out)
+    if torch.is_grad_enabled():
+        for name, tensor in (("out", out), *inputs):
+            if tensor.requires_grad:
+                raise ShapeError(
+                    f"{op}: out must be None when a gradient is needed; got an out, "
+                    f"and {name} requires grad"
+                )
+    for name, tensor in inputs:
+        if may_overlap(out, tensor):
+            raise ShapeError(
+                f"{op}: out must not share memory with an input; got an out that overlaps {name}"
+            )
+
+
+def may_overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the bytes spanned by two tensors intersect (False for tensors without storage)."""
+    if a.device != b.device or a.numel() == 0 or b.numel() == 0 or torch.compiler.is_compiling():
+        return False
+    spans = []
+    for t in (a, b):
+        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        spans.append((t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()))
+    return spans[0][0] < spans[1][1] and spans[1][0] < spans[0][1]
+
+
+def check_positive_int(op: str, name: str, value: object, minimum: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ShapeError(f"{op}: {name} must be an integer of at least {minimum}; got {value!r}")
+
+
+def check_number(op: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ShapeError(f"{op}: {name} must be a number; got {describe(value)}")

@@ -1,0 +1,1 @@
+"""Patches that put tile_mhc under models written for other libraries."""

@@ -1,0 +1,392 @@
+"""Compiled kernels by name: from this process, else from TileLang's disk cache, else built.
+
+The first use of a kernel compiles it and leaves it in the cache; `tile-mhc compile` fills the same
+cache ahead of time, also on a machine without a GPU. Environment:
+
+- ``TILE_MHC_JIT=0`` forbids building; a kernel that is not in the cache then raises.
+- ``TILELANG_CACHE_DIR`` is the cache, by default ``~/.tilelang/cache``.
+
+TileLang, and with it the compiler, is imported only when the first kernel is asked for.
+"""
+
+import atexit
+import contextlib
+import errno
+import importlib
+import importlib.metadata
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tile_mhc import specs
+
+Launch = Callable[..., Any]
+
+
+class CompileError(RuntimeError):
+    """A kernel could not be built."""
+
+
+class NotCompiledError(CompileError):
+    """A kernel is not in the cache, and building it now is not allowed."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel, ready to launch.
+
+    Attributes:
+        name: its name in the table of `tile_mhc.specs`.
+        args: the arguments its builder got.
+        arch: the architecture it was compiled for.
+        launch: the callable that takes tensors and numbers.
+        built: True when this process compiled it, False when it came from the disk cache.
+        seconds: what that took.
+        key: TileLang's cache key.
+        path: the cache entry.
+        source: TileLang's own kernel object.
+    """
+
+    name: str
+    args: tuple[int, ...]
+    arch: str
+    launch: Launch
+    built: bool
+    seconds: float
+    key: str
+    path: Path
+    source: Any
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """How the kernels of this process were obtained.
+
+    Attributes:
+        built: compiled here.
+        loaded: found in the disk cache.
+        resident: (kernel, device) pairs that now answer from memory.
+    """
+
+    built: int
+    loaded: int
+    resident: int
+
+
+_Key = tuple[str, tuple[int, ...], str]
+
+_ready: dict[tuple[str, tuple[int, ...], int], Launch] = {}
+_compiled: dict[_Key, Compiled] = {}
+_locks: dict[_Key, threading.Lock] = {}
+# Held while tracing (TileLang's parser keeps global state) and while the cache folder is swapped.
+_trace_lock = threading.Lock()
+_swap_lock = threading.Lock()
+_import_lock = threading.Lock()
+_count_lock = threading.Lock()
+_counts = {"built": 0, "loaded": 0}
+_thread = threading.local()
+
+
+def kernel(name: str, *args: int) -> Launch:
+    """The compiled kernel `name` for the current CUDA device.
+
+    Args:
+        name: a kernel of `tile_mhc.specs`.
+        *args: the arguments of its builder.
+
+    Returns:
+        A callable that launches on the current device and stream.
+
+    Raises:
+        NotCompiledError: it would have to be built while TILE_MHC_JIT=0 forbids that, or it is
+            first used inside a CUDA graph capture.
+        CompileError: building it failed.
+    """
+    device = torch.cuda.current_device()
+    launch = _ready.get((name, args, device))
+    if launch is not None:
+        return launch
+    # A module is loaded onto a device at its first launch there, which a capture does not allow:
+    # that is why residency counts per device, and why even a disk hit is refused.
+    if torch.cuda.is_current_stream_capturing():
+        raise NotCompiledError(
+            f"{_call(name, args)}: must have run on cuda:{device} before a CUDA graph capture; "
+            "got its first use inside one. Run the op once with these sizes before capturing"
+        )
+    launch = compile_kernel(name, args, device_arch(device)).launch
+    _ready[name, args, device] = launch
+    return launch
+
+
+def compile_kernel(name: str, args: tuple[int, ...], arch: str) -> Compiled:
+    """The kernel for `arch`, from memory, the disk cache or the compiler; needs no GPU.
+
+    Args:
+        name: a kernel of `tile_mhc.specs`.
+        args: the arguments of its builder.
+        arch: the target, such as "sm_90a".
+
+    Returns:
+        The kernel and how it was obtained.
+
+    Raises:
+        NotCompiledError: it is not in the cache and TILE_MHC_JIT=0 forbids building it.
+        CompileError: building it failed.
+    """
+    key = (name, args, arch)
+    with _locks.setdefault(key, threading.Lock()):
+        found = _compiled.get(key)
+        if found is None:
+            found = _compiled[key] = _load_or_build(name, args, arch)
+            with _count_lock:
+                _counts["built" if found.built else "loaded"] += 1
+        return found
+
+
+def statistics() -> Statistics:
+    """How many kernels this process built, loaded from disk, and holds in memory."""
+    with _count_lock:
+        return Statistics(_counts["built"], _counts["loaded"], len(_ready))
+
+
+def building_allowed() -> bool:
+    return os.environ.get("TILE_MHC_JIT", "1").strip().lower() not in ("0", "false", "off", "no")
+
+
+def device_arch(device: int) -> str:
+    """The architecture TileLang resolves for a device: "a" (all features) from Hopper on."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+
+
+def cache_directory() -> Path:
+    """The root of TileLang's cache; need not exist."""
+    if "tilelang" in sys.modules:
+        return Path(sys.modules["tilelang"].env.TILELANG_CACHE_DIR)
+    default = os.path.join("~", ".tilelang", "cache")
+    return Path(os.environ.get("TILELANG_CACHE_DIR") or os.path.expanduser(default))
+
+
+def cache_problem(root: Path) -> str | None:
+    """Why kernels cannot be stored under `root`, or None; tried, as permissions do not say all."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        inside = root / importlib.metadata.version("tilelang").replace("+", "_")
+        patterns = ("*", "*/kernels", "*/.staging", ".staging/*")
+        existing = (folder for pattern in patterns for folder in inside.glob(pattern))
+        for folder in (root, *([inside] if inside.exists() else []), *existing):
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def import_tilelang() -> Any:
+    """Import TileLang quietly, also where its cache folder cannot be made."""
+    with _import_lock:
+        os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")
+        if "tilelang" not in sys.modules and cache_problem(cache_directory()) is not None:
+            # TileLang creates its cache folders on import and fails where it cannot.
+            with _cache_moved_to(_scratch()):
+                tilelang = importlib.import_module("tilelang")
+        else:
+            tilelang = importlib.import_module("tilelang")
+        importlib.import_module("tilelang.instrumentation").register_pass_instrumentation_tool(
+            "tile_mhc", _watch_compile
+        )
+    return tilelang
+
+
+class _BuildNeededError(Exception):
+    """Raised inside TileLang when it is about to compile what should only be loaded."""
+
+
+def _watch_compile() -> Any:
+    # TileLang calls this when a compilation starts, that is, after its cache had no entry.
+    if getattr(_thread, "only_load", False):
+        raise _BuildNeededError
+    return importlib.import_module("tilelang.instrumentation").PassInstrumentationTool()
+
+
+def _load_or_build(name: str, args: tuple[int, ...], arch: str) -> Compiled:
+    start = time.perf_counter()
+    tilelang = import_tilelang()
+    builder = specs.builder(name)
+    try:
+        with _trace_lock:
+            func = builder(*args)
+    except Exception as error:
+        raise CompileError(
+            f"{_call(name, args)}: the builder failed: {_first_line(error)}"
+        ) from error
+
+    def compile_func() -> Any:
+        return tilelang.compile(
+            func,
+            target={"kind": "cuda", "arch": arch},
+            execution_backend="tvm_ffi",
+            pass_configs=dict(getattr(builder, "pass_configs", {})),
+        )
+
+    try:
+        built_by = _compile(compile_func, tilelang)
+    except _BuildNeededError:
+        raise NotCompiledError(
+            f"{_call(name, args)}: is not compiled for {arch} in {cache_directory()}, and "
+            f"TILE_MHC_JIT=0 forbids building it now; {_remedy(name, args, arch)}"
+        ) from None
+    except Exception as error:
+        problem = _nvcc_problem()
+        reason = problem or f"building for {arch} failed: {_first_line(error)}"
+        raise CompileError(f"{_call(name, args)}: {reason}") from error
+
+    return Compiled(
+        name=name,
+        args=args,
+        arch=arch,
+        launch=_launcher(built_by),
+        built=built_by.artifact is not None,
+        seconds=time.perf_counter() - start,
+        key=getattr(built_by, "_tilelang_cache_key", ""),
+        path=Path(getattr(built_by, "_tilelang_cache_path", "")),
+        source=built_by,
+    )
+
+
+def _compile(compile_func: Callable[[], Any], tilelang: Any) -> Any:
+    """Run `compile_func`; where the cache cannot be written, load from it and build elsewhere."""
+    if not building_allowed():
+        return _only_load(compile_func)
+    if not tilelang.env.is_cache_enabled():
+        return compile_func()
+    with _swap_lock:
+        root = cache_directory()
+    problem = _problem_of(root)
+    if problem is None:
+        try:
+            return compile_func()
+        except Exception as error:
+            # TileLang turns some OSErrors into RuntimeErrors, so the text has to tell a full disk.
+            full = any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
+            problem = cache_problem(root) or (_first_line(error) if full else None)
+            if problem is None:
+                raise
+            _problems[root] = problem
+    _warn_once(root, problem)
+    with _swap_lock:
+        try:
+            return _only_load(compile_func)
+        except _BuildNeededError:
+            with _cache_moved_to(_scratch()):
+                return compile_func()
+
+
+def _only_load(compile_func: Callable[[], Any]) -> Any:
+    _thread.only_load = True
+    try:
+        return compile_func()
+    finally:
+        _thread.only_load = False
+
+
+def _launcher(kernel: Any) -> Launch:
+    """The packed function behind a TileLang kernel.
+
+    All our kernels write to tensors they are given, so TileLang's Python wrapper, which looks for
+    outputs to allocate, would only add microseconds to each launch.
+    """
+    if kernel.adapter.result_idx:
+        return kernel  # type: ignore[no-any-return]
+    function: Launch = kernel.adapter.get_exportable_executable()["main"]
+    return function
+
+
+_problems: dict[Path, str | None] = {}
+_warned: set[Path] = set()
+
+
+def _problem_of(root: Path) -> str | None:
+    if root not in _problems:
+        _problems[root] = cache_problem(root)
+    return _problems[root]
+
+
+def _warn_once(root: Path, problem: str) -> None:
+    if root not in _warned:
+        _warned.add(root)
+        warnings.warn(
+            f"tile_mhc: kernels cannot be stored in {root} ({problem}); those not found there are "
+            "built again in every process. Set TILELANG_CACHE_DIR to a writable folder",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+_scratch_path: str | None = None
+
+
+def _scratch() -> str:
+    """A cache folder for this process only."""
+    global _scratch_path
+    if _scratch_path is None:
+        _scratch_path = tempfile.mkdtemp(prefix="tile_mhc-")
+        atexit.register(shutil.rmtree, _scratch_path, ignore_errors=True)
+    return _scratch_path
+
+
+@contextlib.contextmanager
+def _cache_moved_to(folder: str) -> Iterator[None]:
+    # TileLang reads this variable at each use.
+    before = os.environ.get("TILELANG_CACHE_DIR")
+    os.environ["TILELANG_CACHE_DIR"] = folder
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TILELANG_CACHE_DIR"]
+        else:
+            os.environ["TILELANG_CACHE_DIR"] = before
+
+
+def find_nvcc() -> Path | None:
+    """The nvcc that TileLang runs."""
+    home = importlib.import_module("tilelang.env").CUDA_HOME
+    path = Path(home, "bin", "nvcc")
+    return path if home and path.exists() else None
+
+
+def _nvcc_problem() -> str | None:
+    if find_nvcc() is not None:
+        return None
+    return (
+        "building it needs nvcc, and none was found in CUDA_HOME, on PATH or in /usr/local/cuda; "
+        "install the CUDA toolkit, or compile on another machine with `tile-mhc compile` and set "
+        "TILELANG_CACHE_DIR to a copy of its cache"
+    )
+
+
+def _remedy(name: str, args: tuple[int, ...], arch: str) -> str:
+    command = specs.compile_command(name, args, arch)
+    return f"run `{command}`" if command else "unset TILE_MHC_JIT"
+
+
+def _call(name: str, args: tuple[int, ...]) -> str:
+    return f"kernel {name}({', '.join(map(str, args))})"
+
+
+def _first_line(error: BaseException) -> str:
+    # nvcc failures carry the whole source before the message that matters.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    chosen = next((line for line in lines if ": error" in line or "fatal" in line), None)
+    return f"{type(error).__name__}: {chosen or (lines[0] if lines else '')}"

@@ -1,0 +1,117 @@
+"""n -> 1: read the layer input from the residual streams."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tile_mhc import errors, jit, reference
+from tile_mhc.ops._library import register
+
+
+def aggregate(residual: Tensor, pre_mix: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Read the layer input from the residual streams.
+
+    layer_input[t, h] = sum_i pre_mix[t, i] * residual[t, i, h]        (fp32 sum, i ascending)
+
+    Args:
+        residual: (..., n, H) bfloat16, contiguous; n in 2, 4, 8; H a multiple of 64.
+        pre_mix: (..., n) or (..., n, 1) float32.
+        out: optional destination (..., H) bfloat16; not allowed when a gradient is needed.
+
+    Returns:
+        (..., H) bfloat16.
+
+    Raises:
+        ShapeError: a shape, dtype, device or layout does not match.
+        UnsupportedError: n or H has no kernel.
+
+    Source: mHC paper (arXiv 2512.24880), sec. 4.3.1; TileKernels `mhc/pre_apply_mix_kernel.py`.
+    """
+    _, hidden_size = errors.check_streams("aggregate", "residual", residual)
+    check_mix("aggregate", "pre_mix", pre_mix, ("residual", residual))
+    if out is None:
+        return _aggregate(residual, pre_mix)
+    shape = (*residual.shape[:-2], hidden_size)
+    errors.check_tensor("aggregate", "out", out, [shape], residual.dtype, ("residual", residual))
+    errors.check_out("aggregate", out, [("residual", residual), ("pre_mix", pre_mix)])
+    _aggregate_out(residual, pre_mix, out)
+    return out
+
+
+def check_mix(op: str, name: str, mix: Tensor, streams: tuple[str, Tensor]) -> None:
+    """A mix of one weight a stream: (..., n) or (..., n, 1), float32, beside the streams."""
+    shape = streams[1].shape[:-1]
+    errors.check_tensor(op, name, mix, [shape, (*shape, 1)], torch.float32, streams)
+
+
+def _launch(residual: Tensor, pre_mix: Tensor, out: Tensor) -> None:
+    n, hidden_size = residual.shape[-2:]
+    if out.numel():
+        jit.kernel("aggregate_fwd", n, hidden_size)(
+            residual.view(-1, n, hidden_size),
+            pre_mix.contiguous().view(-1, n),
+            out.view(-1, hidden_size),
+        )
+
+
+def _cuda(residual: Tensor, pre_mix: Tensor) -> Tensor:
+    out = _fake(residual, pre_mix)
+    _launch(residual, pre_mix, out)
+    return out
+
+
+def _fake(residual: Tensor, pre_mix: Tensor) -> Tensor:
+    return residual.new_empty(*residual.shape[:-2], residual.shape[-1])
+
+
+def _cpu_out(residual: Tensor, pre_mix: Tensor, out: Tensor) -> None:
+    out.copy_(reference.aggregate(residual, pre_mix))
+
+
+def _backward_cuda(grad: Tensor, residual: Tensor, pre_mix: Tensor) -> tuple[Tensor, Tensor]:
+    n, hidden_size = residual.shape[-2:]
+    grad_residual, grad_mix = _backward_fake(grad, residual, pre_mix)
+    if residual.numel():
+        jit.kernel("aggregate_bwd", n, hidden_size)(
+            grad.contiguous().view(-1, hidden_size),
+            residual.view(-1, n, hidden_size),
+            pre_mix.contiguous().view(-1, n),
+            grad_residual.view(-1, n, hidden_size),
+            grad_mix.view(-1, n),
+        )
+    return grad_residual, grad_mix
+
+
+def _backward_fake(grad: Tensor, residual: Tensor, pre_mix: Tensor) -> tuple[Tensor, Tensor]:
+    return residual.new_empty(residual.shape), pre_mix.new_empty(pre_mix.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return _aggregate_backward(grad, *ctx.saved_tensors)
+
+
+_aggregate_backward = register(
+    "aggregate_backward(Tensor grad, Tensor residual, Tensor pre_mix) -> (Tensor, Tensor)",
+    cuda=_backward_cuda,
+    cpu=reference.aggregate_backward,
+    fake=_backward_fake,
+)
+_aggregate = register(
+    "aggregate(Tensor residual, Tensor pre_mix) -> Tensor",
+    cuda=_cuda,
+    cpu=reference.aggregate,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+_aggregate_out = register(
+    "aggregate_out(Tensor residual, Tensor pre_mix, Tensor(a!) out) -> ()",
+    cuda=_launch,
+    cpu=_cpu_out,
+    fake=lambda residual, pre_mix, out: None,
+)

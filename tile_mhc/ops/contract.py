@@ -1,0 +1,159 @@
+"""n -> 1 at the end: a learned readout of the streams."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tile_mhc import errors, jit, reference
+from tile_mhc.ops._library import register
+from tile_mhc.ops.aggregate import aggregate
+from tile_mhc.ops.mixes import check_gates, column_sums, partial_rows
+from tile_mhc.ops.projection import check_projection, projection
+
+
+def contract(
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    pre_eps: float = 1e-6,
+    num_splits: int | None = None,
+    tf32: bool = False,
+) -> Tensor:
+    """Read one stream out of n, with learned weights a token.
+
+    gate = sigmoid(projection(residual, weight) * scale + bias) + pre_eps
+    out[t, h] = sum_i gate[t, i] * residual[t, i, h]
+
+    Args:
+        residual: (..., n, H) bfloat16, contiguous; n in 2, 4, 8; H a multiple of 64.
+        weight: (n, n*H) float32.
+        scale: (1,) float32.
+        bias: (n,) float32.
+        norm_weight: optional (n*H,) float32, a learnable weight of the RMS norm.
+        norm_eps: added to the mean square of the RMS norm.
+        pre_eps: added to the gate.
+        num_splits: as in `projection`.
+        tf32: as in `projection`.
+
+    Returns:
+        (..., H) bfloat16.
+
+    Raises:
+        ShapeError: a shape, dtype, device or layout does not match.
+        UnsupportedError: n or H has no kernel.
+
+    Source: Megatron-LM `learned_output_contract`; DeepSeek TileKernels `mhc_head`.
+    """
+    errors.check_streams("contract", "residual", residual)
+    n = residual.shape[-2]
+    check_projection("contract", residual, weight, norm_weight, norm_eps, num_splits, (n,))
+    check_gates("contract", scale, bias, 1, n, ("residual", residual))
+    mixes = projection(
+        residual,
+        weight,
+        norm_weight=norm_weight,
+        norm_eps=norm_eps,
+        num_splits=num_splits,
+        tf32=tf32,
+    )
+    return aggregate(residual, head_mix(mixes, scale, bias, pre_eps=pre_eps))
+
+
+def head_mix(mixes: Tensor, scale: Tensor, bias: Tensor, *, pre_eps: float = 1e-6) -> Tensor:
+    """Turn the head's mixes into its gate.
+
+    gate = sigmoid(mixes * scale + bias) + pre_eps
+
+    Args:
+        mixes: (..., n) float32; n in 2, 4, 8.
+        scale: (1,) float32.
+        bias: (n,) float32.
+        pre_eps: added to the gate.
+
+    Returns:
+        (..., n) float32.
+
+    Raises:
+        ShapeError: a shape, dtype or device does not match.
+        UnsupportedError: n has no kernel.
+
+    Source: DeepSeek TileKernels `mhc/head_compute_mix_kernel.py`.
+    """
+    errors.require_tensor("head_mix", "mixes", mixes)
+    if mixes.dtype != torch.float32 or mixes.ndim < 1:
+        raise errors.ShapeError(
+            f"head_mix: mixes must be (..., n) float32; got {errors.describe(mixes)}"
+        )
+    errors.check_num_streams("head_mix", mixes.shape[-1])
+    errors.check_device("head_mix", "mixes", mixes)
+    check_gates("head_mix", scale, bias, 1, mixes.shape[-1], ("mixes", mixes))
+    errors.check_number("head_mix", "pre_eps", pre_eps)
+    return _head_mix(mixes, scale, bias, pre_eps)
+
+
+def _cuda(mixes: Tensor, scale: Tensor, bias: Tensor, pre_eps: float) -> Tensor:
+    out = mixes.new_empty(mixes.shape)
+    n = mixes.shape[-1]
+    if out.numel():
+        jit.kernel("head_mix_fwd", n)(
+            mixes.contiguous().view(-1, n), scale, bias.contiguous(), out.view(-1, n), pre_eps
+        )
+    return out
+
+
+def _backward_cuda(
+    grad: Tensor, mixes: Tensor, scale: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    n = mixes.shape[-1]
+    grad_mixes = mixes.new_empty(mixes.shape)
+    num_tokens = mixes.numel() // n
+    if num_tokens == 0:
+        return grad_mixes, torch.zeros_like(scale), torch.zeros_like(bias)
+    # One row of partial sums a CTA: the bias gradients, then the scale gradient.
+    partials = mixes.new_empty(partial_rows(num_tokens), n + 1)
+    jit.kernel("head_mix_bwd", n)(
+        grad.contiguous().view(-1, n),
+        mixes.contiguous().view(-1, n),
+        scale,
+        bias.contiguous(),
+        grad_mixes.view(-1, n),
+        partials,
+    )
+    sums = column_sums(partials)
+    return grad_mixes, sums[n:].clone(), sums[:n].clone()
+
+
+def _backward_fake(
+    grad: Tensor, mixes: Tensor, scale: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return mixes.new_empty(mixes.shape), scale.new_empty(scale.shape), bias.new_empty(bias.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_head_mix_backward(grad, *ctx.saved_tensors), None)
+
+
+_head_mix_backward = register(
+    "head_mix_backward(Tensor grad, Tensor mixes, Tensor scale, Tensor bias) "
+    "-> (Tensor, Tensor, Tensor)",
+    cuda=_backward_cuda,
+    cpu=reference.head_mix_backward,
+    fake=_backward_fake,
+)
+_head_mix = register(
+    "head_mix(Tensor mixes, Tensor scale, Tensor bias, float pre_eps) -> Tensor",
+    cuda=_cuda,
+    cpu=lambda mixes, scale, bias, pre_eps: reference.head_mix(mixes, scale, bias, pre_eps=pre_eps),
+    fake=lambda mixes, scale, bias, pre_eps: mixes.new_empty(mixes.shape),
+    backward=_backward,
+    setup_context=_setup_context,
+)

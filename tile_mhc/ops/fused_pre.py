@@ -1,0 +1,246 @@
+"""Everything before a sub-layer: projection, mixes, Sinkhorn and aggregate in one op."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tile_mhc import errors, jit, reference
+from tile_mhc.ops import mixes as mixes_op
+from tile_mhc.ops import projection as projection_op
+from tile_mhc.ops import sinkhorn as sinkhorn_op
+from tile_mhc.ops._library import register
+
+
+def fused_pre(
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    pre_eps: float = 1e-6,
+    sinkhorn_eps: float = 1e-6,
+    post_mult: float = 1.0,
+    sinkhorn_repeat: int = 10,
+    num_splits: int | None = None,
+    tf32: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the layer input and the mixes of one sub-layer.
+
+    mixes = projection(residual, weight);  pre_mix, post_mix, logits = split_mixes(mixes)
+    layer_input = aggregate(residual, pre_mix);  comb_mix = sinkhorn(logits)
+
+    The outputs are the bits of the four ops one after another, with the same `num_splits`. The
+    gradient of the residual is rounded once for both its uses, where the four ops round it twice
+    and autograd their sum.
+
+    Args:
+        residual: (..., n, H) bfloat16, contiguous; n in 2, 4, 8; H a multiple of 64.
+        weight: (n*(n+2), n*H) float32.
+        scale: (3,) float32.
+        bias: (n*(n+2),) float32.
+        norm_weight: optional (n*H,) float32, a learnable weight of the RMS norm.
+        norm_eps: added to the mean square of the RMS norm.
+        pre_eps: added to pre_mix.
+        sinkhorn_eps: added to the softmax and the divisors of Sinkhorn.
+        post_mult: factor of post_mix (DeepSeek-V4 uses 2).
+        sinkhorn_repeat: Sinkhorn steps, at least 1 (DeepSeek-V4 uses 20).
+        num_splits: as in `projection`.
+        tf32: as in `projection`.
+
+    Returns:
+        layer_input (..., H) bfloat16, post_mix (..., n) and comb_mix (..., n, n) float32.
+
+    Raises:
+        ShapeError: a shape, dtype, device or layout does not match.
+        UnsupportedError: n or H has no kernel.
+
+    Source: mHC paper (arXiv 2512.24880), sec. 4.3.1; TileKernels `mhc_pre`, `mhc_pre_big_fuse`.
+    """
+    op = "fused_pre"
+    n, _ = errors.check_streams(op, "residual", residual)
+    rows = n * (n + 2)
+    projection_op.check_projection(op, residual, weight, norm_weight, norm_eps, num_splits, (rows,))
+    mixes_op.check_gates(op, scale, bias, 3, rows, ("residual", residual))
+    sinkhorn_op.check_sinkhorn(op, sinkhorn_repeat, sinkhorn_eps)
+    errors.check_number(op, "post_mult", post_mult)
+    errors.check_number(op, "pre_eps", pre_eps)
+    return _fused_pre(  # type: ignore[no-any-return]
+        residual,
+        weight,
+        scale,
+        bias,
+        norm_weight,
+        norm_eps,
+        pre_eps,
+        sinkhorn_eps,
+        post_mult,
+        sinkhorn_repeat,
+        num_splits,
+        tf32,
+    )[:3]
+
+
+def _cuda(
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    pre_eps: float,
+    sinkhorn_eps: float,
+    post_mult: float,
+    sinkhorn_repeat: int,
+    num_splits: int | None,
+    tf32: bool,
+) -> tuple[Tensor, ...]:
+    n, hidden_size = residual.shape[-2:]
+    outputs = _empty(residual)
+    if residual.numel():
+        num_mixes, size = weight.shape
+        x = residual.view(-1, size)
+        parts = projection_op.weight_parts(weight, norm_weight, tf32)
+        products, squares = projection_op.split_products(x, parts, num_mixes, num_splits)
+        layer_input, post_mix, comb_mix, mixes, inv_rms = outputs
+        jit.kernel("fused_pre", n, hidden_size)(
+            products,
+            squares,
+            scale.contiguous(),
+            bias.contiguous(),
+            residual.view(-1, n, hidden_size),
+            x,
+            parts,
+            layer_input.view(-1, hidden_size),
+            post_mix.view(-1, n),
+            comb_mix.view(-1, n * n),
+            mixes.view(-1, num_mixes),
+            inv_rms.view(-1),
+            norm_eps,
+            pre_eps,
+            sinkhorn_eps,
+            post_mult,
+            sinkhorn_repeat,
+        )
+    return outputs
+
+
+def _cpu(residual: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, *rest: Any) -> Any:
+    *options, _, tf32 = rest
+    outputs = reference.fused_pre_with_mixes(residual, weight, scale, bias, *options, tf32)
+    return tuple(out.contiguous() for out in outputs)
+
+
+def _empty(residual: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    *lead, n, hidden_size = residual.shape
+    sizes = ((n,), (n, n), (n * (n + 2),), ())
+    mixes = (residual.new_empty(*lead, *size, dtype=torch.float32) for size in sizes)
+    return residual.new_empty(*lead, hidden_size), *mixes
+
+
+def _backward_cuda(
+    grad_input: Tensor,
+    grad_post: Tensor,
+    grad_comb: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor | None,
+    mixes: Tensor,
+    inv_rms: Tensor,
+    pre_eps: float,
+    sinkhorn_eps: float,
+    post_mult: float,
+    sinkhorn_repeat: int,
+    tf32: bool,
+) -> tuple[Tensor, ...]:
+    n, hidden_size = residual.shape[-2:]
+    pre_mix, _, logits = mixes_op.launch(mixes, scale, bias, n, post_mult, pre_eps)
+    grad_input = grad_input.contiguous()
+    grad_pre = torch.empty_like(pre_mix)
+    if residual.numel():
+        jit.kernel("aggregate_mix_bwd", n, hidden_size)(
+            grad_input.view(-1, hidden_size),
+            residual.view(-1, n, hidden_size),
+            grad_pre.view(-1, n),
+        )
+    grad_logits = sinkhorn_op.launch_backward(grad_comb, logits, sinkhorn_repeat, sinkhorn_eps)
+    grad_mixes, grad_scale, grad_bias = mixes_op.launch_backward(
+        grad_pre, grad_post, grad_logits, mixes, scale, bias, n, post_mult
+    )
+    grad_residual, grad_weight, grad_norm_weight = projection_op.launch_backward(
+        grad_mixes,
+        residual,
+        weight,
+        norm_weight,
+        mixes,
+        inv_rms,
+        tf32,
+        aggregated=(grad_input, pre_mix),
+    )
+    return grad_residual, grad_weight, grad_scale, grad_bias, grad_norm_weight
+
+
+def _backward_cpu(*args: Any) -> tuple[Tensor, ...]:
+    *grads, grad_norm_weight = reference.fused_pre_backward(*args)
+    if grad_norm_weight is None:
+        grad_norm_weight = grads[1].new_empty(0)
+    return *(grad.contiguous() for grad in grads), grad_norm_weight
+
+
+def _backward_fake(
+    grad_input: Tensor,
+    grad_post: Tensor,
+    grad_comb: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    return (
+        residual.new_empty(residual.shape),
+        weight.new_empty(weight.shape),
+        scale.new_empty(scale.shape),
+        bias.new_empty(bias.shape),
+        weight.new_empty(0 if norm_weight is None else norm_weight.shape),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    residual, weight, scale, bias, norm_weight, _, *options, _, tf32 = inputs
+    mixes, inv_rms = output[3:]
+    ctx.save_for_backward(residual, weight, scale, bias, norm_weight, mixes, inv_rms)
+    ctx.options = (*options, tf32)
+    ctx.mark_non_differentiable(mixes, inv_rms)
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    result = _fused_pre_backward(*grads[:3], *ctx.saved_tensors, *ctx.options)
+    grad_norm_weight = None if ctx.saved_tensors[4] is None else result[4]
+    return *result[:4], grad_norm_weight, *[None] * 7
+
+
+_fused_pre_backward = register(
+    "fused_pre_backward(Tensor grad_input, Tensor grad_post, Tensor grad_comb, Tensor residual, "
+    "Tensor weight, Tensor scale, Tensor bias, Tensor? norm_weight, Tensor mixes, "
+    "Tensor inv_rms, float pre_eps, float sinkhorn_eps, float post_mult, int sinkhorn_repeat, "
+    "bool tf32) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    cuda=_backward_cuda,
+    cpu=_backward_cpu,
+    fake=_backward_fake,
+)
+_fused_pre = register(
+    "fused_pre(Tensor residual, Tensor weight, Tensor scale, Tensor bias, Tensor? norm_weight, "
+    "float norm_eps, float pre_eps, float sinkhorn_eps, float post_mult, int sinkhorn_repeat, "
+    "int? num_splits, bool tf32) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    cuda=_cuda,
+    cpu=_cpu,
+    fake=_empty,
+    backward=_backward,
+    setup_context=_setup_context,
+)

@@ -1,0 +1,180 @@
+"""Mixes -> pre, post and comb weights: scale, bias and sigmoid."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tile_mhc import errors, jit, reference
+from tile_mhc.kernels._shapes import TOKENS_PER_PARTIAL
+from tile_mhc.ops._library import register
+
+
+def split_mixes(
+    mixes: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    num_streams: int,
+    post_mult: float = 1.0,
+    pre_eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split the projection's output into the three groups of mix weights.
+
+    z = mixes * (scale[0] for the first n, scale[1] for the next n, scale[2] for the rest) + bias
+    pre_mix = sigmoid(z[:n]) + pre_eps;  post_mix = post_mult * sigmoid(z[n:2n]);  comb = z[2n:]
+
+    Args:
+        mixes: (..., n*(n+2)) float32.
+        scale: (3,) float32.
+        bias: (n*(n+2),) float32.
+        num_streams: n, one of 2, 4, 8.
+        post_mult: factor of post_mix (DeepSeek-V4 uses 2).
+        pre_eps: added to pre_mix.
+
+    Returns:
+        pre_mix (..., n), post_mix (..., n) and the logits of comb_mix (..., n, n), index
+        [in, out], all float32. `sinkhorn` makes comb_mix of the logits.
+
+    Raises:
+        ShapeError: a shape, dtype or device does not match.
+        UnsupportedError: n has no kernel.
+
+    Source: mHC paper (arXiv 2512.24880), eq. 7 and 8; TileKernels `mhc/pre_split_mixes_kernel.py`.
+    """
+    errors.require_tensor("split_mixes", "mixes", mixes)
+    errors.check_num_streams("split_mixes", num_streams)
+    shape = (*mixes.shape[:-1], num_streams * (num_streams + 2))
+    errors.check_tensor("split_mixes", "mixes", mixes, [shape], torch.float32)
+    errors.check_device("split_mixes", "mixes", mixes)
+    check_gates("split_mixes", scale, bias, 3, shape[-1], ("mixes", mixes))
+    errors.check_number("split_mixes", "post_mult", post_mult)
+    errors.check_number("split_mixes", "pre_eps", pre_eps)
+    return _split_mixes(mixes, scale, bias, num_streams, post_mult, pre_eps)
+
+
+def check_gates(
+    op: str, scale: Tensor, bias: Tensor, scales: int, biases: int, like: tuple[str, Tensor]
+) -> None:
+    errors.check_tensor(op, "scale", scale, [(scales,)], torch.float32, like)
+    errors.check_tensor(op, "bias", bias, [(biases,)], torch.float32, like)
+
+
+def column_sums(partials: Tensor) -> Tensor:
+    """(P, C) float32 partial sums to (C,), added in ascending order: the same bits every run."""
+    out = partials.new_empty(partials.shape[1])
+    jit.kernel("column_sums", partials.shape[1])(partials, out)
+    return out
+
+
+def partial_rows(num_tokens: int) -> int:
+    return -(-num_tokens // TOKENS_PER_PARTIAL)
+
+
+def _fake(
+    mixes: Tensor, scale: Tensor, bias: Tensor, num_streams: int, post_mult: float, pre_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    lead = mixes.shape[:-1]
+    n = num_streams
+    return mixes.new_empty(*lead, n), mixes.new_empty(*lead, n), mixes.new_empty(*lead, n, n)
+
+
+def launch(
+    mixes: Tensor, scale: Tensor, bias: Tensor, num_streams: int, post_mult: float, pre_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _fake(mixes, scale, bias, num_streams, post_mult, pre_eps)
+    n = num_streams
+    if mixes.numel():
+        jit.kernel("split_mixes_fwd", n)(
+            mixes.contiguous().view(-1, n * (n + 2)),
+            scale.contiguous(),
+            bias.contiguous(),
+            outputs[0].view(-1, n),
+            outputs[1].view(-1, n),
+            outputs[2].view(-1, n * n),
+            post_mult,
+            pre_eps,
+        )
+    return outputs
+
+
+def _cpu(
+    mixes: Tensor, scale: Tensor, bias: Tensor, num_streams: int, post_mult: float, pre_eps: float
+) -> tuple[Tensor, ...]:
+    outputs = reference.split_mixes(
+        mixes, scale, bias, num_streams=num_streams, post_mult=post_mult, pre_eps=pre_eps
+    )
+    return tuple(out.contiguous() for out in outputs)
+
+
+def launch_backward(
+    grad_pre: Tensor,
+    grad_post: Tensor,
+    grad_comb: Tensor,
+    mixes: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    num_streams: int,
+    post_mult: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, num_mixes = num_streams, mixes.shape[-1]
+    grad_mixes = mixes.new_empty(mixes.shape)
+    num_tokens = mixes.numel() // num_mixes
+    if num_tokens == 0:
+        return grad_mixes, torch.zeros_like(scale), torch.zeros_like(bias)
+    # One row of partial sums a CTA: the bias gradients, then the three scale gradients.
+    partials = mixes.new_empty(partial_rows(num_tokens), num_mixes + 3)
+    jit.kernel("split_mixes_bwd", n)(
+        grad_pre.contiguous().view(-1, n),
+        grad_post.contiguous().view(-1, n),
+        grad_comb.contiguous().view(-1, n * n),
+        mixes.contiguous().view(-1, num_mixes),
+        scale.contiguous(),
+        bias.contiguous(),
+        grad_mixes.view(-1, num_mixes),
+        partials,
+        post_mult,
+    )
+    sums = column_sums(partials)
+    return grad_mixes, sums[num_mixes:].clone(), sums[:num_mixes].clone()
+
+
+def _backward_fake(
+    grad_pre: Tensor,
+    grad_post: Tensor,
+    grad_comb: Tensor,
+    mixes: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    num_streams: int,
+    post_mult: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return mixes.new_empty(mixes.shape), scale.new_empty(scale.shape), bias.new_empty(bias.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    mixes, scale, bias, ctx.num_streams, ctx.post_mult, _ = inputs
+    ctx.save_for_backward(mixes, scale, bias)
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    result = _split_mixes_backward(*grads, *ctx.saved_tensors, ctx.num_streams, ctx.post_mult)
+    return (*result, None, None, None)
+
+
+_split_mixes_backward = register(
+    "split_mixes_backward(Tensor grad_pre, Tensor grad_post, Tensor grad_comb, Tensor mixes, "
+    "Tensor scale, Tensor bias, int num_streams, float post_mult) -> (Tensor, Tensor, Tensor)",
+    cuda=launch_backward,
+    cpu=reference.split_mixes_backward,
+    fake=_backward_fake,
+)
+_split_mixes = register(
+    "split_mixes(Tensor mixes, Tensor scale, Tensor bias, int num_streams, float post_mult, "
+    "float pre_eps) -> (Tensor, Tensor, Tensor)",
+    cuda=launch,
+    cpu=_cpu,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)

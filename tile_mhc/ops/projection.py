@@ -1,0 +1,300 @@
+"""RMS statistic and (n*H) -> n*(n+2) matmul of the flattened streams."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tile_mhc import config, errors, jit, reference
+from tile_mhc.kernels._shapes import BLOCK_K, BLOCK_TOKENS, backward_tile, padded
+from tile_mhc.ops._library import register
+
+
+def projection(
+    residual: Tensor,
+    weight: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    num_splits: int | None = None,
+    tf32: bool = False,
+) -> Tensor:
+    """Project the flattened streams onto the mixes, with an RMS norm folded in.
+
+    mixes[t] = (x[t] @ (weight * norm_weight).T) * rsqrt(mean(x[t]**2) + norm_eps),  x (T, n*H)
+
+    On CUDA the weight is split into two bfloat16 parts, so that the product is near fp32 (about
+    1e-5 relative to float64, where TF32 gives 2e-4); sums over K are fp32, in a fixed order.
+
+    Args:
+        residual: (..., n, H) bfloat16, contiguous; n in 2, 4, 8; H a multiple of 64.
+        weight: (N, n*H) float32; N is n*(n+2) for a block, n for the head.
+        norm_weight: optional (n*H,) float32, a learnable weight of the RMS norm.
+        norm_eps: added to the mean square, inside the root.
+        num_splits: the most slices of K to work on in parallel; by default as many as fill the
+            GPU. The same number and shape give the same bits.
+        tf32: round the weight, and in the backward the gradient of the product, to TF32 as
+            TileKernels does: for those who compare with it; it is no faster.
+
+    Returns:
+        (..., N) float32.
+
+    Raises:
+        ShapeError: a shape, dtype, device or layout does not match.
+        UnsupportedError: n, N or H has no kernel.
+
+    Source: mHC paper (arXiv 2512.24880), eq. 7; DeepSeek TileKernels `mhc/norm_fn_kernel.py`.
+    """
+    check_projection("projection", residual, weight, norm_weight, norm_eps, num_splits)
+    return _projection(residual, weight, norm_weight, norm_eps, num_splits, tf32)[0]
+
+
+def check_projection(
+    op: str,
+    residual: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    num_splits: int | None,
+    num_mixes: tuple[int, ...] | None = None,
+) -> None:
+    num_streams, hidden_size = errors.check_streams(op, "residual", residual)
+    rows = num_mixes or (num_streams * (num_streams + 2), num_streams)
+    size = num_streams * hidden_size
+    like = ("residual", residual)
+    errors.check_tensor(op, "weight", weight, [(n, size) for n in rows], torch.float32, like)
+    if norm_weight is not None:
+        errors.check_tensor(op, "norm_weight", norm_weight, [(size,)], torch.float32, like)
+    errors.check_number(op, "norm_eps", norm_eps)
+    if num_splits is not None:
+        errors.check_positive_int(op, "num_splits", num_splits)
+
+
+def blocks_per_split(num_tokens: int, size: int, num_splits: int | None) -> int:
+    """How many K blocks one CTA takes, so that token tiles x splits make one CTA an SM.
+
+    Not less than four: a shorter split would cost more in partial sums than it gains.
+    """
+    tiles = -(-num_tokens // BLOCK_TOKENS)
+    wanted = max(1, config.get_num_sms() // tiles)
+    if num_splits is not None:
+        wanted = min(wanted, num_splits)
+    return max(4, -(-(size // BLOCK_K) // wanted))
+
+
+def weight_parts(weight: Tensor, norm_weight: Tensor | None, tf32: bool) -> Tensor:
+    """The merged weight as bfloat16 rows [high; low], (2 * padded, K): high + low is the weight."""
+    num_mixes, size = weight.shape
+    parts = weight.new_empty(2 * padded(num_mixes), size, dtype=torch.bfloat16)
+    kernel = jit.kernel("projection_weight", num_mixes, size, norm_weight is not None)
+    if norm_weight is None:
+        kernel(weight.contiguous(), parts, tf32)
+    else:
+        kernel(weight.contiguous(), norm_weight.contiguous(), parts, tf32)
+    return parts
+
+
+def split_products(
+    x: Tensor, parts: Tensor, num_mixes: int, num_splits: int | None
+) -> tuple[Tensor, Tensor]:
+    """The products (S, T, N) and sums of squares (S, T) of S slices of K."""
+    num_tokens, size = x.shape
+    block = blocks_per_split(num_tokens, size, num_splits)
+    splits = -(-(size // BLOCK_K) // block)
+    products = x.new_empty(splits, num_tokens, num_mixes, dtype=torch.float32)
+    squares = x.new_empty(splits, num_tokens, dtype=torch.float32)
+    jit.kernel("projection_fwd", num_mixes, size)(x, parts, products, squares, block)
+    return products, squares
+
+
+def _cuda(
+    residual: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    num_splits: int | None,
+    tf32: bool,
+) -> tuple[Tensor, Tensor]:
+    mixes, inv_rms = _fake(residual, weight, norm_weight, norm_eps, num_splits, tf32)
+    if residual.numel():
+        num_mixes, size = weight.shape
+        x = residual.view(-1, size)
+        parts = weight_parts(weight, norm_weight, tf32)
+        products, squares = split_products(x, parts, num_mixes, num_splits)
+        jit.kernel("projection_norm", num_mixes, size)(
+            products, squares, x, parts, mixes.view(-1, num_mixes), inv_rms.view(-1), norm_eps
+        )
+    return mixes, inv_rms
+
+
+def _cpu(
+    residual: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    num_splits: int | None,
+    tf32: bool,
+) -> tuple[Tensor, Tensor]:
+    mixes, inv_rms = reference.projection_with_rms(residual, weight, norm_weight, norm_eps, tf32)
+    return mixes.contiguous(), inv_rms.contiguous()
+
+
+def _fake(
+    residual: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    num_splits: int | None,
+    tf32: bool,
+) -> tuple[Tensor, Tensor]:
+    lead = residual.shape[:-2]
+    return weight.new_empty(*lead, weight.shape[0]), weight.new_empty(lead)
+
+
+def launch_backward(
+    grad: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    mixes: Tensor,
+    inv_rms: Tensor,
+    tf32: bool,
+    aggregated: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of residual, weight and norm_weight.
+
+    `aggregated`, (gradient of the layer input, pre_mix), adds the gradient of an aggregate of the
+    same streams before the one rounding.
+    """
+    grad_residual, grad_weight, grad_norm_weight = _backward_fake(
+        grad, residual, weight, norm_weight, mixes, inv_rms, tf32
+    )
+    if residual.numel() == 0:
+        return grad_residual, grad_weight.zero_(), grad_norm_weight.zero_()
+    num_mixes, size = weight.shape
+    n, hidden_size = residual.shape[-2:]
+    x = residual.view(-1, size)
+    num_tokens = x.shape[0]
+    parts = weight_parts(weight, norm_weight, tf32)
+    # Per token: the gradient of the bare product in two bfloat16 parts, and the factor of x that
+    # comes from the RMS statistic.
+    grad_parts = parts.new_empty(num_tokens, parts.shape[0])
+    along = inv_rms.new_empty(num_tokens)
+    jit.kernel("projection_norm_bwd", num_mixes, size)(
+        grad.contiguous().view(-1, num_mixes),
+        mixes.view(-1, num_mixes),
+        inv_rms.view(-1),
+        grad_parts,
+        along,
+        tf32,
+    )
+    slice_tokens = backward_slice(num_tokens, size, num_mixes)
+    partials = weight.new_empty(-(-num_tokens // slice_tokens), num_mixes, size)
+    extra = ()
+    if aggregated is not None:
+        grad_input, pre_mix = aggregated
+        extra = (grad_input.contiguous().view(-1, hidden_size), pre_mix.view(-1, n))
+    jit.kernel("projection_bwd", num_mixes, size, n if extra else 0)(
+        grad_parts,
+        along,
+        inv_rms.view(-1),
+        x,
+        parts,
+        grad_residual.view(-1, size),
+        partials,
+        slice_tokens,
+        *extra,
+    )
+    if norm_weight is None:
+        jit.kernel("projection_weight_bwd", num_mixes, size, False)(partials, grad_weight)
+    else:
+        jit.kernel("projection_weight_bwd", num_mixes, size, True)(
+            partials, weight.contiguous(), norm_weight.contiguous(), grad_weight, grad_norm_weight
+        )
+    return grad_residual, grad_weight, grad_norm_weight
+
+
+def backward_slice(num_tokens: int, size: int, num_mixes: int) -> int:
+    """Tokens one CTA of the backward takes (a multiple of its tile).
+
+    CTAs are column blocks x token slices, one on an SM at a time. The slices are those that take
+    the least time, counted in tiles: whole waves of CTAs, and the partial weight gradients, which
+    each slice writes and the sum reads (a tile of x and of its gradient is the unit of bytes).
+    """
+    sms = config.get_num_sms()
+    block, width = backward_tile(num_mixes)
+    columns = size // width
+    tiles = -(-num_tokens // block)
+    per_slice = num_mixes * size * 4 * 2 / (2 * block * width * 2 * sms)
+
+    def time(slices: int) -> float:
+        return -(-columns * slices // sms) * -(-tiles // slices) + slices * per_slice
+
+    return -(-tiles // min(range(1, min(tiles, 16) + 1), key=time)) * block
+
+
+def _backward_cpu(
+    grad: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    mixes: Tensor,
+    inv_rms: Tensor,
+    tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x, grad_weight, grad_norm_weight = reference.projection_backward(
+        grad, residual, weight, norm_weight, mixes, inv_rms, tf32
+    )
+    if grad_norm_weight is None:
+        grad_norm_weight = weight.new_empty(0)
+    return grad_x, grad_weight.contiguous(), grad_norm_weight
+
+
+def _backward_fake(
+    grad: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    mixes: Tensor,
+    inv_rms: Tensor,
+    tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        residual.new_empty(residual.shape),
+        weight.new_empty(weight.shape),
+        weight.new_empty(0 if norm_weight is None else norm_weight.shape),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    residual, weight, norm_weight, _, _, ctx.tf32 = inputs
+    ctx.save_for_backward(residual, weight, norm_weight, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, grad_inv_rms: Tensor) -> tuple[Tensor | None, ...]:
+    residual, weight, norm_weight, mixes, inv_rms = ctx.saved_tensors
+    grad_residual, grad_weight, grad_norm_weight = _projection_backward(
+        grad, residual, weight, norm_weight, mixes, inv_rms, ctx.tf32
+    )
+    if norm_weight is None:
+        grad_norm_weight = None
+    return grad_residual, grad_weight, grad_norm_weight, None, None, None
+
+
+_projection_backward = register(
+    "projection_backward(Tensor grad, Tensor residual, Tensor weight, Tensor? norm_weight, "
+    "Tensor mixes, Tensor inv_rms, bool tf32) -> (Tensor, Tensor, Tensor)",
+    cuda=launch_backward,
+    cpu=_backward_cpu,
+    fake=_backward_fake,
+)
+_projection = register(
+    "projection(Tensor residual, Tensor weight, Tensor? norm_weight, float norm_eps, "
+    "int? num_splits, bool tf32) -> (Tensor, Tensor)",
+    cuda=_cuda,
+    cpu=_cpu,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)

@@ -1,0 +1,193 @@
+"""Replay the aggregates and posts of many sub-layers in one launch, for checkpointing."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tile_mhc import errors, jit, reference
+from tile_mhc.kernels._shapes import TABLE_SLOTS
+from tile_mhc.ops._library import register
+from tile_mhc.ops.aggregate import check_mix
+
+
+def recompute(
+    initial_residual: Tensor,
+    pre_mixes: Sequence[Tensor],
+    layer_outputs: Sequence[Tensor],
+    post_mixes: Sequence[Tensor],
+    comb_mixes: Sequence[Tensor],
+    *,
+    layer_inputs: Sequence[Tensor] | None = None,
+    residuals: Sequence[Tensor] | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Recompute every layer input and residual of a group of sub-layers from its first residual.
+
+    x_0 = initial_residual;  layer_inputs[l] = aggregate(x_l, pre_mixes[l])
+    residuals[l] = x_{l+1} = post(layer_outputs[l], x_l, post_mixes[l], comb_mixes[l])
+
+    The residual stays in registers from layer to layer (rounded to bfloat16, as memory would
+    round it), so each tensor is read or written once. Bitwise equal to the separate ops. One
+    kernel serves any number of layers.
+
+    Args:
+        initial_residual: (..., n, H) bfloat16, contiguous; n in 2, 4, 8; H a multiple of 64.
+        pre_mixes: L tensors (..., n) or (..., n, 1) float32, contiguous.
+        layer_outputs: P tensors (..., H) bfloat16, contiguous; P is L or L - 1.
+        post_mixes: P tensors (..., n) or (..., n, 1) float32, contiguous.
+        comb_mixes: P tensors (..., n, n) float32, contiguous.
+        layer_inputs: optional L destinations (..., H) bfloat16.
+        residuals: optional P destinations (..., n, H) bfloat16.
+
+    Returns:
+        layer_inputs and residuals. The replay has no gradient of its own.
+
+    Raises:
+        ShapeError: a length, shape, dtype, device or layout does not match, or a destination
+            shares memory with an input or another destination.
+        UnsupportedError: n or H has no kernel.
+
+    Source: mHC paper (arXiv 2512.24880), sec. 4.3.2; TileKernels
+    `mhc/multilayer_recompute_kernel.py`.
+    """
+    op = "recompute"
+    num_streams, hidden_size = errors.check_streams(op, "initial_residual", initial_residual)
+    layers, posts = len(pre_mixes), len(layer_outputs)
+    if layers < 1 or posts not in (layers - 1, layers):
+        raise errors.ShapeError(
+            f"{op}: layer_outputs must hold as many tensors as pre_mixes, or one less, and "
+            f"pre_mixes at least one; got {layers} pre_mixes and {posts} layer_outputs"
+        )
+    lead = initial_residual.shape[:-2]
+    if layer_inputs is None:
+        shape = (*lead, hidden_size)
+        layer_inputs = [initial_residual.new_empty(shape) for _ in range(layers)]
+    if residuals is None:
+        shape = initial_residual.shape
+        residuals = [initial_residual.new_empty(shape) for _ in range(posts)]
+    groups = {
+        "post_mixes": (post_mixes, posts),
+        "comb_mixes": (comb_mixes, posts),
+        "layer_inputs": (layer_inputs, layers),
+        "residuals": (residuals, posts),
+    }
+    for name, (tensors, count) in groups.items():
+        if len(tensors) != count:
+            raise errors.ShapeError(f"{op}: {name} must hold {count} tensors; got {len(tensors)}")
+    like = ("initial_residual", initial_residual)
+    bf16 = torch.bfloat16
+    _check_all("layer_outputs", layer_outputs, (*lead, hidden_size), bf16, like)
+    _check_all("layer_inputs", layer_inputs, (*lead, hidden_size), bf16, like)
+    _check_all("residuals", residuals, initial_residual.shape, bf16, like)
+    comb_shape = (*lead, num_streams, num_streams)
+    _check_all("comb_mixes", comb_mixes, comb_shape, torch.float32, like)
+    for name, mixes in (("pre_mixes", pre_mixes), ("post_mixes", post_mixes)):
+        for index, mix in enumerate(mixes):
+            check_mix(op, f"{name}[{index}]", mix, like)
+            errors.check_contiguous(op, f"{name}[{index}]", mix)
+    inputs = [initial_residual, *pre_mixes, *layer_outputs, *post_mixes, *comb_mixes]
+    _check_destinations([*layer_inputs, *residuals], inputs)
+    _recompute(
+        initial_residual,
+        list(pre_mixes),
+        list(layer_outputs),
+        list(post_mixes),
+        list(comb_mixes),
+        list(layer_inputs),
+        list(residuals),
+    )
+    return list(layer_inputs), list(residuals)
+
+
+def _check_all(
+    name: str,
+    tensors: Sequence[Tensor],
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    like: tuple[str, Tensor],
+) -> None:
+    for index, tensor in enumerate(tensors):
+        errors.check_tensor("recompute", f"{name}[{index}]", tensor, [shape], dtype, like)
+        errors.check_contiguous("recompute", f"{name}[{index}]", tensor)
+
+
+def _check_destinations(destinations: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+    """All spans of memory in one sorted pass: no destination may meet anything."""
+    if torch.compiler.is_compiling():
+        return
+    spans = []
+    for tensors, is_destination in ((destinations, True), (inputs, False)):
+        for tensor in tensors:
+            start = tensor.data_ptr()
+            spans.append((start, start + tensor.numel() * tensor.element_size(), is_destination))
+    spans = sorted(span for span in spans if span[0] < span[1])
+    end, end_is_destination = 0, False
+    for start, stop, is_destination in spans:
+        if start < end and (is_destination or end_is_destination):
+            raise errors.ShapeError(
+                "recompute: a destination must not share memory with an input or another "
+                "destination; got overlapping tensors"
+            )
+        if stop > end:
+            end, end_is_destination = stop, is_destination
+
+
+def _cuda(
+    initial_residual: Tensor,
+    pre_mixes: list[Tensor],
+    layer_outputs: list[Tensor],
+    post_mixes: list[Tensor],
+    comb_mixes: list[Tensor],
+    layer_inputs: list[Tensor],
+    residuals: list[Tensor],
+) -> None:
+    if initial_residual.numel() == 0:
+        return
+    n, hidden_size = initial_residual.shape[-2:]
+    layers, posts = len(pre_mixes), len(layer_outputs)
+    # One row a layer: the six addresses that layer needs. The missing post of a last layer is 0.
+    table = initial_residual.new_empty(layers, 6, dtype=torch.int64)
+    columns = (pre_mixes, layer_inputs, layer_outputs, post_mixes, comb_mixes, residuals)
+    addresses = [
+        column[layer].data_ptr() if layer < len(column) else 0
+        for layer in range(layers)
+        for column in columns
+    ]
+    _write_table(addresses, table.view(-1))
+    jit.kernel("recompute", n, hidden_size)(initial_residual.view(-1, n, hidden_size), table, posts)
+
+
+def _write_table(addresses: list[int], table: Tensor) -> None:
+    """Hand addresses to the device as kernel arguments: no pinned memory, no copy to wait for, and
+    a CUDA graph keeps them."""
+    kernel = jit.kernel("recompute_table", TABLE_SLOTS)
+    for start in range(0, len(addresses), TABLE_SLOTS):
+        chunk = addresses[start : start + TABLE_SLOTS]
+        kernel(table, start, *chunk, *[0] * (TABLE_SLOTS - len(chunk)))
+
+
+def _cpu(
+    initial_residual: Tensor,
+    pre_mixes: list[Tensor],
+    layer_outputs: list[Tensor],
+    post_mixes: list[Tensor],
+    comb_mixes: list[Tensor],
+    layer_inputs: list[Tensor],
+    residuals: list[Tensor],
+) -> None:
+    results = reference.recompute(
+        initial_residual, pre_mixes, layer_outputs, post_mixes, comb_mixes
+    )
+    for destinations, sources in zip((layer_inputs, residuals), results, strict=True):
+        for destination, source in zip(destinations, sources, strict=True):
+            destination.copy_(source)
+
+
+_recompute = register(
+    "recompute(Tensor initial_residual, Tensor[] pre_mixes, Tensor[] layer_outputs, "
+    "Tensor[] post_mixes, Tensor[] comb_mixes, Tensor(a!)[] layer_inputs, "
+    "Tensor(b!)[] residuals) -> ()",
+    cuda=_cuda,
+    cpu=_cpu,
+    fake=lambda *args: None,
+)

@@ -1,0 +1,104 @@
+"""n x n logits -> a doubly stochastic matrix."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tile_mhc import errors, jit, reference
+from tile_mhc.kernels._shapes import HISTORY_STEP
+from tile_mhc.ops._library import register
+
+
+def sinkhorn(logits: Tensor, *, repeat: int = 10, eps: float = 1e-6) -> Tensor:
+    """Turn logits into a doubly stochastic matrix by Sinkhorn's alternating normalisation.
+
+    p = softmax(logits, -1) + eps;  p = p / (sum_in p + eps);  then repeat - 1 times
+    p = p / (sum_out p + eps);  p = p / (sum_in p + eps)
+
+    The last step normalises columns: sum over `in` is 1 up to eps for every `out`. The gradient
+    is that of these `repeat` steps, not of the limit.
+
+    Args:
+        logits: (..., n, n) float32, index [in, out]; n in 2, 4, 8.
+        repeat: how many times columns are normalised, at least 1 (DeepSeek-V4 uses 20).
+        eps: added to the softmax and to every divisor.
+
+    Returns:
+        (..., n, n) float32.
+
+    Raises:
+        ShapeError: a shape or dtype does not match, or repeat is not a positive integer.
+        UnsupportedError: n has no kernel.
+
+    Source: mHC paper (arXiv 2512.24880), eq. 9; TileKernels `mhc/sinkhorn_kernel.py`.
+    """
+    errors.require_tensor("sinkhorn", "logits", logits)
+    if logits.dtype != torch.float32 or logits.ndim < 2 or logits.shape[-1] != logits.shape[-2]:
+        raise errors.ShapeError(
+            f"sinkhorn: logits must be (..., n, n) float32; got {errors.describe(logits)}"
+        )
+    errors.check_num_streams("sinkhorn", logits.shape[-1])
+    errors.check_device("sinkhorn", "logits", logits)
+    check_sinkhorn("sinkhorn", repeat, eps)
+    return _sinkhorn(logits, repeat, eps)
+
+
+def check_sinkhorn(op: str, repeat: int, eps: float) -> None:
+    errors.check_positive_int(op, "repeat", repeat)
+    errors.check_number(op, "eps", eps)
+
+
+def _cuda(logits: Tensor, repeat: int, eps: float) -> Tensor:
+    out = _fake(logits, repeat, eps)
+    n = logits.shape[-1]
+    if out.numel():
+        kernel = jit.kernel("sinkhorn_fwd", n)
+        kernel(logits.contiguous().view(-1, n * n), out.view(-1, n * n), repeat, eps)
+    return out
+
+
+def _fake(logits: Tensor, repeat: int, eps: float) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def launch_backward(grad: Tensor, logits: Tensor, repeat: int, eps: float) -> Tensor:
+    grad_logits = logits.new_empty(logits.shape)
+    n = logits.shape[-1]
+    if grad_logits.numel():
+        capacity = -(-repeat // HISTORY_STEP) * HISTORY_STEP
+        jit.kernel("sinkhorn_bwd", n, capacity)(
+            grad.contiguous().view(-1, n * n),
+            logits.contiguous().view(-1, n * n),
+            grad_logits.view(-1, n * n),
+            repeat,
+            eps,
+        )
+    return grad_logits
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, ctx.repeat, ctx.eps = inputs
+    ctx.save_for_backward(logits)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return _sinkhorn_backward(grad, *ctx.saved_tensors, ctx.repeat, ctx.eps), None, None
+
+
+_sinkhorn_backward = register(
+    "sinkhorn_backward(Tensor grad, Tensor logits, int repeat, float eps) -> Tensor",
+    cuda=launch_backward,
+    cpu=lambda grad, logits, repeat, eps: reference.sinkhorn_backward(
+        grad, logits, repeat=repeat, eps=eps
+    ),
+    fake=lambda grad, logits, repeat, eps: logits.new_empty(logits.shape),
+)
+_sinkhorn = register(
+    "sinkhorn(Tensor logits, int repeat, float eps) -> Tensor",
+    cuda=_cuda,
+    cpu=lambda logits, repeat, eps: reference.sinkhorn(logits, repeat=repeat, eps=eps),
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)

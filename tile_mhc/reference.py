@@ -1,0 +1,372 @@
+"""The specification of every op in plain torch: any device, fp32 or fp64, differentiable.
+
+Each function takes the arguments of its public namesake. It computes in float32, or in float64
+when an input is float64, and rounds a stream tensor once, to the dtype of the streams it came from.
+On a CPU these functions are the ops. The `*_backward` functions are the gradients in closed form:
+they serve the CPU, and the tests hold them against autograd of the forward ones.
+
+Letters: n streams, H hidden size, K = n*H, N = n*(n+2) mixes; index i is the source stream,
+j the destination, t the token, h the hidden position.
+"""
+
+import torch
+from torch import Tensor
+
+
+def _accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
+    dtype = torch.float32
+    for tensor in tensors:
+        if tensor is not None:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def expand(hidden: Tensor, num_streams: int) -> Tensor:
+    """out[t, i, h] = hidden[t, h]"""
+    shape = (*hidden.shape[:-1], num_streams, hidden.shape[-1])
+    return hidden.unsqueeze(-2).expand(shape).clone(memory_format=torch.contiguous_format)
+
+
+def expand_backward(grad: Tensor) -> Tensor:
+    return grad.to(_accumulate_dtype(grad)).sum(-2).to(grad.dtype)
+
+
+def merge_norm_weight(weight: Tensor, norm_weight: Tensor | None) -> Tensor:
+    """Fold a weight of the RMS norm, (K,), into the projection weight (N, K)."""
+    return weight if norm_weight is None else weight * norm_weight
+
+
+def round_to_tf32(x: Tensor) -> Tensor:
+    """float32 rounded to the 11 bits of TF32, halves away from zero; the gradient is untouched."""
+    bits = (x.detach().to(torch.float32).view(torch.int32) + 0x1000) & ~0x1FFF
+    rounded = torch.where(x.detach().isfinite(), bits.view(torch.float32), x.detach())
+    return x + (rounded.to(x.dtype) - x.detach())
+
+
+def token_scale(x: Tensor) -> Tensor:
+    """A power of two s <= 1 a token, so that s*x is small enough to be squared and summed.
+
+    It is 1 unless |x| exceeds 2**40: there float32 would overflow where float64 gives a number.
+    """
+    largest = x.detach().abs().amax(-1, keepdim=True).to(torch.float32)
+    exponent = torch.frexp(largest).exponent
+    exponent = torch.where(largest.isfinite() & (exponent > 40), exponent, 0)
+    return torch.ldexp(torch.ones_like(largest), -exponent).to(x.dtype)
+
+
+def projection_with_rms(
+    residual: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    tf32: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The mixes (..., N), and the factor inv_rms (...) = rsqrt(mean(x**2) + norm_eps)."""
+    dtype = _accumulate_dtype(residual, weight, norm_weight)
+    merged = merge_norm_weight(weight.to(dtype), norm_weight).to(dtype)
+    if tf32:
+        merged = round_to_tf32(merged)
+    x = residual.flatten(-2).to(dtype)
+    scale = token_scale(x) if x.shape[-1] else torch.ones_like(x[..., :1])
+    x = x * scale
+    inv_rms = (x.square().mean(-1, keepdim=True) + norm_eps * scale * scale).rsqrt()
+    return (x @ merged.mT) * inv_rms, (inv_rms * scale).squeeze(-1)
+
+
+def projection(
+    residual: Tensor,
+    weight: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    tf32: bool = False,
+) -> Tensor:
+    """mixes = (x @ (weight * norm_weight).T) * rsqrt(mean(x**2) + norm_eps), x the flat streams"""
+    return projection_with_rms(residual, weight, norm_weight, norm_eps, tf32)[0]
+
+
+def projection_backward(
+    grad: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    mixes: Tensor,
+    inv_rms: Tensor,
+    tf32: bool = False,
+    added: Tensor | float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of residual, weight and norm_weight from the gradient of the mixes.
+
+    `added` joins the gradient of the residual before that is rounded. With `tf32` the gradient of
+    the bare product is rounded too, as TileKernels does.
+    """
+    dtype = mixes.dtype
+    merged = merge_norm_weight(weight.to(dtype), norm_weight).to(dtype)
+    x = residual.flatten(-2).to(dtype)
+    rms = inv_rms.unsqueeze(-1)
+    grad_product = grad * rms
+    if tf32:
+        merged, grad_product = round_to_tf32(merged), round_to_tf32(grad_product)
+    # d inv_rms/dx = -x * inv_rms**3 / K; the product of x and inv_rms first: it cannot overflow.
+    along = (grad * mixes).sum(-1, keepdim=True) * rms / x.shape[-1]
+    grad_x = (grad_product @ merged - (x * rms) * along).view_as(residual) + added
+    grad_merged = grad_product.reshape(-1, merged.shape[0]).mT @ x.reshape(-1, x.shape[-1])
+    grad_weight = grad_merged if norm_weight is None else grad_merged * norm_weight
+    grad_norm_weight = None if norm_weight is None else (grad_merged * weight).sum(0)
+    return grad_x.to(residual.dtype), grad_weight, grad_norm_weight
+
+
+def split_mixes(
+    mixes: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    num_streams: int,
+    post_mult: float = 1.0,
+    pre_eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """pre = sigmoid(z_pre) + pre_eps, post = post_mult * sigmoid(z_post), comb = z_comb"""
+    n = num_streams
+    logits = mixes * _spread(scale, n) + bias
+    pre, post, comb = logits.split((n, n, n * n), dim=-1)
+    return pre.sigmoid() + pre_eps, post.sigmoid() * post_mult, comb.unflatten(-1, (n, n))
+
+
+def _spread(scale: Tensor, num_streams: int) -> Tensor:
+    """(3,) to (N,): one scale for the n pre, the n post and the n*n comb mixes."""
+    n = num_streams
+    repeats = torch.tensor((n, n, n * n), device=scale.device)
+    return scale.repeat_interleave(repeats, output_size=n * (n + 2))
+
+
+def split_mixes_backward(
+    grad_pre: Tensor,
+    grad_post: Tensor,
+    grad_comb: Tensor,
+    mixes: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    num_streams: int,
+    post_mult: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of mixes, scale and bias."""
+    n = num_streams
+    wide = _spread(scale, n)
+    pre, post = (mixes * wide + bias)[..., : 2 * n].sigmoid().split((n, n), dim=-1)
+    shape = mixes.shape[:-1]
+    grad_logits = torch.cat(
+        (
+            grad_pre.reshape(*shape, n) * pre * (1 - pre),
+            grad_post.reshape(*shape, n) * post_mult * post * (1 - post),
+            grad_comb.reshape(*shape, n * n),
+        ),
+        dim=-1,
+    )
+    by_mix = (grad_logits * mixes).reshape(-1, n * (n + 2)).sum(0)
+    grad_scale = torch.stack([part.sum() for part in by_mix.split((n, n, n * n))])
+    return grad_logits * wide, grad_scale, grad_logits.reshape(-1, n * (n + 2)).sum(0)
+
+
+def sinkhorn(logits: Tensor, *, repeat: int = 10, eps: float = 1e-6) -> Tensor:
+    """softmax over the last axis + eps, divided by column sums + eps; then repeat - 1 times
+    divided by row sums + eps and by column sums + eps."""
+    comb = logits.softmax(-1) + eps
+    comb = comb / (comb.sum(-2, keepdim=True) + eps)
+    for _ in range(repeat - 1):
+        comb = comb / (comb.sum(-1, keepdim=True) + eps)
+        comb = comb / (comb.sum(-2, keepdim=True) + eps)
+    return comb
+
+
+def sinkhorn_backward(grad: Tensor, logits: Tensor, *, repeat: int, eps: float) -> Tensor:
+    """The gradient of the `repeat`-step map itself (not of its fixed point)."""
+    softmax = logits.softmax(-1)
+    step = softmax + eps
+    trace = []  # (axis, divisor, quotient) of every normalisation
+    for axis in (-2, *((-1, -2) * (repeat - 1))):
+        divisor = step.sum(axis, keepdim=True) + eps
+        step = step / divisor
+        trace.append((axis, divisor, step))
+    for axis, divisor, quotient in reversed(trace):
+        grad = (grad - (grad * quotient).sum(axis, keepdim=True)) / divisor
+    return softmax * (grad - (grad * softmax).sum(-1, keepdim=True))
+
+
+def aggregate(residual: Tensor, pre_mix: Tensor) -> Tensor:
+    """layer_input[t, h] = sum_i pre_mix[t, i] * residual[t, i, h]"""
+    dtype = _accumulate_dtype(residual, pre_mix)
+    mix = pre_mix.to(dtype).reshape(*residual.shape[:-1], 1)
+    return (mix * residual.to(dtype)).sum(-2).to(residual.dtype)
+
+
+def aggregate_backward(grad: Tensor, residual: Tensor, pre_mix: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of residual and pre_mix."""
+    dtype = _accumulate_dtype(residual, pre_mix)
+    mix = pre_mix.to(dtype).reshape(*residual.shape[:-1], 1)
+    wide = grad.to(dtype).unsqueeze(-2)
+    grad_mix = (wide * residual.to(dtype)).sum(-1)
+    return (mix * wide).to(residual.dtype), grad_mix.view_as(pre_mix)
+
+
+def post(layer_output: Tensor, residual: Tensor, post_mix: Tensor, comb_mix: Tensor) -> Tensor:
+    """out[t, j] = post_mix[t, j] * layer_output[t] + sum_i comb_mix[t, i, j] * residual[t, i]"""
+    dtype = _accumulate_dtype(residual, comb_mix)
+    mix = post_mix.to(dtype).reshape(*residual.shape[:-1], 1)
+    added = mix * layer_output.to(dtype).unsqueeze(-2)
+    return (added + comb_mix.to(dtype).mT @ residual.to(dtype)).to(residual.dtype)
+
+
+def post_backward(
+    grad: Tensor, layer_output: Tensor, residual: Tensor, post_mix: Tensor, comb_mix: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of layer_output, residual, post_mix and comb_mix."""
+    dtype = _accumulate_dtype(residual, comb_mix)
+    mix = post_mix.to(dtype).reshape(*residual.shape[:-1], 1)
+    wide = grad.to(dtype)
+    grad_output = (mix * wide).sum(-2).to(layer_output.dtype)
+    grad_residual = (comb_mix.to(dtype) @ wide).to(residual.dtype)
+    grad_post = (wide * layer_output.to(dtype).unsqueeze(-2)).sum(-1).view_as(post_mix)
+    return grad_output, grad_residual, grad_post, residual.to(dtype) @ wide.mT
+
+
+def head_mix(mixes: Tensor, scale: Tensor, bias: Tensor, *, pre_eps: float = 1e-6) -> Tensor:
+    """sigmoid(mixes * scale + bias) + pre_eps"""
+    return (mixes * scale + bias).sigmoid() + pre_eps
+
+
+def head_mix_backward(
+    grad: Tensor, mixes: Tensor, scale: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of mixes, scale and bias."""
+    gate = (mixes * scale + bias).sigmoid()
+    grad_logits = grad * gate * (1 - gate)
+    grad_scale = (grad_logits * mixes).sum().reshape(scale.shape)
+    return grad_logits * scale, grad_scale, grad_logits.reshape(-1, mixes.shape[-1]).sum(0)
+
+
+def contract(
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    pre_eps: float = 1e-6,
+    tf32: bool = False,
+) -> Tensor:
+    """aggregate(residual, head_mix(projection(residual, weight), scale, bias))"""
+    mixes = projection(residual, weight, norm_weight=norm_weight, norm_eps=norm_eps, tf32=tf32)
+    return aggregate(residual, head_mix(mixes, scale, bias, pre_eps=pre_eps))
+
+
+def fused_pre_with_mixes(
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    pre_eps: float,
+    sinkhorn_eps: float,
+    post_mult: float,
+    sinkhorn_repeat: int,
+    tf32: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(layer_input, post_mix, comb_mix, mixes, inv_rms)"""
+    mixes, inv_rms = projection_with_rms(residual, weight, norm_weight, norm_eps, tf32)
+    n = residual.shape[-2]
+    pre_mix, post_mix, comb = split_mixes(
+        mixes, scale, bias, num_streams=n, post_mult=post_mult, pre_eps=pre_eps
+    )
+    comb_mix = sinkhorn(comb, repeat=sinkhorn_repeat, eps=sinkhorn_eps)
+    return aggregate(residual, pre_mix), post_mix, comb_mix, mixes, inv_rms
+
+
+def fused_pre(
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    pre_eps: float = 1e-6,
+    sinkhorn_eps: float = 1e-6,
+    post_mult: float = 1.0,
+    sinkhorn_repeat: int = 10,
+    tf32: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(layer_input, post_mix, comb_mix): projection, split_mixes, sinkhorn and aggregate."""
+    return fused_pre_with_mixes(
+        residual,
+        weight,
+        scale,
+        bias,
+        norm_weight,
+        norm_eps,
+        pre_eps,
+        sinkhorn_eps,
+        post_mult,
+        sinkhorn_repeat,
+        tf32,
+    )[:3]
+
+
+def fused_pre_backward(
+    grad_input: Tensor,
+    grad_post: Tensor,
+    grad_comb: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor | None,
+    mixes: Tensor,
+    inv_rms: Tensor,
+    pre_eps: float,
+    sinkhorn_eps: float,
+    post_mult: float,
+    sinkhorn_repeat: int,
+    tf32: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of residual (both its uses, rounded once), weight, scale, bias and norm_weight."""
+    n = residual.shape[-2]
+    pre_mix, _, logits = split_mixes(
+        mixes, scale, bias, num_streams=n, post_mult=post_mult, pre_eps=pre_eps
+    )
+    wide = grad_input.to(mixes.dtype).unsqueeze(-2)
+    grad_pre = (wide * residual.to(mixes.dtype)).sum(-1)
+    grad_logits = sinkhorn_backward(grad_comb, logits, repeat=sinkhorn_repeat, eps=sinkhorn_eps)
+    grad_mixes, grad_scale, grad_bias = split_mixes_backward(
+        grad_pre, grad_post, grad_logits, mixes, scale, bias, n, post_mult
+    )
+    grad_residual, grad_weight, grad_norm_weight = projection_backward(
+        grad_mixes,
+        residual,
+        weight,
+        norm_weight,
+        mixes,
+        inv_rms,
+        tf32,
+        added=pre_mix.unsqueeze(-1) * wide,
+    )
+    return grad_residual, grad_weight, grad_scale, grad_bias, grad_norm_weight
+
+
+def recompute(
+    initial_residual: Tensor,
+    pre_mixes: list[Tensor],
+    layer_outputs: list[Tensor],
+    post_mixes: list[Tensor],
+    comb_mixes: list[Tensor],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Replay of aggregate and post, layer by layer; one aggregate may follow the last post."""
+    residual = initial_residual
+    layer_inputs, residuals = [], []
+    for layer, pre_mix in enumerate(pre_mixes):
+        layer_inputs.append(aggregate(residual, pre_mix))
+        if layer < len(layer_outputs):
+            residual = post(layer_outputs[layer], residual, post_mixes[layer], comb_mixes[layer])
+            residuals.append(residual)
+    return layer_inputs, residuals

@@ -1,0 +1,164 @@
+"""The table of kernels: which module builds each, for which ops, and with which arguments.
+
+Adding a kernel means adding one line to SPECS: `tile-mhc compile`, the CI compile and the spill
+check then cover it.
+"""
+
+import importlib
+import importlib.util
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tile_mhc.errors import HIDDEN_MULTIPLE, MAX_HIDDEN, SUPPORTED_STREAMS
+from tile_mhc.kernels._shapes import HISTORY_STEP, TABLE_SLOTS
+
+Arguments = tuple[int, ...]
+
+# What `tile-mhc compile` takes; sm_90a and sm_100a are the ones compiled in CI.
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_120a")
+
+
+class Sizes(NamedTuple):
+    """What a user chooses: n streams of width H, and how often Sinkhorn normalises."""
+
+    n: int
+    hidden: int
+    repeat: int = HISTORY_STEP
+
+    @property
+    def mixes(self) -> int:
+        return self.n * (self.n + 2)
+
+    @property
+    def capacity(self) -> int:
+        return -(-self.repeat // HISTORY_STEP) * HISTORY_STEP
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One kernel.
+
+    Attributes:
+        name: the builder's name, and the kernel's name in messages and tables.
+        stem: the builder's module, `tile_mhc.kernels.<stem>`.
+        ops: the public functions that launch it.
+        arguments: the builder's argument tuples for given sizes.
+    """
+
+    name: str
+    stem: str
+    ops: tuple[str, ...]
+    arguments: Callable[[Sizes], list[Arguments]]
+
+
+def _n(s: Sizes) -> list[Arguments]:
+    return [(s.n,)]
+
+
+def _n_hidden(s: Sizes) -> list[Arguments]:
+    return [(s.n, s.hidden)]
+
+
+def _projections(s: Sizes) -> list[Arguments]:
+    # n(n+2) mixes before a sub-layer, and the n mixes of the readout.
+    return [(s.mixes, s.n * s.hidden), (s.n, s.n * s.hidden)]
+
+
+def _projection_backwards(s: Sizes) -> list[Arguments]:
+    # Alone, and with the aggregate of the same streams.
+    size = s.n * s.hidden
+    return [(s.mixes, size, 0), (s.n, size, 0), (s.mixes, size, s.n)]
+
+
+def _projections_with_norm(s: Sizes) -> list[Arguments]:
+    return [(*sizes, norm) for sizes in _projections(s) for norm in (False, True)]
+
+
+_PROJECTION = ("projection", "contract")
+_PROJECTION_FUSED = (*_PROJECTION, "fused_pre")
+
+SPECS = (
+    Spec("expand_fwd", "expand", ("expand",), _n_hidden),
+    Spec("expand_bwd", "expand", ("expand",), _n_hidden),
+    Spec("projection_weight", "projection", _PROJECTION_FUSED, _projections_with_norm),
+    Spec("projection_fwd", "projection", _PROJECTION_FUSED, _projections),
+    Spec("projection_norm", "projection", _PROJECTION, _projections),
+    Spec("projection_norm_bwd", "projection", _PROJECTION_FUSED, _projections),
+    Spec("projection_bwd", "projection", _PROJECTION_FUSED, _projection_backwards),
+    Spec("projection_weight_bwd", "projection", _PROJECTION_FUSED, _projections_with_norm),
+    Spec("split_mixes_fwd", "mixes", ("split_mixes", "fused_pre"), _n),
+    Spec("split_mixes_bwd", "mixes", ("split_mixes", "fused_pre"), _n),
+    # One column a bias and a scale.
+    Spec(
+        "column_sums",
+        "mixes",
+        ("split_mixes", "contract", "fused_pre"),
+        lambda s: [(s.mixes + 3,), (s.n + 1,)],
+    ),
+    Spec("sinkhorn_fwd", "sinkhorn", ("sinkhorn",), _n),
+    Spec("sinkhorn_bwd", "sinkhorn", ("sinkhorn", "fused_pre"), lambda s: [(s.n, s.capacity)]),
+    Spec("aggregate_fwd", "aggregate", ("aggregate", "contract"), _n_hidden),
+    Spec("aggregate_bwd", "aggregate", ("aggregate", "contract"), _n_hidden),
+    Spec("aggregate_mix_bwd", "aggregate", ("fused_pre",), _n_hidden),
+    Spec("post_fwd", "post", ("post",), _n_hidden),
+    Spec("post_bwd", "post", ("post",), _n_hidden),
+    Spec("head_mix_fwd", "contract", ("contract",), _n),
+    Spec("head_mix_bwd", "contract", ("contract",), _n),
+    Spec("fused_pre", "fused_pre", ("fused_pre",), _n_hidden),
+    Spec("recompute", "recompute", ("recompute",), _n_hidden),
+    Spec("recompute_table", "recompute", ("recompute",), lambda _: [(TABLE_SLOTS,)]),
+)
+
+_BY_NAME = {spec.name: spec for spec in SPECS}
+OPS = tuple(sorted({op for spec in SPECS for op in spec.ops}))
+
+
+def builder(name: str) -> Callable[..., Any]:
+    """The function that turns a kernel's arguments into a TileLang prim_func; imports TileLang."""
+    if name not in _BY_NAME:
+        raise ValueError(f"kernel: name must be one of {', '.join(_BY_NAME)}; got {name!r}")
+    module = importlib.import_module(f"tile_mhc.kernels.{_BY_NAME[name].stem}")
+    function: Callable[..., Any] = getattr(module, name)
+    return function
+
+
+def select(sizes: Iterable[Sizes], ops: Iterable[str] = OPS) -> list[tuple[str, Arguments]]:
+    """Every kernel that `ops` launch at `sizes`, each once, in the order of the table."""
+    sizes, ops = list(sizes), set(ops)
+    return list(
+        dict.fromkeys(
+            (spec.name, args)
+            for spec in SPECS
+            if ops.intersection(spec.ops)
+            for size in sizes
+            for args in spec.arguments(size)
+        )
+    )
+
+
+def device_functions() -> set[str]:
+    """The names of our kernels in device code, read from their sources without importing them."""
+    spec = importlib.util.find_spec("tile_mhc.kernels")
+    folders = (spec.submodule_search_locations if spec else None) or []
+    sources = [path.read_text() for folder in folders for path in Path(folder).glob("*.py")]
+    prim_funcs = re.findall(r"@T\.prim_func\s+def (\w+)\(", "\n".join(sources))
+    # TileLang names the device function after the prim_func.
+    return {f"{name}_kernel" for name in prim_funcs}
+
+
+def compile_command(name: str, args: Arguments, arch: str) -> str | None:
+    """The command line that puts this kernel into the cache; None where the table has no entry."""
+    spec = _BY_NAME[name]
+    widths = range(HIDDEN_MULTIPLE, MAX_HIDDEN + 1, HIDDEN_MULTIPLE)
+    repeats = {HISTORY_STEP, args[-1]} if name == "sinkhorn_bwd" else {HISTORY_STEP}
+    for n in SUPPORTED_STREAMS:
+        for hidden in widths:
+            for repeat in repeats:
+                if args in spec.arguments(Sizes(n, hidden, repeat)):
+                    command = f"tile-mhc compile --arch {arch} --hidden {hidden} --streams {n}"
+                    command += f" --repeat {repeat}" if repeat != HISTORY_STEP else ""
+                    return f"{command} --ops {spec.ops[0]}"
+    return None
