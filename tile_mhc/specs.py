@@ -96,7 +96,7 @@ SPECS = (
         "column_sums",
         "mixes",
         ("split_mixes", "contract", "fused_pre"),
-        lambda s: [(s.mixes + 3,), (s.n + 1,)],
+        lambda s: [(s.mixes, 3), (s.n, 1)],
     ),
     Spec("sinkhorn_fwd", "sinkhorn", ("sinkhorn",), _n),
     Spec("sinkhorn_bwd", "sinkhorn", ("sinkhorn", "fused_pre"), lambda s: [(s.n, s.capacity)]),

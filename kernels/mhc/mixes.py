@@ -111,13 +111,16 @@ def split_mixes_bwd(n: int):
 
 
 @builder(SIMT)
-def column_sums(columns: int):
+def column_sums(biases: int, scales: int):
+    """Sums over the rows of partials: the bias gradients, then the scale gradients."""
     rows = T.dynamic("num_partials")
+    columns = biases + scales
 
     @T.prim_func
     def column_sums_kernel(
         partials: T.Tensor[(rows, columns), T.float32],
-        out: T.Tensor[(columns,), T.float32],
+        grad_bias: T.Tensor[(biases,), T.float32],
+        grad_scale: T.Tensor[(scales,), T.float32],
     ):
         # One CTA a column: each thread a stride of rows, then the CTA's sum.
         with T.Kernel(columns, threads=THREADS) as column:
@@ -130,6 +133,9 @@ def column_sums(columns: int):
                     total[0] += partials[step * THREADS + tid, column]
             block_sums(total, 1, THREADS, shared, total)
             if tid == 0:
-                out[column] = total[0]
+                if column < biases:
+                    grad_bias[column] = total[0]
+                else:
+                    grad_scale[column - biases] = total[0]
 
     return column_sums_kernel

@@ -96,7 +96,7 @@ def projection_weight(num_mixes: int, size: int, has_norm: bool):
 
 @builder({})
 def projection_fwd(num_mixes: int, size: int):
-    """Products and sums of squares of slices of K: split s takes `blocks` blocks from s * blocks."""
+    """Products and sums of squares, by slices of K: split s takes `blocks` blocks of it."""
     tokens = T.dynamic("num_tokens")
     splits = T.dynamic("num_splits")
     part_rows = padded(num_mixes)
@@ -177,6 +177,7 @@ def token_mix(
 ):
     """out = (mix m of token t, inv_rms of the token): every mix's arithmetic."""
     sums = T.alloc_local((2,), T.float32)
+    exact = T.alloc_local((2,), T.float64)
     value = T.alloc_local((1,), T.float32)
     out[0] = 0.0
     for s in T.unroll(splits, unroll_factor=8):
@@ -184,14 +185,16 @@ def token_mix(
     token_inv_rms(squares, splits, t, size, eps, sums)
     out[1] = sums[1]
     if not sums[0] < LARGE_SQUARES:
-        out[0] = 0.0
-        sums[0] = 0.0
+        exact[0] = 0.0
+        exact[1] = 0.0
         for k in T.serial(size):
             value[0] = T.cast(x[t, k], T.float32) * RESCUE_SCALE
-            sums[0] += value[0] * value[0]
-            out[0] += value[0] * (
-                T.cast(parts[m, k], T.float32) + T.cast(parts[part_rows + m, k], T.float32)
+            exact[0] += T.cast(value[0] * value[0], T.float64)
+            exact[1] += T.cast(value[0], T.float64) * (
+                T.cast(parts[m, k], T.float64) + T.cast(parts[part_rows + m, k], T.float64)
             )
+        sums[0] = T.cast(exact[0], T.float32)
+        out[0] = T.cast(exact[1], T.float32)
         # eps is far below the mean square here, and its scaled value below float32.
         sums[1] = T.rsqrt(sums[0] / size)
         out[1] = sums[1] * RESCUE_SCALE

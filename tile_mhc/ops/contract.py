@@ -124,8 +124,7 @@ def _backward_cuda(
         grad_mixes.view(-1, n),
         partials,
     )
-    sums = column_sums(partials)
-    return grad_mixes, sums[n:].clone(), sums[:n].clone()
+    return grad_mixes, *column_sums(partials, scale, bias)
 
 
 def _backward_fake(

@@ -46,7 +46,7 @@ def fused_pre(
         pre_eps: added to pre_mix.
         sinkhorn_eps: added to the softmax and the divisors of Sinkhorn.
         post_mult: factor of post_mix (DeepSeek-V4 uses 2).
-        sinkhorn_repeat: Sinkhorn steps, at least 1 (DeepSeek-V4 uses 20).
+        sinkhorn_repeat: Sinkhorn steps, from 1 to 1024 (DeepSeek-V4 uses 20).
         num_splits: as in `projection`.
         tf32: as in `projection`.
 
@@ -67,7 +67,7 @@ def fused_pre(
     sinkhorn_op.check_sinkhorn(op, sinkhorn_repeat, sinkhorn_eps)
     errors.check_number(op, "post_mult", post_mult)
     errors.check_number(op, "pre_eps", pre_eps)
-    return _fused_pre(  # type: ignore[no-any-return]
+    return _fused_pre(
         residual,
         weight,
         scale,
@@ -127,9 +127,33 @@ def _cuda(
     return outputs
 
 
-def _cpu(residual: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, *rest: Any) -> Any:
-    *options, _, tf32 = rest
-    outputs = reference.fused_pre_with_mixes(residual, weight, scale, bias, *options, tf32)
+def _cpu(
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    pre_eps: float,
+    sinkhorn_eps: float,
+    post_mult: float,
+    sinkhorn_repeat: int,
+    num_splits: int | None,
+    tf32: bool,
+) -> tuple[Tensor, ...]:
+    outputs = reference.fused_pre_with_mixes(
+        residual,
+        weight,
+        scale,
+        bias,
+        norm_weight,
+        norm_eps,
+        pre_eps,
+        sinkhorn_eps,
+        post_mult,
+        sinkhorn_repeat,
+        tf32,
+    )
     return tuple(out.contiguous() for out in outputs)
 
 

@@ -60,11 +60,11 @@ def check_gates(
     errors.check_tensor(op, "bias", bias, [(biases,)], torch.float32, like)
 
 
-def column_sums(partials: Tensor) -> Tensor:
-    """(P, C) float32 partial sums to (C,), added in ascending order: the same bits every run."""
-    out = partials.new_empty(partials.shape[1])
-    jit.kernel("column_sums", partials.shape[1])(partials, out)
-    return out
+def column_sums(partials: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of scale and bias from rows of partial sums: bias columns, then scale columns."""
+    grad_scale, grad_bias = torch.empty_like(scale), torch.empty_like(bias)
+    jit.kernel("column_sums", bias.numel(), scale.numel())(partials, grad_bias, grad_scale)
+    return grad_scale, grad_bias
 
 
 def partial_rows(num_tokens: int) -> int:
@@ -135,8 +135,7 @@ def launch_backward(
         partials,
         post_mult,
     )
-    sums = column_sums(partials)
-    return grad_mixes, sums[num_mixes:].clone(), sums[:num_mixes].clone()
+    return grad_mixes, *column_sums(partials, scale, bias)
 
 
 def _backward_fake(

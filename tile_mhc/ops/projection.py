@@ -190,7 +190,7 @@ def launch_backward(
     )
     slice_tokens = backward_slice(num_tokens, size, num_mixes)
     partials = weight.new_empty(-(-num_tokens // slice_tokens), num_mixes, size)
-    extra = ()
+    extra: tuple[Tensor, ...] = ()
     if aggregated is not None:
         grad_input, pre_mix = aggregated
         extra = (grad_input.contiguous().view(-1, hidden_size), pre_mix.view(-1, n))

@@ -9,6 +9,9 @@ from tile_mhc import errors, jit, reference
 from tile_mhc.kernels._shapes import HISTORY_STEP
 from tile_mhc.ops._library import register
 
+# What the backward's shared memory holds for eight streams, a warp's token or two at a time.
+MAX_REPEAT = 1024
+
 
 def sinkhorn(logits: Tensor, *, repeat: int = 10, eps: float = 1e-6) -> Tensor:
     """Turn logits into a doubly stochastic matrix by Sinkhorn's alternating normalisation.
@@ -21,7 +24,7 @@ def sinkhorn(logits: Tensor, *, repeat: int = 10, eps: float = 1e-6) -> Tensor:
 
     Args:
         logits: (..., n, n) float32, index [in, out]; n in 2, 4, 8.
-        repeat: how many times columns are normalised, at least 1 (DeepSeek-V4 uses 20).
+        repeat: how many times columns are normalised, from 1 to 1024 (DeepSeek-V4 uses 20).
         eps: added to the softmax and to every divisor.
 
     Returns:
@@ -29,7 +32,7 @@ def sinkhorn(logits: Tensor, *, repeat: int = 10, eps: float = 1e-6) -> Tensor:
 
     Raises:
         ShapeError: a shape or dtype does not match, or repeat is not a positive integer.
-        UnsupportedError: n has no kernel.
+        UnsupportedError: n or repeat has no kernel.
 
     Source: mHC paper (arXiv 2512.24880), eq. 9; TileKernels `mhc/sinkhorn_kernel.py`.
     """
@@ -46,6 +49,8 @@ def sinkhorn(logits: Tensor, *, repeat: int = 10, eps: float = 1e-6) -> Tensor:
 
 def check_sinkhorn(op: str, repeat: int, eps: float) -> None:
     errors.check_positive_int(op, "repeat", repeat)
+    if repeat > MAX_REPEAT:
+        raise errors.UnsupportedError(f"{op}: repeat must be at most {MAX_REPEAT}; got {repeat}")
     errors.check_number(op, "eps", eps)
 
 

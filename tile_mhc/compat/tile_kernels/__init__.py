@@ -7,6 +7,8 @@ What differs from TileKernels, all of it on purpose:
 - Any leading dimensions, also none; n in 2, 4, 8; zero tokens; mixes with or without the last axis
   of size 1. Bad input raises ShapeError or UnsupportedError instead of failing an assert.
 - `n_splits` is honoured: it is the most slices of K the projection works on in parallel.
+- The projection rounds to TF32 as TileKernels does (`tf32=True`), as its tests compare with a TF32
+  product; `tile_mhc.projection` itself is about a hundred times closer to float64.
 - `mhc_pre` applies `norm_weight` with and without a gradient; `mhc_mult` must match the residual.
 - `mhc_head` runs forward and backward, on n rows of `fn` or on the first n of more.
 - Gradients are plain autograd's, whatever else consumes the residual. `mhc_post` in a graph never

@@ -41,7 +41,7 @@ def mhc_post_bwd(
     lead = residual.shape[:-2]
     errors.check_tensor(op, "x", x, [(*lead, hidden_size)], residual.dtype, like)
     errors.check_contiguous(op, "x", x)
-    check_mix(op, "post_layer_mix", post_layer_mix, residual)
+    check_mix(op, "post_layer_mix", post_layer_mix, like)
     comb_shape = (*lead, num_streams, num_streams)
     errors.check_tensor(op, "comb_res_mix", comb_res_mix, [comb_shape], torch.float32, like)
     errors.check_tensor(op, "d_o", d_o, [residual.shape], residual.dtype, like)
