@@ -12,6 +12,10 @@ The floor of an op is the fewest bytes it can move, divided by the copy bandwidt
 GB/s counts the same bytes. `*.bwd` writes the gradient of the residual; TileKernels adds to one
 that exists, which costs it a read of the streams.
 
+What is going to run is compiled first, on all cores: our kernels in threads, TileKernels' in a
+process a stem, which leave them in TileLang's cache. `--quick` takes QUICK_SHAPES: one width, so a
+third of the compilation. A failure of the peer costs its column of that row alone.
+
 Exit codes: 0; 1 an op failed, was wrong, or exceeded --max-ratio; 2 bad usage, or no GPU.
 """
 
@@ -20,11 +24,14 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
+import os
 import statistics
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +39,10 @@ import torch
 from bench_ops import STREAMS, Inputs, Op, Outputs, Peer, Run, find_peer, make_inputs, make_ops
 from torch import Tensor
 
+from tile_mhc import jit, specs
+
 HERE = Path(__file__).resolve().parent
+QUICK_SHAPES = ((4096, 2560), (16, 2560))
 SHAPES = ((8192, 7168), (4096, 4096), (4096, 2560), (128, 7168), (16, 7168))
 REPEATS = 20
 FLUSH_BYTES = 256 << 20
@@ -40,6 +50,12 @@ COPY_BYTES = 1 << 30
 CHUNK = 1024  # tokens that the reference takes at a time
 # bfloat16 rounds by at most 2**-9, three times at most; TF32 products are off by 2e-4 of the rms.
 TOLERANCE = {torch.bfloat16: 2.0**-7, torch.float32: 2e-3}
+WARM_SECONDS = 120
+# The ops of `specs` behind a stem that is not one of them.
+OPS_OF = {
+    "head_mix": ("contract",),
+    "sub_layer": ("projection", "split_mixes", "sinkhorn", "aggregate", "fused_pre", "post"),
+}
 PARAMETERS = ("weight", "scale", "bias", "head_scale", "head_bias", "head_weight")
 
 
@@ -158,23 +174,101 @@ def measure(
 ) -> tuple[float | None, float | None, list[str]]:
     """Microseconds of ours and of the peer's, and what went wrong."""
     inputs = op.prepare(inputs)
-    graphs, problems = [], []
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    problems = []
     for who in ("ours", "peer"):
-        graph = None
-        if who == "ours" or (peer is not None and op.peer is not None):
+        if who == "peer" and (peer is None or op.peer is None):
+            continue
+        error = None
+        try:
+            run = op.ours(inputs) if who == "ours" else op.peer(peer, inputs)  # type: ignore[misc,arg-type]
+            graph, error = capture(op, inputs, run)
+        except Exception as failure:
+            error = describe(failure)
+        if error:
+            problems.append(f"{who}: {error}")
+        else:
+            graphs[who] = graph
+    try:
+        medians = time_replays([graph.replay for graph in graphs.values()], flush)
+    except Exception as failure:
+        return None, None, [*problems, f"timing: {describe(failure)}"]
+    times = dict(zip(graphs, medians, strict=True))
+    return times.get("ours"), times.get("peer"), problems
+
+
+def describe(failure: BaseException) -> str:
+    """One line; a compiler's message carries its whole source."""
+    lines = str(failure).strip().splitlines()
+    return f"{type(failure).__name__}: {lines[0][:300] if lines else ''}"
+
+
+def precompile(ops: list[Op], shapes: list[tuple[int, int]], peer: Peer | None, jobs: int) -> None:
+    """Compile what the run needs; what fails here fails again, and is reported, where it runs."""
+    start = time.perf_counter()
+    stems = list(dict.fromkeys(op.name.partition(".")[0] for op in ops))
+    commands = [] if peer is None else [warm_command(stem, ops, shapes) for stem in peer_stems(ops)]
+    hidden_sizes = sorted({hidden for _, hidden in shapes})
+    sizes = [specs.Sizes(STREAMS, hidden) for hidden in hidden_sizes]
+    kernels = specs.select(sizes, {name for stem in stems for name in OPS_OF.get(stem, (stem,))})
+    arch = jit.device_arch(torch.cuda.current_device())
+    jit.import_tilelang()
+
+    def ours(kernel: tuple[str, specs.Arguments]) -> str | None:
+        try:
+            jit.compile_kernel(*kernel, arch)
+        except jit.CompileError as failure:
+            return describe(failure)
+        return None
+
+    def theirs(command: list[str]) -> str | None:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=WARM_SECONDS)
+        except subprocess.TimeoutExpired:
+            return f"peer, {command[-1]}: took more than {WARM_SECONDS} s"
+        lines = done.stderr.strip().splitlines()
+        return f"peer, {command[-1]}: {lines[-1] if lines else ''}" if done.returncode else None
+
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(theirs, command) for command in commands]
+        futures += [pool.submit(ours, kernel) for kernel in kernels]
+        problems = [problem for future in futures if (problem := future.result())]
+    seconds = time.perf_counter() - start
+    print(f"compiled in {seconds:.0f} s: {len(kernels)} kernels, {len(commands)} stems of the peer")
+    for problem in problems:
+        print(f"  {problem}")
+
+
+def peer_stems(ops: list[Op]) -> list[str]:
+    """The stems whose kernels the peer needs: what its fused ops run, the others compile too."""
+    stems = list(dict.fromkeys(op.name.partition(".")[0] for op in ops if op.peer is not None))
+    covered = set(OPS_OF["sub_layer"]) - {"fused_pre"} <= set(stems)
+    return [stem for stem in stems if not (stem == "sub_layer" and covered)]
+
+
+def warm_command(stem: str, ops: list[Op], shapes: list[tuple[int, int]]) -> list[str]:
+    names = [op.name for op in ops if op.name.partition(".")[0] == stem]
+    shape_text = ",".join(f"{tokens}x{hidden}" for tokens, hidden in shapes)
+    script = str(HERE / "bench.py")
+    return [sys.executable, script, "--shapes", shape_text, "--warm-peer", "--ops", ",".join(names)]
+
+
+def warm_peer(ops: list[Op], shapes: list[tuple[int, int]], device: torch.device) -> int:
+    """Run the peer's side of `ops` once, for what that leaves in the cache."""
+    peer = find_peer()
+    failed = False
+    for tokens, hidden in shapes:
+        inputs = make_inputs(tokens, hidden, device)
+        for op in ops:
+            if peer is None or op.peer is None:
+                continue
             try:
-                run = op.ours(inputs) if who == "ours" else op.peer(peer, inputs)  # type: ignore[misc,arg-type]
-                graph, error = capture(op, inputs, run)
+                op.peer(peer, op.prepare(inputs))()
+                torch.cuda.synchronize()
             except Exception as failure:
-                error = f"{type(failure).__name__}: {failure}"
-            if error:
-                graph = None
-                problems.append(f"{who}: {error}")
-        graphs.append(graph)
-    timed = [graph for graph in graphs if graph is not None]
-    times = iter(time_replays([graph.replay for graph in timed], flush))
-    ours, theirs = (None if graph is None else next(times) for graph in graphs)
-    return ours, theirs, problems
+                print(f"{op.name} {describe(failure)}", file=sys.stderr)
+                failed = True
+    return int(failed)
 
 
 def environment(device: torch.device, commit: str | None) -> dict[str, str]:
@@ -226,7 +320,12 @@ def parse_shapes(text: str) -> list[tuple[int, int]]:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--ops", help="op names or stems, by comma; default: all")
-    parser.add_argument("--shapes", type=parse_shapes, default=list(SHAPES), help="TxH,TxH,...")
+    parser.add_argument("--shapes", type=parse_shapes, help="TxH,TxH,...; default: all of SHAPES")
+    parser.add_argument("--quick", action="store_true", help="two shapes of one width")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="compile on so many cores; default: all"
+    )
+    parser.add_argument("--warm-peer", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--no-peer", action="store_true", help="do not look for TileKernels")
     parser.add_argument("--record", type=Path, metavar="FILE", help="append JSON lines to FILE")
     parser.add_argument("--commit", help="recorded as the commit; default: from git")
@@ -236,6 +335,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         arguments.ops = select_ops(arguments.ops)
     except argparse.ArgumentTypeError as error:
         parser.error(str(error))
+    if arguments.jobs < 1:
+        parser.error(f"--jobs must be at least 1; got {arguments.jobs}")
+    if arguments.shapes is None:
+        arguments.shapes = list(QUICK_SHAPES if arguments.quick else SHAPES)
     if not torch.cuda.is_available():
         parser.error("a CUDA device is needed; torch sees none")
     return arguments
@@ -256,6 +359,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     warnings.filterwarnings("ignore", message=".*deterministic.*")  # poisoned_memory's own doing
     device = torch.device("cuda", torch.cuda.current_device())
+    if arguments.warm_peer:
+        return warm_peer(arguments.ops, arguments.shapes, device)
     peer = None
     if not arguments.no_peer:
         try:
@@ -263,6 +368,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"peer: {'TileKernels' if peer else 'not installed'}")
         except Exception as error:
             print(f"peer: does not import: {type(error).__name__}: {error}")
+    precompile(arguments.ops, arguments.shapes, peer, arguments.jobs)
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
     bandwidth = copy_bandwidth(device, flush)
     facts = environment(device, arguments.commit)

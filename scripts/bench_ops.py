@@ -97,6 +97,13 @@ def fused_pre_bytes(T: int, H: int, n: int) -> int:
     return BF16 * T * H * (n + 1) + FP32 * T * n * (n + 1) + FP32 * (mixes * n * H + mixes + 3)
 
 
+def fused_pre_bwd_bytes(T: int, H: int, n: int) -> int:
+    """Reads x, the mixes and three gradients, writes one of x; the parameters in and out."""
+    mixes = n * (n + 2)
+    by_token = mixes + 1 + n * (n + 1)
+    return BF16 * T * H * (2 * n + 1) + FP32 * (T * by_token + 2 * (mixes * n * H + mixes + 3))
+
+
 def recompute_bytes(T: int, H: int, n: int) -> int:
     """The first residual, then a layer input, a layer output and a residual a layer."""
     return BF16 * T * H * (n + LAYERS * (n + 2)) + FP32 * T * LAYERS * n * (n + 2)
@@ -330,8 +337,8 @@ def reference_recompute(x: Inputs) -> Outputs:
 
 def ours_projection_bwd(x: Inputs) -> Run:
     op = torch.ops.tile_mhc
-    saved = op.projection(x["residual"], x["weight"], None, EPS, None)
-    arguments = (x["grad_mixes"], x["residual"], x["weight"], None, *saved)
+    saved = op.projection(x["residual"], x["weight"], None, EPS, None, False)
+    arguments = (x["grad_mixes"], x["residual"], x["weight"], None, *saved, False)
     return lambda: op.projection_backward(*arguments)[:2]
 
 
@@ -339,6 +346,44 @@ def reference_projection_bwd(x: Inputs) -> Outputs:
     saved = reference.projection_with_rms(x["residual"], x["weight"], None, EPS)
     arguments = (x["grad_mixes"], x["residual"], x["weight"], None, *saved)
     return reference.projection_backward(*arguments)[:2]
+
+
+def ours_fused_pre_bwd(x: Inputs) -> Run:
+    op = torch.ops.tile_mhc
+    gates = (x["residual"], x["weight"], x["scale"], x["bias"], None)
+    options = (EPS, EPS, POST_MULT, SINKHORN_STEPS)
+    saved = op.fused_pre(*gates, EPS, *options, None, False)[3:]
+    grads = (x["grad_hidden"], x["grad_post"].squeeze(-1), x["grad_comb"])
+    return lambda: op.fused_pre_backward(*grads, *gates, *saved, *options, False)[:4]
+
+
+def reference_fused_pre_bwd(x: Inputs) -> Outputs:
+    gates = (x["residual"], x["weight"], x["scale"], x["bias"], None)
+    options = (EPS, EPS, POST_MULT, SINKHORN_STEPS)
+    saved = reference.fused_pre_with_mixes(*gates, EPS, *options)[3:]
+    grads = (x["grad_hidden"], x["grad_post"].squeeze(-1), x["grad_comb"])
+    return reference.fused_pre_backward(*grads, *gates, *saved, *options)[:4]
+
+
+def peer_fused_pre_bwd(peer: Peer, x: Inputs) -> Run:
+    """Its four backwards, through autograd; the gradient of the residual is added to a zero one."""
+    names = ("residual", "weight", "scale", "bias")
+    leaves = [x[name].detach().requires_grad_() for name in names]
+    layer_input, mixes = peer.functional.mhc_pre(
+        *leaves, mhc_mult=STREAMS, post_mult_value=POST_MULT, sinkhorn_repeat=SINKHORN_STEPS
+    )
+    accumulated = torch.zeros_like(x["residual"])
+    grads = (x["grad_hidden"], x["grad_post"], x["grad_comb"])
+
+    def run() -> Outputs:
+        leaves[0].untyped_storage().grad_from_mhc_post = accumulated
+        results = torch.autograd.grad(
+            (layer_input, *mixes), leaves, grads, retain_graph=True, allow_unused=True
+        )
+        return accumulated, *results[1:]
+
+    run.reset = accumulated.zero_  # type: ignore[attr-defined]
+    return run
 
 
 def peer_fused_pre(peer: Peer, x: Inputs) -> Run:
@@ -413,7 +458,7 @@ def make_ops() -> list[Op]:
         Op(
             "projection.fwd",
             projection_fwd_bytes,
-            lambda x: lambda: op.projection(x["residual"], x["weight"], None, EPS, None),
+            lambda x: lambda: op.projection(x["residual"], x["weight"], None, EPS, None, False),
             lambda x: reference.projection_with_rms(x["residual"], x["weight"], None, EPS),
             lambda peer, x: (
                 lambda: (
@@ -528,6 +573,14 @@ def make_ops() -> list[Op]:
             lambda x: lambda: tile_mhc.fused_pre(*pick(x, "residual", *parameters), **pre_options),
             lambda x: reference.fused_pre(*pick(x, "residual", *parameters), **pre_options),
             peer_fused_pre,
+        ),
+        Op(
+            "fused_pre.bwd",
+            fused_pre_bwd_bytes,
+            ours_fused_pre_bwd,
+            reference_fused_pre_bwd,
+            peer_fused_pre_bwd,
+            summed=(1, 2, 3),
         ),
         Op(
             "recompute.fwd",

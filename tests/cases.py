@@ -164,7 +164,7 @@ POST = Op("post", tile_mhc.post, reference.post, post_inputs)
 HEAD_MIX = Op("head_mix", tile_mhc.head_mix, reference.head_mix, head_mix_inputs)
 CONTRACT = Op("contract", tile_mhc.contract, reference.contract, contract_inputs)
 FUSED_PRE = Op("fused_pre", tile_mhc.fused_pre, reference.fused_pre, pre_inputs, PRE_OUTPUTS)
-OPS = (EXPAND, PROJECTION, SPLIT_MIXES, SINKHORN, AGGREGATE, POST, HEAD_MIX, CONTRACT)
+OPS = (EXPAND, PROJECTION, SPLIT_MIXES, SINKHORN, AGGREGATE, POST, HEAD_MIX, CONTRACT, FUSED_PRE)
 
 # Arguments without a token axis: their gradient is a sum over tokens.
 PARAMETERS = ("weight", "norm_weight", "scale", "bias")
@@ -198,9 +198,12 @@ def operator_calls(
         return [tensor.requires_grad_() for tensor in tensors(op)]
 
     residual, weight, norm_weight = tensors(PROJECTION)
-    product, inv_rms = torch.ops.tile_mhc.projection(residual, weight, norm_weight, 1e-6, None)
+    saved = torch.ops.tile_mhc.projection(residual, weight, norm_weight, 1e-6, None, False)
     wide, narrow = residual, residual[..., 0, :].contiguous()
-    pre = tensors(FUSED_PRE)
+    # The operator takes the norm weight last.
+    pre, leaf_pre = tensors(FUSED_PRE), leaves(FUSED_PRE)
+    pre, leaf_pre = ([*t[:2], *t[3:], t[2]] for t in (pre, leaf_pre))
+    pre_outputs = torch.ops.tile_mhc.fused_pre(*pre, 1e-6, 1e-6, 1e-6, 2.0, 5, None, False)
     initial, *lists = recompute_inputs(2, 1, lead, n, hidden_size, device)
     split = torch.ops.tile_mhc.split_mixes(*tensors(SPLIT_MIXES), n, 2.0, 1e-6)
     square = tensors(SINKHORN)[0]
@@ -208,8 +211,8 @@ def operator_calls(
         "expand": (*leaves(EXPAND), n),
         "expand_out": (narrow, torch.zeros_like(wide)),
         "expand_backward": (wide,),
-        "projection": (*leaves(PROJECTION), 1e-6, None),
-        "projection_backward": (product, residual, weight, norm_weight, product, inv_rms),
+        "projection": (*leaves(PROJECTION), 1e-6, None, False),
+        "projection_backward": (saved[0], residual, weight, norm_weight, *saved, True),
         "split_mixes": (*leaves(SPLIT_MIXES), n, 2.0, 1e-6),
         "split_mixes_backward": (*split, *tensors(SPLIT_MIXES), n, 2.0),
         "sinkhorn": (*leaves(SINKHORN), 5, 1e-6),
@@ -222,7 +225,17 @@ def operator_calls(
         "post_backward": (wide, *tensors(POST)),
         "head_mix": (*leaves(HEAD_MIX), 1e-6),
         "head_mix_backward": (tensors(HEAD_MIX)[0], *tensors(HEAD_MIX)),
-        "fused_pre": (*pre[:2], *pre[3:], pre[2], 1e-6, 1e-6, 1e-6, 2.0, 5, None),
+        "fused_pre": (*leaf_pre, 1e-6, 1e-6, 1e-6, 2.0, 5, None, False),
+        "fused_pre_backward": (
+            *pre_outputs[:3],
+            *pre,
+            *pre_outputs[3:],
+            1e-6,
+            1e-6,
+            2.0,
+            5,
+            True,
+        ),
         "recompute": (
             initial,
             *lists,

@@ -39,8 +39,8 @@ def merge_norm_weight(weight: Tensor, norm_weight: Tensor | None) -> Tensor:
 def round_to_tf32(x: Tensor) -> Tensor:
     """float32 rounded to the 11 bits of TF32, halves away from zero; the gradient is untouched."""
     bits = (x.detach().to(torch.float32).view(torch.int32) + 0x1000) & ~0x1FFF
-    rounded = torch.where(x.detach().isfinite(), bits.view(torch.float32), x.detach())
-    return x + (rounded.to(x.dtype) - x.detach())
+    change = bits.view(torch.float32).to(x.dtype) - x.detach()
+    return x + torch.where(x.detach().isfinite(), change, 0.0)
 
 
 def token_scale(x: Tensor) -> Tensor:

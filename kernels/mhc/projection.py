@@ -22,9 +22,10 @@ SHARED_BYTES = 224 * 1024
 # streams. Inf and NaN come here too, and stay what they are.
 LARGE_SQUARES = 1e37
 RESCUE_SCALE = 2.0**-76
-# The gradient of the bare product carries this factor: beside streams near the bfloat16 maximum it
-# is so small that its low part would be subnormal.
-GRAD_SCALE = 2.0**24
+# Where the gradient of the bare product is below 2**-60 in a whole tile, as beside streams near
+# the bfloat16 maximum, a power of two lifts it: its low part would be subnormal otherwise. This is
+# 2**-60's exponent field.
+SMALL_EXPONENT = 127 - 60
 
 
 @T.macro
@@ -117,6 +118,7 @@ def projection_fwd(num_mixes: int, size: int):
             x_shared = T.alloc_shared((BLOCK_TOKENS, BLOCK_K), T.bfloat16)
             w_shared = T.alloc_shared((2 * part_rows, BLOCK_K), T.bfloat16)
             product = T.alloc_fragment((BLOCK_TOKENS, 2 * part_rows), T.float32)
+            block_product = T.alloc_fragment((BLOCK_TOKENS, 2 * part_rows), T.float32)
             x_local = T.alloc_fragment((BLOCK_TOKENS, BLOCK_K), T.bfloat16)
             total = T.alloc_shared((BLOCK_TOKENS, 2 * part_rows), T.float32)
             square = T.alloc_fragment((BLOCK_TOKENS, 8), T.float32)
@@ -137,7 +139,17 @@ def projection_fwd(num_mixes: int, size: int):
                         square[i, v] += T.cast(x_local[i, g * 8 + v], T.float32) * T.cast(
                             x_local[i, g * 8 + v], T.float32
                         )
-                T.gemm(x_local, w_shared, product, transpose_B=True, policy=FULL_ROW)
+                # The tensor cores truncate what they add up: only within a block.
+                T.gemm(
+                    x_local,
+                    w_shared,
+                    block_product,
+                    transpose_B=True,
+                    clear_accum=True,
+                    policy=FULL_ROW,
+                )
+                for i, m in T.Parallel(BLOCK_TOKENS, 2 * part_rows):
+                    product[i, m] += block_product[i, m]
             T.reduce_sum(square, square_sum, dim=1)
             for i in T.Parallel(BLOCK_TOKENS):
                 if t0 + i < tokens:
@@ -235,14 +247,16 @@ def projection_norm(num_mixes: int, size: int):
 
 @builder(SIMT)
 def projection_norm_bwd(num_mixes: int, size: int):
-    """Gradient of the bare product, scaled, in two parts, and the factor of x from the statistic.
+    """Gradient of the bare product, in two parts, and the factor of x from the statistic.
 
     d mixes/d product = r;  d mixes/d x through r = -x * r**2 / K * mixes: here the factor without
-    one r, which joins x first where it is used, so that it cannot overflow.
+    one r, which joins x first where it is used, so that it cannot overflow. A CTA is a tile of
+    tokens of `projection_bwd`: it chooses their common power of two and hands on its inverse.
     """
     tokens = T.dynamic("num_tokens")
+    tiles = T.dynamic("num_tiles")
     part_rows = padded(num_mixes)
-    threads = 64
+    threads = backward_tile(num_mixes)[0]
 
     @T.prim_func
     def projection_norm_bwd_kernel(
@@ -251,27 +265,45 @@ def projection_norm_bwd(num_mixes: int, size: int):
         inv_rms: T.Tensor[(tokens,), T.float32],
         grad_parts: T.Tensor[(tokens, 2 * part_rows), T.bfloat16],
         along: T.Tensor[(tokens,), T.float32],
+        inv_scale: T.Tensor[(tiles,), T.float32],
         tf32: T.int32,
     ):
-        with T.Kernel(T.ceildiv(tokens, threads), threads=threads) as block:
-            t = block * threads + T.get_thread_binding()
+        with T.Kernel(tiles, threads=threads) as tile:
+            tid = T.get_thread_binding()
+            t = tile * threads + tid
             row = T.alloc_local((2 * part_rows,), T.bfloat16)
-            value = T.alloc_local((1,), T.float32)
+            values = T.alloc_local((part_rows,), T.float32)
             total = T.alloc_local((1,), T.float32)
+            largest = T.alloc_local((1,), T.float32)
+            lift = T.alloc_local((1,), T.int32)
+            shared = T.alloc_shared((threads // 32,), T.float32)
+            total[0] = 0.0
+            largest[0] = 0.0
+            for m in T.unroll(part_rows):
+                values[m] = 0.0
             if t < tokens:
-                total[0] = 0.0
-                for m in T.unroll(part_rows):
-                    if m < num_mixes:
-                        total[0] += grad[t, m] * mixes[t, m]
-                        value[0] = grad[t, m] * inv_rms[t]
-                        if tf32 != 0:
-                            round_to_tf32(value, 0)
-                    else:
-                        value[0] = 0.0
-                    value[0] *= GRAD_SCALE
-                    row[m] = T.cast(value[0], T.bfloat16)
-                    row[part_rows + m] = T.cast(value[0] - T.cast(row[m], T.float32), T.bfloat16)
+                for m in T.unroll(num_mixes):
+                    total[0] += grad[t, m] * mixes[t, m]
+                    values[m] = grad[t, m] * inv_rms[t]
+                    if tf32 != 0:
+                        round_to_tf32(values, m)
+                    largest[0] = T.max(largest[0], T.abs(values[m]))
                 along[t] = -total[0] * inv_rms[t] / size
+            largest[0] = T.warp_reduce_max(largest[0])
+            if tid % 32 == 0:
+                shared[tid // 32] = largest[0]
+            T.sync_threads()
+            for warp in T.unroll(threads // 32):
+                largest[0] = T.max(largest[0], shared[warp])
+            lift[0] = T.max(SMALL_EXPONENT - (T.reinterpret(largest[0], T.int32) >> 23), 0)
+            total[0] = T.reinterpret((127 + lift[0]) << 23, T.float32)
+            if tid == 0:
+                inv_scale[tile] = T.reinterpret((127 - lift[0]) << 23, T.float32)
+            if t < tokens:
+                for m in T.unroll(part_rows):
+                    values[m] *= total[0]
+                    row[m] = T.cast(values[m], T.bfloat16)
+                    row[part_rows + m] = T.cast(values[m] - T.cast(row[m], T.float32), T.bfloat16)
                 for m in T.unroll(2 * part_rows // 8):
                     for v in T.vectorized(8):
                         grad_parts[t, m * 8 + v] = row[m * 8 + v]
@@ -291,6 +323,7 @@ def projection_bwd(num_mixes: int, size: int, n: int):
     """
     tokens = T.dynamic("num_tokens")
     slices = T.dynamic("num_slices")
+    tiles = T.dynamic("num_tiles")
     part_rows = padded(num_mixes)
     both = 2 * part_rows
     # The matmul steps 16 deep: the high part of G is read with what follows it, against zeros.
@@ -314,6 +347,7 @@ def projection_bwd(num_mixes: int, size: int, n: int):
         parts: T.Tensor,
         grad_x: T.Tensor,
         partials: T.Tensor,
+        inv_scale: T.Tensor,
         slice_tokens: T.int32,
         grad_input: T.Tensor,
         pre_mix: T.Tensor,
@@ -330,6 +364,8 @@ def projection_bwd(num_mixes: int, size: int, n: int):
             along_local = T.alloc_fragment((block,), T.float32)
             grad_local = T.alloc_fragment((block, columns), T.float32)
             weight_local = T.alloc_fragment((columns, both), T.float32)
+            tile_weight = T.alloc_fragment((columns, both), T.float32)
+            unscale = T.alloc_local((1,), T.float32)
             if n > 0:
                 wide_first = T.alloc_shared((block, piece), T.bfloat16)
                 wide_last = T.alloc_shared((block, piece), T.bfloat16)
@@ -358,6 +394,7 @@ def projection_bwd(num_mixes: int, size: int, n: int):
                 T.copy(grad_parts[t0, 0], g_high)
                 T.copy(inv_rms[t0], rms_local)
                 T.copy(along[t0], along_local)
+                unscale[0] = inv_scale[t0 // block]
                 if n > 0:
                     if pieces > 1:
                         T.copy(grad_input[t0, k0 % hidden_size], wide_first)
@@ -368,10 +405,19 @@ def projection_bwd(num_mixes: int, size: int, n: int):
                         )
                 T.gemm(g_shared, high_twice, grad_local, clear_accum=True, policy=FULL_ROW)
                 T.gemm(g_high, low, grad_local, policy=FULL_ROW)
-                T.gemm(x_shared, g_shared, weight_local, transpose_A=True, policy=FULL_ROW)
+                T.gemm(
+                    x_shared,
+                    g_shared,
+                    tile_weight,
+                    transpose_A=True,
+                    clear_accum=True,
+                    policy=FULL_ROW,
+                )
+                for k, m in T.Parallel(columns, both):
+                    weight_local[k, m] += tile_weight[k, m] * unscale[0]
                 for i, k in T.Parallel(block, columns):
                     grad_local[i, k] = (
-                        grad_local[i, k] * (1 / GRAD_SCALE)
+                        grad_local[i, k] * unscale[0]
                         + (T.cast(x_shared[i, k], T.float32) * rms_local[i]) * along_local[i]
                     )
                 if n > 0:
@@ -389,9 +435,7 @@ def projection_bwd(num_mixes: int, size: int, n: int):
             weight_shared = T.alloc_shared((columns, both), T.float32)
             T.copy(weight_local, weight_shared)
             for m, k in T.Parallel(num_mixes, columns):
-                partials[slot, m, k0 + k] = (
-                    weight_shared[k, m] + weight_shared[k, part_rows + m]
-                ) * (1 / GRAD_SCALE)
+                partials[slot, m, k0 + k] = weight_shared[k, m] + weight_shared[k, part_rows + m]
 
     if n == 0:
 
@@ -404,10 +448,21 @@ def projection_bwd(num_mixes: int, size: int, n: int):
             parts: T.Tensor[(both, size), T.bfloat16],
             grad_x: T.Tensor[(tokens, size), T.bfloat16],
             partials: T.Tensor[(slices, num_mixes, size), T.float32],
+            inv_scale: T.Tensor[(tiles,), T.float32],
             slice_tokens: T.int32,
         ):
             backward(
-                grad_parts, along, inv_rms, x, parts, grad_x, partials, slice_tokens, None, None
+                grad_parts,
+                along,
+                inv_rms,
+                x,
+                parts,
+                grad_x,
+                partials,
+                inv_scale,
+                slice_tokens,
+                None,
+                None,
             )
 
         return projection_bwd_kernel
@@ -421,6 +476,7 @@ def projection_bwd(num_mixes: int, size: int, n: int):
         parts: T.Tensor[(both, size), T.bfloat16],
         grad_x: T.Tensor[(tokens, size), T.bfloat16],
         partials: T.Tensor[(slices, num_mixes, size), T.float32],
+        inv_scale: T.Tensor[(tiles,), T.float32],
         slice_tokens: T.int32,
         grad_input: T.Tensor[(tokens, hidden_size), T.bfloat16],
         pre_mix: T.Tensor[(tokens, n), T.float32],
@@ -433,6 +489,7 @@ def projection_bwd(num_mixes: int, size: int, n: int):
             parts,
             grad_x,
             partials,
+            inv_scale,
             slice_tokens,
             grad_input,
             pre_mix,

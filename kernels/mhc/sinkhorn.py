@@ -200,10 +200,14 @@ def sinkhorn_bwd(n: int, capacity: int):
                                 along[0] += comb[i, j] * delta[i, j]
                             for j in T.unroll(n):
                                 delta[i, j] -= b[j] * (a[i] * along[0])
+                # The softmax again: to take eps off E would leave E's rounding in it.
+                for i in T.unroll(n):
+                    for j in T.vectorized(n):
+                        comb[i, j] = logits[t, i * n + j]
+                softmax_rows(comb, n)
                 for i in T.unroll(n):
                     along[0] = 0.0
                     for j in T.unroll(n):
-                        comb[i, j] -= eps
                         along[0] += comb[i, j] * delta[i, j]
                     for j in T.unroll(n):
                         delta[i, j] = comb[i, j] * (delta[i, j] - along[0])

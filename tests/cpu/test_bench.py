@@ -1,5 +1,6 @@
 """The benchmark's byte counts and its refusal of wrong results; the timing itself needs a GPU."""
 
+import dataclasses
 import importlib
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import tile_mhc
+from tile_mhc import jit, specs
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))  # the two files import each other as scripts do
@@ -35,6 +37,8 @@ BY_HAND = {
     "head_mix.bwd": 16 + 16 + 20 + 16 + 20,
     "contract.fwd": 512 + 4096 + 20 + 128,
     "fused_pre.fwd": 512 + 24576 + 108 + 128 + 16 + 64,
+    # x, weight, gates, mixes, inv_rms, three gradients; four gradients
+    "fused_pre.bwd": 512 + 24576 + 108 + 96 + 4 + 128 + 16 + 64 + 512 + 24576 + 108,
     # the first residual; by layer: three mixes, the output, the input, the residual
     "recompute.fwd": 512 + 10 * (16 + 16 + 64 + 128 + 128 + 512),
     # pre: x, layer input; post; its backward: g, x, y, two gradients; that of pre
@@ -66,6 +70,7 @@ def test_every_op_is_counted_by_hand():
         ("post.fwd", lambda H: 18 * H + 80, lambda H: 0 * H),
         ("post.bwd", lambda H: 28 * H + 160, lambda H: 0 * H),
         ("fused_pre.fwd", lambda H: 10 * H + 80, lambda H: 384 * H + 108),
+        ("fused_pre.bwd", lambda H: 18 * H + 180, lambda H: 768 * H + 216),
         ("recompute.fwd", lambda H: 8 * H + 10 * (2 * H + 16) + 10 * (10 * H + 80), lambda H: 0),
         ("sub_layer.fwd+bwd", lambda H: 82 * H, lambda H: 1152 * H),
     ],
@@ -136,6 +141,7 @@ def test_select_ops_by_name_and_by_stem():
         (["--ops", "projection,nonsense"], r"--ops must name some of expand.fwd"),
         (["--ops", ","], "--ops must name some of"),
         (["--shapes", "128"], "--shapes must be TxH,TxH"),
+        (["--jobs", "0"], "--jobs must be at least 1; got 0"),
         (["--shapes", "0x64"], "--shapes must be TxH,TxH"),
     ],
 )
@@ -152,6 +158,66 @@ def test_without_a_gpu(capsys):
         bench.main([])
     assert stop.value.code == 2
     assert "a CUDA device is needed" in capsys.readouterr().err
+
+
+def test_every_stem_is_compiled_before():
+    for op in bench.select_ops(None):
+        stem = op.name.partition(".")[0]
+        assert set(bench.OPS_OF.get(stem, (stem,))) <= set(specs.OPS), stem
+    stems = bench.peer_stems(bench.select_ops(None))
+    assert "post" in stems
+    assert not {"contract", "sub_layer"} & set(stems), "no peer, and covered by the others"
+    assert bench.peer_stems(bench.select_ops("sub_layer,post")) == ["post", "sub_layer"]
+    command = bench.warm_command("post", bench.select_ops("post,expand"), [(16, 64), (8, 128)])
+    assert command[-4:] == ["16x64,8x128", "--warm-peer", "--ops", "post.fwd,post.bwd"]
+
+
+def test_what_fails_to_compile_is_named_and_stops_nothing(monkeypatch, capsys):
+    asked = []
+
+    def compile_kernel(name, args, arch):
+        asked.append((name, args, arch))
+        if name == "post_bwd":
+            raise jit.CompileError("nvcc said no\n" + "source\n" * 1000)
+
+    monkeypatch.setattr(jit, "compile_kernel", compile_kernel)
+    monkeypatch.setattr(jit, "device_arch", lambda device: "sm_90a")
+    monkeypatch.setattr(jit, "import_tilelang", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(
+        bench, "warm_command", lambda *_: [sys.executable, "-c", "raise OSError(7)"]
+    )
+    bench.precompile(bench.select_ops("post"), [(16, 64), (8, 64), (16, 128)], object(), 2)
+    names = [(name, args) for name in ("post_fwd", "post_bwd") for args in ((4, 64), (4, 128))]
+    assert sorted(asked) == sorted((*kernel, "sm_90a") for kernel in names)
+    printed = capsys.readouterr().out
+    assert printed.count("CompileError: nvcc said no") == 2
+    assert "OSError: 7" in printed
+    assert "source" not in printed
+
+
+@pytest.mark.parametrize("broken", ["ours", "peer"])
+def test_a_failure_of_one_side_keeps_the_other(broken, inputs, monkeypatch):
+    class Graph:
+        replay = None
+
+    def fails(*_):
+        raise RuntimeError("CUDA said no")
+
+    monkeypatch.setattr(
+        bench, "capture", lambda op, inputs, run: (run() and None) or (Graph(), None)
+    )
+    monkeypatch.setattr(bench, "time_replays", lambda graphs, flush: [5.0 for _ in graphs])
+    good = make_ops()["expand.fwd"]
+    sides = {"ours": good.ours, "peer": lambda peer, x: good.ours(x)}
+    sides[broken] = fails
+    op = dataclasses.replace(good, **sides)
+    ours, theirs, problems = bench.measure(op, inputs, object(), None)
+    assert (ours, theirs) == ((None, 5.0) if broken == "ours" else (5.0, None))
+    assert problems == [f"{broken}: RuntimeError: CUDA said no"]
+    monkeypatch.setattr(bench, "time_replays", fails)
+    ours, theirs, problems = bench.measure(good, inputs, None, None)
+    assert (ours, theirs, problems) == (None, None, ["timing: RuntimeError: CUDA said no"])
 
 
 def test_shapes():

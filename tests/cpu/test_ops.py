@@ -8,21 +8,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
 
 import oracle
 import tile_mhc
 from cases import (
     AGGREGATE,
+    CONTRACT,
     EXPAND,
     FUSED_PRE,
     OPS,
     PARAMETERS,
     POST,
+    PROJECTION,
     Case,
     operator_calls,
     recompute_inputs,
 )
-from tile_mhc import functional
+from tile_mhc import functional, reference
 
 CALLS = sorted(operator_calls((2,), 2, 64, "meta"))
 EVERY_OP = pytest.mark.parametrize("op", OPS, ids=str)
@@ -93,6 +96,30 @@ def test_each_gradient_alone(op):
 
 
 @EVERY_OP
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed(op, reentrant):
+    """Activation checkpointing lets a backward read its saved tensors once."""
+    tensors, options = op.inputs((3,), 4, 64, "cpu")
+    upstream = oracle.upstream_of(op, tensors, options)
+    names = list(tensors)
+
+    def run(**leaves):
+        def plain(*values):
+            return op.run(**dict(zip(names, values, strict=True)), **options)
+
+        return checkpoint(plain, *leaves.values(), use_reentrant=reentrant)
+
+    results = [
+        {name: leaf.detach().requires_grad_() for name, leaf in tensors.items()} for _ in range(2)
+    ]
+    for function, leaves in zip((op.run, run), results, strict=True):
+        arguments = options if function is op.run else {}
+        torch.autograd.backward(oracle.as_tuple(function(**leaves, **arguments)), upstream)
+    for name in names:
+        assert torch.equal(results[0][name].grad, results[1][name].grad)
+
+
+@EVERY_OP
 def test_no_gradient_wanted(op):
     tensors, options = op.inputs((3,), 4, 64, "cpu")
     outputs = oracle.as_tuple(op.run(**tensors, **options))
@@ -103,15 +130,18 @@ def test_no_gradient_wanted(op):
 def test_one_output_used(used):
     tensors, options = FUSED_PRE.inputs((3,), 4, 64, "cpu")
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    wide = {name: tensor.detach().double().requires_grad_() for name, tensor in leaves.items()}
     ours = functional.mhc_pre(**leaves, **options)[used]
-    other = FUSED_PRE.reference(**leaves, **options)[used]
+    other = FUSED_PRE.reference(**wide, **options)[used]
     grad = torch.randn_like(ours)
     arguments = {"allow_unused": True, "materialize_grads": True}
     grads = torch.autograd.grad(ours, list(leaves.values()), grad, **arguments)
-    expected = torch.autograd.grad(other, list(leaves.values()), grad, **arguments)
+    expected = torch.autograd.grad(other, list(wide.values()), grad.double(), **arguments)
     for name, a, b in zip(leaves, grads, expected, strict=True):
-        rtol = 2**-7 if a.dtype == torch.bfloat16 else 1e-4
-        torch.testing.assert_close(a, b, rtol=rtol, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        rtol = 2**-8 if a.dtype == torch.bfloat16 else 1e-4
+        torch.testing.assert_close(
+            a.double(), b, rtol=rtol, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_another_consumer_of_the_residual():
@@ -143,6 +173,83 @@ def test_gradients_on_or_off():
     tensors["norm_weight"] = None
     without = functional.mhc_pre(**tensors, **options)
     assert not torch.equal(without[2], off[2])
+
+
+@pytest.mark.parametrize("norm", [True, False], ids=["norm_weight", "plain"])
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_gradcheck_of_fused_pre(n, norm):
+    """The operator with the backward it registers, in float64: finite differences of its own."""
+    tensors, _ = FUSED_PRE.inputs((2,), n, 8, "cpu")
+    leaves = {name: tensor.double().requires_grad_() for name, tensor in tensors.items()}
+    if not norm:
+        leaves["norm_weight"] = None
+    names = [name for name in leaves if leaves[name] is not None]
+
+    def run(*values):
+        x = leaves | dict(zip(names, values, strict=True))
+        inputs = [x[name] for name in ("residual", "weight", "scale", "bias", "norm_weight")]
+        options = (0.1, 0.2, 0.3, 2.0, 5, None, False)
+        return torch.ops.tile_mhc.fused_pre(*inputs, *options)[:3]
+
+    assert torch.autograd.gradcheck(run, [leaves[name] for name in names], fast_mode=True)
+
+
+@pytest.mark.parametrize("wanted", [("residual", "bias"), ("norm_weight",), ("weight", "scale")])
+@pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
+def test_some_gradients_of_some_outputs_of_fused_pre(used, wanted):
+    """The bits of all gradients of all outputs, with zeros for the outputs that are not used."""
+    tensors, options = FUSED_PRE.inputs((3,), 4, 64, "cpu")
+    upstream = [
+        grad if i in used else torch.zeros_like(grad)
+        for i, grad in enumerate(oracle.upstream_of(FUSED_PRE, tensors, options))
+    ]
+    every = oracle.evaluate(FUSED_PRE.run, tensors, options, upstream, FUSED_PRE.outputs)
+    leaves = [tensors[name].requires_grad_() for name in wanted]
+    outputs = FUSED_PRE.run(**tensors, **options)
+    torch.autograd.backward([outputs[i] for i in used], [upstream[i] for i in used])
+    for name, leaf in zip(wanted, leaves, strict=True):
+        assert torch.equal(leaf.grad, every[f"grad_{name}"])
+    assert all(t.grad is None for name, t in tensors.items() if name not in wanted)
+
+
+TF32_OPS = pytest.mark.parametrize("op", [PROJECTION, CONTRACT, FUSED_PRE], ids=str)
+
+
+@TF32_OPS
+def test_tf32_rounds_the_weight(op):
+    """A weight of TF32 values gives the same outputs either way, any other one does not."""
+    tensors, options = op.inputs((16,), 4, 64, "cpu")
+    tensors.pop("norm_weight", None)
+    native = oracle.as_tuple(op.run(**tensors, **options))
+    rounded = oracle.as_tuple(op.run(**tensors, **options, tf32=True))
+    tensors["weight"] = reference.round_to_tf32(tensors["weight"])
+    for a, b, c in zip(
+        rounded,
+        oracle.as_tuple(op.run(**tensors, **options)),
+        oracle.as_tuple(op.run(**tensors, **options, tf32=True)),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+    assert not all(torch.equal(a, b) for a, b in zip(native, rounded, strict=True))
+
+
+@TF32_OPS
+@pytest.mark.parametrize("tf32", [False, True])
+def test_backward_knows_of_tf32(op, tf32, monkeypatch):
+    """The switch of the forward reaches reference.projection_backward."""
+    asked = []
+    original = reference.projection_backward
+
+    def watched(*args, **options):
+        asked.append(args[6])
+        return original(*args, **options)
+
+    monkeypatch.setattr(reference, "projection_backward", watched)
+    tensors, options = op.inputs((3,), 4, 64, "cpu")
+    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    oracle.as_tuple(op.run(**leaves, **options, tf32=tf32))[0].float().sum().backward()
+    assert asked == [tf32]
 
 
 def sub_layer(residual, weight, norm_weight, scale, bias):

@@ -24,7 +24,7 @@ def wide(op, lead, n, hidden_size=3):
     return {name: tensor.double() for name, tensor in tensors.items()}, options
 
 
-@pytest.mark.parametrize("op", [*OPS, FUSED_PRE], ids=str)
+@pytest.mark.parametrize("op", OPS, ids=str)
 @pytest.mark.parametrize("n", [2, 4])
 def test_gradcheck(op, n):
     tensors, options = wide(op, (2,), n)
@@ -35,6 +35,18 @@ def test_gradcheck(op, n):
 
     leaves = [tensor.requires_grad_() for tensor in tensors.values()]
     assert gradcheck(run, leaves, fast_mode=True)
+
+
+def fused_pre_backward(grads, tensors, options, tf32=False):
+    """The closed form's gradients, in the order of `tensors`."""
+    inputs = [tensors.get(name) for name in ("residual", "weight", "scale", "bias", "norm_weight")]
+    steps = (options["post_mult"], options["sinkhorn_repeat"], tf32)
+    saved = reference.fused_pre_with_mixes(*inputs, 1e-6, 1e-6, 1e-6, *steps)[3:]
+    results = reference.fused_pre_backward(*grads, *inputs, *saved, 1e-6, 1e-6, *steps)
+    by_name = dict(
+        zip(("residual", "weight", "scale", "bias", "norm_weight"), results, strict=True)
+    )
+    return [by_name[name] for name in tensors]
 
 
 def backward_of(op, tensors, options):
@@ -53,6 +65,8 @@ def backward_of(op, tensors, options):
         )
     elif op.name == "sinkhorn":
         ours = (reference.sinkhorn_backward(*grads, *tensors.values(), **options, eps=1e-6),)
+    elif op.name == "fused_pre":
+        ours = fused_pre_backward(grads, tensors, options)
     elif op.name == "expand":
         ours = (reference.expand_backward(*grads),)
     else:
@@ -67,6 +81,32 @@ def test_backward_is_autograd(op, n, lead):
     ours, expected = backward_of(op, *wide(op, lead, n))
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@STREAMS
+def test_fused_pre_backward_without_norm_weight(n):
+    tensors, options = wide(FUSED_PRE, (3,), n)
+    del tensors["norm_weight"]
+    ours, expected = backward_of(FUSED_PRE, tensors, options)
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    grads = [torch.randn(3, 3), torch.randn(3, n), torch.randn(3, n, n)]
+    no_norm = [tensors["residual"], tensors["weight"], tensors["scale"], tensors["bias"], None]
+    saved = reference.fused_pre_with_mixes(*no_norm, 1e-6, 1e-6, 1e-6, 2.0, 5)[3:]
+    assert reference.fused_pre_backward(*grads, *no_norm, *saved, 1e-6, 1e-6, 2.0, 5)[4] is None
+
+
+def test_fused_pre_backward_rounds_the_residual_once():
+    """Its bfloat16 gradient is the float32 one rounded; of two rounded parts the sum is not."""
+    tensors, options = FUSED_PRE.inputs((64,), 4, 64, "cpu")
+    grads = [torch.randn(64, 64), torch.randn(64, 4), torch.randn(64, 4, 4)]
+    once = fused_pre_backward(grads, tensors, options)[0]
+    leaves = {name: tensor.double().requires_grad_() for name, tensor in tensors.items()}
+    outputs = reference.fused_pre(**leaves, **options)
+    (truth,) = torch.autograd.grad(outputs, leaves["residual"], [grad.double() for grad in grads])
+    best = (truth.bfloat16().double() - truth).norm()
+    assert once.dtype == torch.bfloat16
+    assert (once.double() - truth).norm() <= best * (1 + 1e-3)
 
 
 def test_projection_backward_without_norm_weight():
@@ -306,7 +346,7 @@ def test_fused_pre_is_the_four_steps():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("op", [*OPS, FUSED_PRE], ids=str)
+@pytest.mark.parametrize("op", OPS, ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 def test_nonfinite_stays_in_its_token(op, value):
     tensors, options = op.inputs((5,), 4, 64, "cpu")
@@ -339,3 +379,113 @@ def test_merged_scales_of_split_mixes_have_their_own_gradients():
     for group, out in enumerate(outputs):
         (grad,) = torch.autograd.grad(out.sum(), leaves["scale"], retain_graph=True)
         assert [bool(g) for g in grad] == [i == group for i in range(3)]
+
+
+def tf32(values):
+    """To 11 bits, halves away from zero: by arithmetic, where the reference works on bits."""
+    mantissa, exponent = torch.frexp(values.double())
+    rounded = mantissa.sign() * (mantissa.abs() * 2**11 + 0.5).floor() / 2**11
+    return torch.ldexp(rounded, exponent).to(values.dtype)
+
+
+def test_round_to_tf32():
+    values = torch.cat((torch.randn(4000) * torch.logspace(-30, 30, 4000), torch.zeros(2)))
+    unit = 2.0**-10
+    halves = torch.tensor([1 + unit / 2, -1 - unit / 2, 1 + 3 * unit / 2, 2 - unit / 2])
+    values = torch.cat((values, halves, halves.nextafter(torch.zeros(4))))
+    assert torch.equal(reference.round_to_tf32(values), tf32(values))
+    assert torch.equal(reference.round_to_tf32(values.double()), tf32(values).double())
+    assert reference.round_to_tf32(halves).tolist() == [1 + unit, -1 - unit, 1 + 2 * unit, 2.0]
+    assert reference.round_to_tf32(torch.tensor(torch.nan)).isnan()
+
+
+def test_round_to_tf32_leaves_the_gradient_alone():
+    values = torch.randn(100, requires_grad=True)
+    grad = torch.randn(100)
+    assert torch.equal(torch.autograd.grad(reference.round_to_tf32(values), values, grad)[0], grad)
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm_weight"])
+@STREAMS
+def test_tf32_rounds_the_merged_weight(n, norm):
+    tensors, _ = PROJECTION.inputs((3,), n, 64, "cpu")
+    if not norm:
+        del tensors["norm_weight"]
+    merged = tf32(tensors["weight"] * tensors.get("norm_weight", 1.0))
+    residual = tensors["residual"]
+    rounded = reference.projection(**tensors, tf32=True)
+    assert torch.equal(rounded, reference.projection(residual, merged))
+    assert not torch.equal(rounded, reference.projection(**tensors))
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm_weight"])
+@STREAMS
+def test_tf32_rounds_the_gradient_of_the_bare_product(n, norm):
+    """By the definition: grad_product = tf32(grad * inv_rms), then the products of float64."""
+    tensors, _ = PROJECTION.inputs((3,), n, 64, "cpu")
+    if not norm:
+        tensors["norm_weight"] = None
+    arguments = (tensors["residual"].float(), tensors["weight"], tensors["norm_weight"])
+    mixes, inv_rms = reference.projection_with_rms(*arguments, 1e-6, tf32=True)
+    grad = torch.randn_like(mixes)
+    ours = reference.projection_backward(grad, *arguments, mixes, inv_rms, tf32=True)
+
+    x = arguments[0].double().flatten(1)
+    norm_weight = torch.ones(n * 64) if arguments[2] is None else arguments[2]
+    merged = tf32(arguments[1] * norm_weight).double()
+    product = tf32(grad * inv_rms[:, None]).double()
+    through_rms = (grad.double() * mixes).sum(1, keepdim=True) * inv_rms[:, None].double() ** 2
+    grad_merged = product.T @ x
+    expected = [
+        (product @ merged - x * through_rms / x.shape[1]).view(3, n, 64),
+        grad_merged * norm_weight,
+        (grad_merged * arguments[1]).sum(0),
+    ]
+    for a, b in zip(ours, expected, strict=True):
+        if a is not None:
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
+    native = reference.projection_backward(grad, *arguments, mixes, inv_rms)
+    assert not torch.equal(native[1], ours[1])
+
+
+def test_tf32_of_fused_pre_and_contract_is_that_of_the_projection():
+    tensors, options = FUSED_PRE.inputs((3,), 4, 64, "cpu")
+    merged = tf32(tensors["weight"] * tensors["norm_weight"])
+    rounded = {**tensors, "weight": merged, "norm_weight": None}
+    ours = reference.fused_pre(**tensors, **options, tf32=True)
+    for a, b in zip(ours, reference.fused_pre(**rounded, **options), strict=True):
+        assert torch.equal(a, b)
+    tensors, _ = CONTRACT.inputs((3,), 4, 64, "cpu")
+    rounded = {**tensors, "weight": tf32(tensors["weight"])}
+    ours = reference.contract(**tensors, tf32=True)
+    assert torch.equal(ours, reference.contract(**rounded))
+
+
+def test_tf32_of_fused_pre_backward():
+    """The gradient of the mixes goes into projection_backward with the same switch."""
+    tensors, options = wide(FUSED_PRE, (3,), 4, 64)
+    grads = [torch.zeros(3, 64, dtype=F64), *torch.zeros(2, 3, 4, 4, dtype=F64)]
+    grads[1:] = [torch.randn(3, 4, dtype=F64), torch.randn(3, 4, 4, dtype=F64)]
+    names = ("residual", "weight", "norm_weight")
+    leaves = {
+        name: tensor if name in names else tensor.requires_grad_()
+        for name, tensor in tensors.items()
+    }
+    arguments = [tensors[name] for name in names]
+    mixes, inv_rms = reference.projection_with_rms(*arguments, 1e-6, tf32=True)
+    mixes.requires_grad_()
+    _, post, comb = reference.split_mixes(
+        mixes, leaves["scale"], leaves["bias"], num_streams=4, post_mult=options["post_mult"]
+    )
+    comb = reference.sinkhorn(comb, repeat=options["sinkhorn_repeat"])
+    grad_mixes, *gates = torch.autograd.grad(
+        (post, comb), (mixes, leaves["scale"], leaves["bias"]), grads[1:]
+    )
+    expected = reference.projection_backward(
+        grad_mixes, *arguments, mixes.detach(), inv_rms, tf32=True
+    )
+    ours = fused_pre_backward(
+        grads, {name: tensor.detach() for name, tensor in tensors.items()}, options, tf32=True
+    )
+    for a, b in zip(ours, (*expected, *gates), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)

@@ -1,9 +1,11 @@
+import dataclasses
+
 import pytest
 import torch
 
 import oracle
 from cases import CONTRACT, Case, few_streams
-from tile_mhc import contract
+from tile_mhc import contract, reference
 
 
 @few_streams
@@ -15,6 +17,25 @@ def test_norm_weight():
     tensors, options = CONTRACT.inputs((130,), 4, 1280, "cuda")
     tensors["norm_weight"] = torch.rand(4 * 1280, device="cuda") + 0.5
     oracle.check(CONTRACT, Case(130, 4, 1280, "a weight of the norm"), tensors, options)
+
+
+def test_tf32():
+    """The same bits as with a weight that has been rounded before; other bits without."""
+    tensors, _ = CONTRACT.inputs((130,), 4, 1280, "cuda")
+    rounded = tensors | {"weight": reference.round_to_tf32(tensors["weight"])}
+    assert torch.equal(contract(**tensors, tf32=True), contract(**rounded))
+    assert not torch.equal(contract(**tensors, tf32=True), contract(**tensors))
+
+
+@pytest.mark.parametrize("num_splits", [1, 3, 1000])
+def test_capped_splits(num_splits):
+    tensors, options = CONTRACT.inputs((130,), 4, 1280, "cuda")
+
+    def run(**arguments):
+        return contract(**arguments, num_splits=num_splits)
+
+    op = dataclasses.replace(CONTRACT, run=run)
+    oracle.check(op, Case(130, 4, 1280, "a cap on the splits"), tensors, options)
 
 
 def test_same_bits_every_run():

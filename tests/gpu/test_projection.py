@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import oracle
+import tolerances
 from cases import PROJECTION, Case, few_streams, streams
 from tile_mhc import config, projection, reference
 
@@ -121,6 +122,71 @@ def test_sizes_of_residual_side_by_side():
     for token in range(5):
         rows = slice(token, None, 5)
         oracle.check_tensor("projection", "out", ours[rows], plain[rows], truth[rows], {})
+
+
+def tf32_reference(residual, weight, grad, norm_weight=None):
+    """Outputs and gradients in TF32: the closed form, as autograd would not round the gradient."""
+    mixes, inv_rms = reference.projection_with_rms(residual, weight, norm_weight, 1e-6, True)
+    grads = reference.projection_backward(
+        grad, residual, weight, norm_weight, mixes, inv_rms, tf32=True
+    )
+    names = ("residual", "weight", "norm_weight")[: 2 if norm_weight is None else 3]
+    return {"out": mixes} | {f"grad_{name}": g for name, g in zip(names, grads, strict=False)}
+
+
+def check_tf32(case, tensors):
+    grad = torch.randn(*tensors["residual"].shape[:-2], tensors["weight"].shape[0], device="cuda")
+    ours = oracle.evaluate(projection, tensors, {"tf32": True}, [grad], ["out"])
+    plain = tf32_reference(**tensors, grad=grad)
+    truth = tf32_reference(**{n: t.double() for n, t in tensors.items()}, grad=grad.double())
+    # The norm of a few flipped roundings is chance: the bars need many.
+    bars = tolerances.PROMISED if case.num_tokens >= 1000 else {}
+    for name, value in ours.items():
+        oracle.check_tensor("projection_tf32", name, value, plain[name], truth[name], bars)
+    return ours, grad
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm_weight"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(13, 4, 192, "a ragged tile"),
+        Case(64, 2, 64, "fewest streams"),
+        Case(1000, 8, 128, "most streams"),
+        Case(4096, 4, 1280, "many tokens"),
+        Case(4096, 4, 2560, "where TileKernels' error was measured"),
+    ],
+    ids=str,
+)
+def test_tf32(case, norm):
+    tensors, _ = PROJECTION.inputs(*case.shape, "cuda")
+    if not norm:
+        del tensors["norm_weight"]
+    ours, grad = check_tf32(case, tensors)
+    native = oracle.evaluate(projection, tensors, {}, [grad], ["out"])
+    for name in ("out", "grad_weight"):
+        assert oracle.relative_error(ours[name], native[name].double()) > 5e-5, "it rounds nothing"
+
+
+def test_tf32_of_the_head_weight():
+    tensors, _ = PROJECTION.inputs((130,), 4, 1280, "cuda")
+    tensors["weight"] = tensors["weight"][:4].contiguous()
+    check_tf32(Case(130, 4, 1280, "n rows"), tensors)
+
+
+def test_tf32_of_extreme_weights():
+    """Infinity stays one, NaN too, and the largest finite weights round to infinity or not at all:
+    the same as the reference, in their own column of the mixes alone."""
+    tensors, _ = PROJECTION.inputs((13,), 4, 192, "cuda")
+    del tensors["norm_weight"]
+    tensors["residual"] = tensors["residual"].abs() + 1
+    clean = projection(**tensors, tf32=True)
+    tensors["weight"][3, 5] = torch.inf
+    tensors["weight"][4, 5] = torch.nan
+    dirty = projection(**tensors, tf32=True)
+    others = [m for m in range(24) if m not in (3, 4)]
+    assert torch.equal(dirty[:, others], clean[:, others])
+    assert not dirty[:, 3:5].isfinite().any()
 
 
 @pytest.mark.parametrize("wanted", ["residual", "weight", "norm_weight"])

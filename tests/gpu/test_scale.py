@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import oracle
-from cases import AGGREGATE, EXPAND, FUSED_PRE, POST, PROJECTION, recompute_inputs
+from cases import AGGREGATE, EXPAND, FUSED_PRE, PARAMETERS, POST, PROJECTION, recompute_inputs
 from tile_mhc import recompute, reference
 
 NUM_STREAMS, HIDDEN_SIZE = 4, 7168
@@ -28,36 +28,28 @@ def sampled(tensor):
     return torch.cat([tensor[s] for s in SLICES])
 
 
-@pytest.mark.parametrize("op", [EXPAND, AGGREGATE, POST, PROJECTION], ids=str)
+@pytest.mark.parametrize("op", [EXPAND, AGGREGATE, POST, PROJECTION, FUSED_PRE], ids=str)
 def test_beyond_32_bits(op):
     assert NUM_TOKENS * NUM_STREAMS * HIDDEN_SIZE > 2**31
     tensors, options = op.inputs((NUM_TOKENS,), NUM_STREAMS, HIDDEN_SIZE, "cuda")
     small = {n: sampled(t) if n in PER_TOKEN else t for n, t in tensors.items()}
     small_grads = oracle.upstream_of(op, small, options)
-    (small_grad,) = small_grads
-    grad = small_grad.new_zeros(NUM_TOKENS, *small_grad.shape[1:])
-    for position, where in enumerate(SLICES):
-        grad[where] = small_grad[32 * position : 32 * (position + 1)]
-    ours = oracle.evaluate(op.run, tensors, options, [grad], op.outputs)
+    grads = [grad.new_zeros(NUM_TOKENS, *grad.shape[1:]) for grad in small_grads]
+    for grad, small_grad in zip(grads, small_grads, strict=True):
+        for position, where in enumerate(SLICES):
+            grad[where] = small_grad[32 * position : 32 * (position + 1)]
+    ours = oracle.evaluate(op.run, tensors, options, grads, op.outputs)
     ours = {
-        name: value if name.removeprefix("grad_") in ("weight", "norm_weight") else sampled(value)
+        name: value if name.removeprefix("grad_") in PARAMETERS else sampled(value)
         for name, value in ours.items()
     }
     plain = oracle.evaluate(op.reference, small, options, small_grads, op.outputs)
     wide = {name: tensor.double() for name, tensor in small.items()}
-    truth = oracle.evaluate(op.reference, wide, options, [small_grad.double()], op.outputs)
+    wide_grads = [grad.double() for grad in small_grads]
+    truth = oracle.evaluate(op.reference, wide, options, wide_grads, op.outputs)
     for name, value in ours.items():
-        oracle.check_tensor(op.name, name, value, plain[name], truth[name], {})
-
-
-def test_fused_pre_beyond_32_bits():
-    tensors, options = FUSED_PRE.inputs((NUM_TOKENS,), NUM_STREAMS, HIDDEN_SIZE, "cuda")
-    ours = FUSED_PRE.run(**tensors, **options)
-    small = {**tensors, "residual": sampled(tensors["residual"])}
-    plain = FUSED_PRE.reference(**small, **options)
-    truth = FUSED_PRE.reference(**{n: t.double() for n, t in small.items()}, **options)
-    for name, value, *others in zip(FUSED_PRE.outputs, ours, plain, truth, strict=True):
-        oracle.check_tensor("fused_pre", name, sampled(value), *others, {})
+        beside = truth["grad_bias"] if name == "grad_scale" else None
+        oracle.check_tensor(op.name, name, value, plain[name], truth[name], {}, beside)
 
 
 def test_recompute_beyond_32_bits():

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+import tile_mhc
 from tile_mhc import reference
 
 Named = dict[str, Tensor]
@@ -27,9 +28,14 @@ LAYERS, POSTS = 3, 2  # of the recompute: an aggregate follows the last post
 # The largest relative error, in norm, of rounding once to a format: half a unit in the last place
 # of the smallest mantissa, spread evenly. Measured values are a quarter below.
 BF16 = 2.0**-8 / math.sqrt(3)
-TF32 = 2.0**-11 / math.sqrt(3)
 # A few dozen float32 operations of 6e-8 each.
 FLOAT32 = 1e-6
+# Where both sides round the weight, and the gradient of the bare product, to TF32, only sums in
+# float32 tell their products apart,
+PRODUCT = 2e-5
+# and, of few tokens, a gradient within a float32 error of a midpoint that goes the other way:
+# 2**-10 of one of some hundred terms.
+PRODUCT_GRADIENT = 1e-4
 
 
 def hashed(key: str, *shape: int, device: str = "cpu") -> Tensor:
@@ -92,9 +98,9 @@ class Maker:
 
 @dataclass(frozen=True)
 class Call:
-    """One call; `bounds` are the errors of TileKernels' own precision, by tensor.
+    """One call; `bounds` are TileKernels' errors beside a float64 that rounds where it rounds.
 
-    A tensor without a bound has FLOAT32.
+    That is, with weights and gradients of products as TF32. A tensor without a bound has FLOAT32.
     """
 
     name: str
@@ -182,12 +188,12 @@ def _without_gates(make: Maker) -> Named:
     return {name: inputs[name] for name in ("residual", "fn")}
 
 
-# out_mul and the gradient of it are multiplied as TF32; the residual is bfloat16, hence exact.
+# The weight and the gradient of the product are multiplied as TF32; the residual is bfloat16.
 NORM_FN_BOUNDS = {
-    "out": TF32,
-    "grad_residual": math.hypot(BF16, TF32, TF32),
-    "grad_fn": TF32,
-    "grad_norm_weight": TF32,
+    "out": PRODUCT,
+    "grad_residual": BF16,
+    "grad_fn": PRODUCT_GRADIENT,
+    "grad_norm_weight": PRODUCT_GRADIENT,
 }
 CALLS = {
     call.name: call
@@ -254,8 +260,8 @@ CALLS = {
             "big_fuse",
             lambda make: make.block(),
             _big_fuse,
-            # A scale below 2 multiplies the error of the mixes; sigmoid and Sinkhorn damp it.
-            {"post_mix": 2 * TF32, "comb_mix": 2 * TF32, "layer_input": BF16},
+            # Sigmoid and Sinkhorn damp the error of the mixes, TF32's to 2e-5.
+            {"post_mix": PRODUCT / 5, "comb_mix": PRODUCT / 5, "layer_input": BF16},
             has_gradient=False,
         ),
         Call(
@@ -303,44 +309,94 @@ def _spec_split_mixes(mixes, scale, base, n, post_mult, pre_eps):
     return pre.unsqueeze(-1), post.unsqueeze(-1), comb
 
 
-def _spec_pre(residual, fn, scale, base, *, post_mult_value=1.0, sinkhorn_repeat=10):
-    layer_input, *mixes = reference.fused_pre(
-        residual, fn, scale, base, post_mult=post_mult_value, sinkhorn_repeat=sinkhorn_repeat
+class _Tf32Projection(torch.autograd.Function):
+    """The projection with both roundings; autograd alone would leave out the gradient's."""
+
+    @staticmethod
+    def forward(ctx, residual, fn, weight, eps):
+        mixes, inv_rms = reference.projection_with_rms(residual, fn, weight, eps, tf32=True)
+        ctx.save_for_backward(residual, fn, weight, mixes, inv_rms)
+        return mixes
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *reference.projection_backward(grad, *ctx.saved_tensors, tf32=True), None
+
+
+def _exact_product(residual, fn, weight, eps, _=None):
+    return reference.projection(residual, fn, norm_weight=weight, norm_eps=eps)
+
+
+def _tf32_product(residual, fn, weight, eps, _=None):
+    return _Tf32Projection.apply(residual, fn, weight, eps)
+
+
+def _spec_pre(product):
+    def pre(residual, fn, scale, base, *, post_mult_value=1.0, sinkhorn_repeat=10):
+        pre_mix, post_mix, comb = reference.split_mixes(
+            product(residual, fn, None, 1e-6),
+            scale,
+            base,
+            num_streams=NUM_STREAMS,
+            post_mult=post_mult_value,
+        )
+        comb_mix = reference.sinkhorn(comb, repeat=sinkhorn_repeat)
+        return reference.aggregate(residual, pre_mix), (post_mix, comb_mix)
+
+    return pre
+
+
+def _big_fuse_of(pre):
+    """`mhc_pre_big_fuse`, as `_big_fuse` calls it, of an `mhc_pre`."""
+
+    def big_fuse(residual, fn, scale, base, rms_eps, pre_eps, sinkhorn_eps, post_mult, repeat):
+        if (rms_eps, pre_eps, sinkhorn_eps) != (1e-6, 1e-6, 1e-6):
+            raise NotImplementedError("the calls here keep every eps at its default")
+        layer_input, (post_mix, comb_mix) = pre(
+            residual, fn, scale, base, post_mult_value=post_mult, sinkhorn_repeat=repeat
+        )
+        return post_mix.reshape(*residual.shape[:-1], 1), comb_mix, layer_input
+
+    return big_fuse
+
+
+def _specification(product) -> SimpleNamespace:
+    pre = _spec_pre(product)
+    return SimpleNamespace(
+        expand_to_mhc=reference.expand,
+        mhc_pre_norm_fn=product,
+        mhc_pre_split_mixes=_spec_split_mixes,
+        sinkhorn_normalize=lambda x, repeat, eps: reference.sinkhorn(x, repeat=repeat, eps=eps),
+        mhc_pre_apply_mix=reference.aggregate,
+        mhc_post=reference.post,
+        mhc_head_compute_mix=lambda mix, scale, base, eps: reference.head_mix(
+            mix, scale, base, pre_eps=eps
+        ),
+        mhc_pre_big_fuse=_big_fuse_of(pre),
+        mhc_multilayer_recompute=_spec_recompute,
+        mhc_pre=pre,
     )
-    return layer_input, tuple(mixes)
 
 
-def _spec_big_fuse(residual, fn, scale, base, rms_eps, pre_eps, sinkhorn_eps, post_mult, repeat):
-    layer_input, post_mix, comb_mix = reference.fused_pre(
-        residual,
-        fn,
-        scale,
-        base,
-        norm_eps=rms_eps,
-        pre_eps=pre_eps,
-        sinkhorn_eps=sinkhorn_eps,
-        post_mult=post_mult,
-        sinkhorn_repeat=repeat,
-    )
-    return post_mix.unsqueeze(-1), comb_mix, layer_input
+SPECIFICATION = _specification(_exact_product)
+TF32_SPECIFICATION = _specification(_tf32_product)
 
 
-SPECIFICATION = SimpleNamespace(
-    expand_to_mhc=reference.expand,
-    mhc_pre_norm_fn=lambda residual, fn, weight, eps, _: reference.projection(
-        residual, fn, norm_weight=weight, norm_eps=eps
-    ),
-    mhc_pre_split_mixes=_spec_split_mixes,
-    sinkhorn_normalize=lambda x, repeat, eps: reference.sinkhorn(x, repeat=repeat, eps=eps),
-    mhc_pre_apply_mix=reference.aggregate,
-    mhc_post=reference.post,
-    mhc_head_compute_mix=lambda mix, scale, base, eps: reference.head_mix(
-        mix, scale, base, pre_eps=eps
-    ),
-    mhc_pre_big_fuse=_spec_big_fuse,
-    mhc_multilayer_recompute=_spec_recompute,
-    mhc_pre=_spec_pre,
-)
+def native() -> SimpleNamespace:
+    """Our functions under TileKernels' names, with products of tile_mhc's own precision."""
+
+    def pre(residual, fn, scale, base, *, post_mult_value=1.0, sinkhorn_repeat=10):
+        layer_input, *mixes = tile_mhc.fused_pre(
+            residual, fn, scale, base, post_mult=post_mult_value, sinkhorn_repeat=sinkhorn_repeat
+        )
+        return layer_input, tuple(mixes)
+
+    def norm_fn(residual, fn, weight, eps, _):
+        return tile_mhc.projection(residual, fn, norm_weight=weight, norm_eps=eps)
+
+    found = functions("tile_mhc.compat.tile_kernels")
+    found.mhc_pre, found.mhc_pre_norm_fn, found.mhc_pre_big_fuse = pre, norm_fn, _big_fuse_of(pre)
+    return found
 
 
 def evaluate(tk: SimpleNamespace, call: Call, inputs: Named, make: Maker) -> tuple[Named, Named]:
@@ -360,13 +416,15 @@ def evaluate(tk: SimpleNamespace, call: Call, inputs: Named, make: Maker) -> tup
     return result, cotangents
 
 
-def evaluate_exactly(call: Call, inputs: Named, cotangents: Named) -> Named:
-    """The float64 specification on the same inputs and output gradients."""
+def evaluate_exactly(
+    call: Call, inputs: Named, cotangents: Named, specification: SimpleNamespace = SPECIFICATION
+) -> Named:
+    """A specification in float64 on the same inputs and output gradients."""
     if not call.has_gradient:
         with torch.no_grad():
-            return call.run(SPECIFICATION, {name: t.double() for name, t in inputs.items()})
+            return call.run(specification, {name: t.double() for name, t in inputs.items()})
     leaves = {name: tensor.double().requires_grad_() for name, tensor in inputs.items()}
-    outputs = call.run(SPECIFICATION, leaves)
+    outputs = call.run(specification, leaves)
     torch.autograd.backward(list(outputs.values()), [cotangents[k].double() for k in outputs])
     result = {name: out.detach() for name, out in outputs.items()}
     return result | {f"grad_{name}": tensor.grad for name, tensor in leaves.items()}

@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 
 ROWS = pytest.StashKey[list[dict[str, object]]]()
-COLUMNS = ("call", "shape", "tensor", "elements", "same bits", "our error", "their error")
+COLUMNS = (
+    "call",
+    "shape",
+    "tensor",
+    "elements",
+    "same bits",
+    "difference",
+    "our error",
+    "native error",
+    "their error",
+)
 
 
 @pytest.fixture

@@ -160,8 +160,8 @@ def _cpu(
 def _empty(residual: Tensor, *_: Any) -> tuple[Tensor, ...]:
     *lead, n, hidden_size = residual.shape
     sizes = ((n,), (n, n), (n * (n + 2),), ())
-    mixes = (residual.new_empty(*lead, *size, dtype=torch.float32) for size in sizes)
-    return residual.new_empty(*lead, hidden_size), *mixes
+    mixes = (residual.new_empty((*lead, *size), dtype=torch.float32) for size in sizes)
+    return residual.new_empty((*lead, hidden_size)), *mixes
 
 
 def _backward_cuda(
@@ -244,8 +244,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    result = _fused_pre_backward(*grads[:3], *ctx.saved_tensors, *ctx.options)
-    grad_norm_weight = None if ctx.saved_tensors[4] is None else result[4]
+    saved = ctx.saved_tensors  # once: checkpointing unpacks it only once
+    result = _fused_pre_backward(*grads[:3], *saved, *ctx.options)
+    grad_norm_weight = None if saved[4] is None else result[4]
     return *result[:4], grad_norm_weight, *[None] * 7
 
 

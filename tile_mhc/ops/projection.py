@@ -177,15 +177,17 @@ def launch_backward(
     num_tokens = x.shape[0]
     parts = weight_parts(weight, norm_weight, tf32)
     # Per token: the gradient of the bare product in two bfloat16 parts, and the factor of x that
-    # comes from the RMS statistic.
+    # comes from the RMS statistic. Per tile of tokens: what undoes a scaling of the parts.
     grad_parts = parts.new_empty(num_tokens, parts.shape[0])
     along = inv_rms.new_empty(num_tokens)
+    inv_scale = inv_rms.new_empty(-(-num_tokens // backward_tile(num_mixes)[0]))
     jit.kernel("projection_norm_bwd", num_mixes, size)(
         grad.contiguous().view(-1, num_mixes),
         mixes.view(-1, num_mixes),
         inv_rms.view(-1),
         grad_parts,
         along,
+        inv_scale,
         tf32,
     )
     slice_tokens = backward_slice(num_tokens, size, num_mixes)
@@ -202,6 +204,7 @@ def launch_backward(
         parts,
         grad_residual.view(-1, size),
         partials,
+        inv_scale,
         slice_tokens,
         *extra,
     )

@@ -1,0 +1,54 @@
+"""Compile on all cores before the first test; one by one, that takes most of a run."""
+
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from cases import STREAM_CASES
+from tile_mhc import jit, specs
+
+# A few tests compile what they need on their way.
+WORTHWHILE = 20
+# Which ops a test file runs; those not named here run the op of their name, or else all.
+OPS_OF = {
+    "fused_pre": ("fused_pre", "projection", "split_mixes", "sinkhorn", "aggregate"),
+    "mixes": ("split_mixes", "contract"),
+    "recompute": ("recompute", "aggregate", "post"),
+}
+COMPAT_PAIRS = ((2, 128), (4, 128))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_kernels(request):
+    items = [item for item in request.session.items if item.path.parent.name == "gpu"]
+    if not torch.cuda.is_available() or not jit.building_allowed() or len(items) < WORTHWHILE:
+        return
+    arch = jit.device_arch(torch.cuda.current_device())
+    jit.import_tilelang()
+
+    def compile_kernel(kernel):
+        try:
+            jit.compile_kernel(*kernel, arch)
+        except jit.CompileError as error:
+            return str(error)  # the tests that need it will fail, and only they
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        problems = [p for p in pool.map(compile_kernel, kernels_of(items)) if p]
+    for problem in problems:
+        warnings.warn(problem, stacklevel=1)
+
+
+def kernels_of(items):
+    """Every kernel that the files of `items` use, by the (n, H) pairs of cases.py."""
+    pairs = {(case.num_streams, case.hidden_size) for case in STREAM_CASES}
+    stems = {item.path.stem.removeprefix("test_") for item in items}
+    ops = set()
+    for stem in stems:
+        ops.update(OPS_OF.get(stem, (stem,) if stem in specs.OPS else specs.OPS))
+    if "compat" in stems:
+        pairs.update(COMPAT_PAIRS)
+    return specs.select([specs.Sizes(*pair) for pair in sorted(pairs)], sorted(ops))
