@@ -53,7 +53,6 @@ TOLERANCE = {torch.bfloat16: 2.0**-7, torch.float32: 2e-3}
 WARM_SECONDS = 120
 # The ops of `specs` behind a stem that is not one of them.
 OPS_OF = {
-    "head_mix": ("contract",),
     "sub_layer": ("projection", "split_mixes", "sinkhorn", "aggregate", "fused_pre", "post"),
 }
 PARAMETERS = ("weight", "scale", "bias", "head_scale", "head_bias", "head_weight")

@@ -65,7 +65,7 @@ jit.import_tilelang(); sys.exit(jit.find_nvcc() is None)'); then
         --streams 4 --fail-on-spills)
 }
 
-# From a neutral folder: with the checkout on sys.path, tile_mhc would be found without its kernels.
+# From a neutral folder, so that the installed tile_mhc is found, not the one in the checkout.
 tests() {
     say "tests"
     imports "$PYTHON" torch && "$PYTHON" -c 'import sys, torch; sys.exit(torch.cuda.is_available())' &&

@@ -2,7 +2,9 @@
 # and everything it needs, installing what is missing into .venv.
 #
 #   TILE_MHC_TORCH   the torch requirement to install (default: see below). A machine without a GPU
-#                    wants a CPU build; point pip's own settings at where you get yours from.
+#                    wants a CPU build; point pip's own settings at where you get yours from. The
+#                    default is one version, as a range takes the newest, with gigabytes of CUDA.
+#   TILE_MHC_PYTHON  an interpreter to use as it is, with whatever it has: nothing is installed.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -38,7 +40,7 @@ link_package() {
 
 # Everything needed is importable: install nothing, touch nothing outside build/.
 use_present() {
-    PYTHON=$(command -v python3)
+    PYTHON=$(command -v "${TILE_MHC_PYTHON:-python3}")
     link_package "$ROOT/build/site"
     export PYTHONPATH="$ROOT/build/site${PYTHONPATH:+:$PYTHONPATH}"
     say "using $PYTHON as it is"
@@ -69,7 +71,9 @@ use_venv() {
 
 NEEDED=(torch tilelang pytest)
 WANTED=(transformers safetensors click rich hypothesis ruff mypy codespell_lib)
-if is_supported python3 && imports python3 "${NEEDED[@]}" "${WANTED[@]}"; then
+if [ -n "${TILE_MHC_PYTHON:-}" ]; then
+    use_present
+elif is_supported python3 && imports python3 "${NEEDED[@]}" "${WANTED[@]}"; then
     use_present
 elif ! use_venv; then
     # A machine without a package index may still have enough.

@@ -43,6 +43,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--hidden", type=int, nargs="+", default=[4096, 7168])
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("a CUDA device is needed; torch sees none")
     torch.zeros(1, device="cuda")
     jit.import_tilelang()
     seconds = []

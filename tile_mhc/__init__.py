@@ -4,6 +4,7 @@ A residual is n streams of width H. The ops read a layer input from them, write 
 and mix them; on a CUDA device they run TileLang kernels, on a CPU the torch reference.
 """
 
+from tile_mhc import _checkout  # noqa: F401  (first: the others import tile_mhc.kernels)
 from tile_mhc.errors import ShapeError, UnsupportedError
 from tile_mhc.ops.aggregate import aggregate
 from tile_mhc.ops.contract import contract, head_mix

@@ -82,7 +82,8 @@ HIDDEN = ("--hidden", "4096")
         ((*ARCH, "--hidden", "4096,big"), r"multiple of 64 from 64 to 16384; got 'big'"),
         ((*ARCH, "--hidden", ""), r"multiple of 64 from 64 to 16384; got ''"),
         ((*ARCH, *HIDDEN, "--streams", "3"), r"--streams.*must be one of 2, 4, 8; got '3'"),
-        ((*ARCH, *HIDDEN, "--repeat", "0"), r"--repeat.*positive integer; got '0'"),
+        ((*ARCH, *HIDDEN, "--repeat", "0"), r"--repeat.*an integer from 1 to 1024; got '0'"),
+        ((*ARCH, *HIDDEN, "--repeat", "1025"), r"--repeat.*from 1 to 1024; got '1025'"),
         ((*ARCH, *HIDDEN, "--ops", "expand,nope"), r"--ops.*aggregate, contract, .*got 'nope'"),
         (("--arch", "sm_90", *HIDDEN), r"--arch.*sm_90a, sm_100a.*got 'sm_90'"),
         ((*ARCH, *HIDDEN, "--jobs", "0"), r"--jobs.*x>=1"),
@@ -97,6 +98,13 @@ def test_compile_refuses(run, arguments, pattern):
 def test_compile_needs_an_arch_without_a_gpu(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     check_refusal(run("compile", *HIDDEN), 2, r"--arch must be given.*sm_90a")
+
+
+def test_compile_refuses_a_gpu_below_hopper(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    check_refusal(run("compile", *HIDDEN), 2, r"--arch must be among sm_90a, .*got sm_80, this")
 
 
 def test_compile_refuses_a_cache_it_cannot_write(run, tmp_path):
@@ -200,7 +208,8 @@ def test_compile_then_cached_then_cleaned(nvcc, private_cache):
     foreign.mkdir(parents=True)
     (foreign / "device_kernel.cu").write_text("__global__ void their_kernel_kernel() {}")
     code, out, err = cli("clean")
-    assert (code, out) == (130, "")
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith("tile-mhc: error: --yes must be given where there is no")
     assert "Remove 8 cache entries" in err
     assert len(_clean.find_entries(private_cache)) == 8
     code, out, err = cli("clean", "--yes", "--json")

@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
 
 
-def python(code, *arguments, cwd, **env):
+def python(code, *arguments, cwd, flags=(), **env):
     run = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
+        [sys.executable, *flags, "-c", code, *map(str, arguments)],
         cwd=cwd,
         env={"PATH": "/usr/bin:/bin", "HOME": str(cwd), **env} if env else None,
         capture_output=True,
@@ -95,6 +95,28 @@ def test_a_package_named_kernels_survives(wheel, tmp_path):
     path = ":".join([str(site), *filter(None, sys.path)])
     found = python(code, cwd=tmp_path, PYTHONPATH=path, PYTHONDONTWRITEBYTECODE="1")
     assert found == [str(site / "tile_mhc" / "kernels" / "__init__.py")]
+
+
+def test_the_checkout_imports_without_an_install(tmp_path):
+    """As where a wheel is installed and Python is started in the checkout, which it then hides."""
+    for name in ("tile_mhc", "kernels"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore)
+    # No site-packages of the running interpreter: an editable install in it would serve kernels.
+    code = (
+        "import sys, tile_mhc, tile_mhc.kernels, tile_mhc.kernels._shapes as shapes; "
+        "from tile_mhc import specs; "
+        "print(tile_mhc.__file__, tile_mhc.kernels.__file__, shapes.__file__); "
+        "assert specs.device_functions()"
+    )
+    path = ":".join(filter(None, sys.path))
+    found = python(code, cwd=tmp_path, flags=["-S"], PYTHONPATH=f"{tmp_path}:{path}")
+    folder = tmp_path / "kernels" / "mhc"
+    assert found == [
+        str(tmp_path / "tile_mhc" / "__init__.py"),
+        str(folder / "__init__.py"),
+        str(folder / "_shapes.py"),
+    ]
 
 
 @pytest.mark.parametrize("module", ["functional", "specs", "jit", "cli"])

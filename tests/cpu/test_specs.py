@@ -102,6 +102,19 @@ def test_select_takes_only_the_ops_asked_for():
     ]
 
 
+def test_the_gate_of_the_readout_is_an_op_of_its_own():
+    assert specs.select([specs.Sizes(4, 64)], ["head_mix"]) == [
+        ("column_sums", (24, 3)),
+        ("column_sums", (4, 1)),
+        ("head_mix_fwd", (4,)),
+        ("head_mix_bwd", (4,)),
+    ]
+
+
+def test_every_public_op_can_be_compiled():
+    assert set(specs.OPS) == {name for name in tile_mhc.__all__ if name[0].islower()}
+
+
 def test_unknown_kernel():
     with pytest.raises(ValueError, match=r"kernel: name must be one of expand_fwd, .*got 'nope'"):
         specs.builder("nope")

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import click
@@ -23,7 +24,15 @@ def clean_command(yes: bool, as_json: bool) -> None:
         if as_json:
             raise click.UsageError("--json must come with --yes, as there is nobody to ask")
         question = f"Remove {len(entries)} cache entries ({size / 1e6:.1f} MB) from {root}?"
-        click.confirm(question, abort=True, err=True)
+        try:
+            agreed = click.confirm(question, err=True)
+        except click.Abort:
+            click.echo(err=True)  # the question's line has not ended
+            if sys.stdin.isatty():
+                raise
+            raise click.UsageError("--yes must be given where there is nobody to ask") from None
+        if not agreed:
+            raise click.Abort
     for entry in entries:
         try:
             shutil.rmtree(entry)

@@ -93,7 +93,12 @@ def compile_command(
             raise click.UsageError(
                 f"--arch must be given where there is no GPU: {', '.join(specs.ARCHS)}"
             )
-        arch = (jit.device_arch(torch.cuda.current_device()),)
+        own = jit.device_arch(torch.cuda.current_device())
+        if own not in specs.ARCHS:
+            raise click.UsageError(
+                f"--arch must be among {', '.join(specs.ARCHS)}; got {own}, this machine's GPU"
+            )
+        arch = (own,)
     root = jit.cache_directory()
     if problem := jit.cache_problem(root):
         raise click.ClickException(f"--cache-dir must be writable; got {root} ({problem})")

@@ -13,6 +13,7 @@ from rich.table import Table
 from tile_mhc import specs
 from tile_mhc.errors import HIDDEN_MULTIPLE, MAX_HIDDEN, SUPPORTED_STREAMS
 from tile_mhc.kernels._shapes import HISTORY_STEP
+from tile_mhc.ops.sinkhorn import MAX_REPEAT
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -73,7 +74,7 @@ HIDDEN = Numbers(
 STREAMS = Numbers(
     lambda n: n in SUPPORTED_STREAMS, f"one of {', '.join(map(str, SUPPORTED_STREAMS))}"
 )
-REPEAT = Numbers(lambda r: r > 0, "a positive integer")
+REPEAT = Numbers(lambda r: 0 < r <= MAX_REPEAT, f"an integer from 1 to {MAX_REPEAT}")
 
 
 def kernel_options(hidden_required: bool) -> Callable[[Command], Command]:

@@ -8,7 +8,7 @@ What differs from TileKernels, all of it on purpose:
   of size 1. Bad input raises ShapeError or UnsupportedError instead of failing an assert.
 - `n_splits` is honoured: it is the most slices of K the projection works on in parallel.
 - The projection rounds to TF32 as TileKernels does (`tf32=True`), as its tests compare with a TF32
-  product; `tile_mhc.projection` itself is about a hundred times closer to float64.
+  product; `tile_mhc.projection` without it is closer to float64.
 - `mhc_pre` applies `norm_weight` with and without a gradient; `mhc_mult` must match the residual.
 - `mhc_head` runs forward and backward, on n rows of `fn` or on the first n of more.
 - Gradients are plain autograd's, whatever else consumes the residual. `mhc_post` in a graph never
@@ -19,11 +19,11 @@ What differs from TileKernels, all of it on purpose:
   it.
 - `out` may be given with and without a gradient; one that aliases an input or is not contiguous
   raises, where TileKernels would write into a copy or corrupt what backward needs.
-- `mhc_multilayer_recompute` compiles one kernel for any number of layers and copies nothing from
-  pinned memory.
+- `mhc_multilayer_recompute` compiles nothing anew for another number of layers, and copies nothing
+  from pinned memory.
 - `round_to_tf32` clears the bits that TF32 does not have, and keeps infinities.
-- Kernel builders with a leading underscore, and the modules that hold nothing else, are left out;
-  so are the quantisation, MoE, engram and transpose parts.
+- Kernel builders with a leading underscore are left out, so that the modules of `mhc` that hold
+  nothing else are empty; so are the quantisation, MoE, engram and transpose parts.
 """
 
 from tile_mhc.compat.tile_kernels import config, mhc, modeling, torch

@@ -1,4 +1,4 @@
-"""Replay of the aggregates and posts of many sub-layers in one launch."""
+"""Replay of the aggregates and posts of many sub-layers in one pass."""
 
 import torch
 

@@ -3,7 +3,13 @@
 import torch
 
 from tile_mhc.compat.tile_kernels import _gradients
+from tile_mhc.compat.tile_kernels.mhc.expand_kernel import (
+    expand_to_mhc_bwd_tl,
+    expand_to_mhc_fwd_tl,
+)
 from tile_mhc.ops.expand import expand
+
+__all__ = ["ExpandToMHCFn", "expand_to_mhc", "expand_to_mhc_bwd_tl", "expand_to_mhc_fwd_tl"]
 
 
 def expand_to_mhc(

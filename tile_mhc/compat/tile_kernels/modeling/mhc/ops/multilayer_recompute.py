@@ -1,4 +1,4 @@
-"""Replay of many sub-layers in one launch."""
+"""Replay of many sub-layers in one pass."""
 
 from tile_mhc.compat.tile_kernels.mhc.multilayer_recompute_kernel import mhc_multilayer_recompute
 

@@ -1,4 +1,4 @@
-"""Everything before a sub-layer in two launches."""
+"""Everything before a sub-layer in one call."""
 
 import torch
 

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# What only a GPU shows, in one run, with its logs in a folder:
+#
+#   scripts/gpu.sh OUT [TILEKERNELS]
+#
+# tests/gpu and tests/parity, TileKernels' own tests where TILEKERNELS is a checkout of it, the first
+# step of a fresh process with an empty and with a filled cache, then bench.py, alone on the GPU.
+# BENCH_ARGS goes to bench.py. Exits non-zero if anything failed.
+set -uo pipefail
+[ $# -ge 1 ] || { echo "usage: scripts/gpu.sh OUT [TILEKERNELS]" >&2; exit 2; }
+mkdir -p "$1" || exit 1
+OUT=$(cd "$1" && pwd)
+TILEKERNELS=${2:+$(cd "$2" && pwd)} || exit 1
+# shellcheck source=scripts/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+cd "$ROOT" || exit 1
+
+cold=$(mktemp -d)
+trap 'rm -rf "$cold"' EXIT
+pytest=("$PYTHON" -m pytest -q -p no:cacheprovider -c "$ROOT/pyproject.toml" --rootdir "$ROOT")
+
+# Two halves of tests/gpu, as the host, not the GPU, is what they wait for.
+half() { find "$ROOT/tests/gpu" -name 'test_*.py' | sort | awk -v half="$1" 'NR % 2 == half'; }
+declare -A jobs
+start() { local name=$1; shift; "$@" >"$OUT/$name.log" 2>&1 & jobs[$name]=$!; }
+
+mapfile -t first < <(half 0)
+mapfile -t second < <(half 1)
+start gpu1 "${pytest[@]}" "${first[@]}"
+start gpu2 "${pytest[@]}" "${second[@]}"
+TILE_MHC_PARITY_REPORT="$OUT/parity.md" start parity "${pytest[@]}" "$ROOT/tests/parity"
+[ -z "$TILEKERNELS" ] ||
+    start upstream "$PYTHON" scripts/run_tile_kernels_tests.py "$TILEKERNELS" -q
+failed=()
+for name in "${!jobs[@]}"; do wait "${jobs[$name]}" || failed+=("$name"); done
+
+# Alone, one after the other: what compiling takes is the host's time.
+TILELANG_CACHE_DIR="$cold" "$PYTHON" scripts/first_call.py --hidden 4096 >"$OUT/first_cold.log" 2>&1 ||
+    failed+=(first_cold)
+"$PYTHON" scripts/first_call.py --hidden 4096 >"$OUT/first_warm.log" 2>&1 || failed+=(first_warm)
+for log in "$OUT"/*.log; do say "$(basename "$log" .log): $(tail -n 1 "$log" | cut -c1-200)"; done
+# shellcheck disable=SC2086
+"$PYTHON" scripts/bench.py --record "$OUT/bench.jsonl" ${BENCH_ARGS:-} | tee "$OUT/bench.log" ||
+    failed+=(bench)
+[ ${#failed[@]} -eq 0 ] || die "failed: ${failed[*]}"
