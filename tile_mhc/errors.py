@@ -8,21 +8,25 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 SUPPORTED_STREAMS = (2, 4, 8)
 HIDDEN_MULTIPLE = 64
 MAX_HIDDEN = 16384
+# Bytes: a load of stream values, and the widest load of all.
+STREAM_ALIGNMENT = 16
+ALIGNMENT = 32
 
 
 class ShapeError(ValueError):
-    """A tensor has the wrong shape, dtype, device or layout for the op."""
+    """An argument is wrong for the op: a tensor's shape, dtype, device or layout, or a number."""
 
 
 class UnsupportedError(NotImplementedError):
     """The configuration is valid mathematics, but no kernel is built for it."""
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype | torch.layout) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -31,12 +35,16 @@ def describe(value: object) -> str:
     if not isinstance(value, Tensor):
         return f"{type(value).__name__} {value!r}" if value is not None else "None"
     text = f"{tuple(value.shape)} {dtype_name(value.dtype)} on {value.device}"
+    if value.layout != torch.strided:
+        return f"{text} with layout {dtype_name(value.layout)}"
     return text if value.is_contiguous() else f"{text} with strides {value.stride()}"
 
 
 def require_tensor(op: str, name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise ShapeError(f"{op}: {name} must be a torch.Tensor; got {describe(value)}")
+    if value.layout != torch.strided:
+        raise ShapeError(f"{op}: {name} must be a dense tensor; got {describe(value)}")
     return value
 
 
@@ -85,9 +93,9 @@ def check_streams(op: str, name: str, value: object) -> tuple[int, int]:
 
 
 def check_num_streams(op: str, num_streams: int) -> None:
-    if num_streams not in SUPPORTED_STREAMS:
+    if not isinstance(num_streams, int | torch.SymInt) or num_streams not in SUPPORTED_STREAMS:
         raise UnsupportedError(
-            f"{op}: the number of streams n must be one of {SUPPORTED_STREAMS}; got {num_streams}"
+            f"{op}: the number of streams n must be one of {SUPPORTED_STREAMS}; got {num_streams!r}"
         )
 
 
@@ -123,9 +131,25 @@ def check_out(op: str, out: Tensor, inputs: Sequence[tuple[str, Tensor]]) -> Non
             )
 
 
+def has_memory(tensor: Tensor) -> bool:
+    """Whether the tensor has an address: not while tracing, and not without data or elements."""
+    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
+        return False
+    return tensor.device.type != "meta" and tensor.numel() > 0
+
+
+def check_aligned(op: str, name: str, tensor: Tensor, alignment: int = STREAM_ALIGNMENT) -> None:
+    """For a tensor that a kernel writes or knows by its address: it cannot be copied first."""
+    if has_memory(tensor) and tensor.data_ptr() % alignment:
+        raise ShapeError(
+            f"{op}: {name} must start at a multiple of {alignment} bytes; got "
+            f"{describe(tensor)}, {tensor.data_ptr() % alignment} bytes off"
+        )
+
+
 def may_overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the bytes spanned by two tensors intersect (False for tensors without storage)."""
-    if a.device != b.device or a.numel() == 0 or b.numel() == 0 or torch.compiler.is_compiling():
+    """Whether the bytes spanned by two tensors intersect (False where one has no memory)."""
+    if not has_memory(a) or not has_memory(b) or a.device != b.device:
         return False
     spans = []
     for t in (a, b):
@@ -137,6 +161,11 @@ def may_overlap(a: Tensor, b: Tensor) -> bool:
 def check_positive_int(op: str, name: str, value: object, minimum: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ShapeError(f"{op}: {name} must be an integer of at least {minimum}; got {value!r}")
+
+
+def check_bool(op: str, name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ShapeError(f"{op}: {name} must be True or False; got {describe(value)}")
 
 
 def check_number(op: str, name: str, value: object) -> None:

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from tile_mhc import specs
+from tile_mhc.errors import UnsupportedError
 
 Launch = Callable[..., Any]
 
@@ -111,6 +112,7 @@ def kernel(name: str, *args: int) -> Launch:
         NotCompiledError: it would have to be built while TILE_MHC_JIT=0 forbids that, or it is
             first used inside a CUDA graph capture.
         CompileError: building it failed.
+        UnsupportedError: there are no kernels for this GPU.
     """
     device = torch.cuda.current_device()
     launch = _ready.get((name, args, device))
@@ -123,7 +125,13 @@ def kernel(name: str, *args: int) -> Launch:
             f"{_call(name, args)}: must have run on cuda:{device} before a CUDA graph capture; "
             "got its first use inside one. Run the op once with these sizes before capturing"
         )
-    launch = compile_kernel(name, args, device_arch(device)).launch
+    arch = device_arch(device)
+    if arch not in specs.ARCHS:
+        raise UnsupportedError(
+            f"{_call(name, args)}: the GPU must be one of {', '.join(specs.ARCHS)}; "
+            f"got {torch.cuda.get_device_name(device)}, {arch}"
+        )
+    launch = compile_kernel(name, args, arch).launch
     _ready[name, args, device] = launch
     return launch
 

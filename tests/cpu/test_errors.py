@@ -76,12 +76,27 @@ def recompute_overlapping():
     return tile_mhc.recompute(initial, *groups, layer_inputs=[inside, bf16(T, H)])
 
 
+def recompute_into_grad():
+    return recompute(layer_inputs=[bf16(T, H).requires_grad_(), bf16(T, H)])
+
+
+def gradient_of_a_gradient():
+    tensors, options = SINKHORN.inputs((T,), N, H, "cpu")
+    logits = tensors["logits"].requires_grad_()
+    out = SINKHORN.run(**tensors, **options)
+    (grad,) = torch.autograd.grad(out.square().sum(), logits, create_graph=True)
+    grad.square().sum().backward()
+
+
 def recompute_same_destination_twice():
     initial, *groups = recompute_inputs(2, 1, (T,), N, H, "cpu")
     same = bf16(T, H)
     return tile_mhc.recompute(initial, *groups, layer_inputs=[same, same])
 
 
+# Two bytes past the start of an allocation, and four.
+SHIFTED = bf16(T * H + 1)[1:].view(T, H)
+SHIFTED_COMB = f32(T * N * N + 1)[1:].view(T, N, N)
 STRIDED = bf16(N, T, H).transpose(0, 1)
 
 # (what is wrong, the call, the exception, its message)
@@ -122,7 +137,14 @@ MISTAKES = [
      "post: layer_output must be contiguous (call .contiguous() first); got"),
     ("strided hidden", lambda: call(EXPAND, hidden=bf16(H, T).mT), ShapeError,
      "expand: hidden must be contiguous (call .contiguous() first); got"),
+    ("sparse streams", lambda: call(AGGREGATE, residual=bf16(T, N, H).to_sparse()), ShapeError,
+     "aggregate: residual must be a dense tensor; got (3, 4, 64) bfloat16 on cpu with layout "
+     "sparse_coo"),
+    ("sparse mix", lambda: call(POST, post_mix=f32(T, N).to_sparse()), ShapeError,
+     "post: post_mix must be a dense tensor; got (3, 4) float32 on cpu with layout sparse_coo"),
     # n and H.
+    ("4.0 streams", lambda: call(SPLIT_MIXES, num_streams=4.0), UnsupportedError,
+     "split_mixes: the number of streams n must be one of (2, 4, 8); got 4.0"),
     ("three streams", lambda: call(AGGREGATE, residual=bf16(T, 3, H)), UnsupportedError,
      "aggregate: the number of streams n must be one of (2, 4, 8); got 3"),
     ("one stream", lambda: call(EXPAND, num_streams=1), UnsupportedError,
@@ -151,11 +173,11 @@ MISTAKES = [
     ("too many steps", lambda: call(SINKHORN, repeat=1025), UnsupportedError,
      "sinkhorn: repeat must be at most 1024; got 1025"),
     ("too many steps of fused_pre", lambda: call(FUSED_PRE, sinkhorn_repeat=1025),
-     UnsupportedError, "fused_pre: repeat must be at most 1024; got 1025"),
+     UnsupportedError, "fused_pre: sinkhorn_repeat must be at most 1024; got 1025"),
     ("half a step", lambda: call(SINKHORN, repeat=1.5), ShapeError,
      "sinkhorn: repeat must be an integer of at least 1; got 1.5"),
     ("True steps", lambda: call(FUSED_PRE, sinkhorn_repeat=True), ShapeError,
-     "fused_pre: repeat must be an integer of at least 1; got True"),
+     "fused_pre: sinkhorn_repeat must be an integer of at least 1; got True"),
     ("no split", lambda: call(PROJECTION, num_splits=0), ShapeError,
      "projection: num_splits must be an integer of at least 1; got 0"),
     ("no split of contract", lambda: call(CONTRACT, num_splits=0), ShapeError,
@@ -166,6 +188,16 @@ MISTAKES = [
      "projection: norm_eps must be a number; got str 'small'"),
     ("eps of a tensor", lambda: call(HEAD_MIX, pre_eps=f32(1)), ShapeError,
      "head_mix: pre_eps must be a number; got (1,) float32 on cpu"),
+    ("eps of contract", lambda: call(CONTRACT, pre_eps="small"), ShapeError,
+     "contract: pre_eps must be a number; got str 'small'"),
+    ("eps of fused_pre's Sinkhorn", lambda: call(FUSED_PRE, sinkhorn_eps="small"), ShapeError,
+     "fused_pre: sinkhorn_eps must be a number; got str 'small'"),
+    ("tf32 of text", lambda: call(PROJECTION, tf32="yes"), ShapeError,
+     "projection: tf32 must be True or False; got str 'yes'"),
+    ("tf32 of contract", lambda: call(CONTRACT, tf32=None), ShapeError,
+     "contract: tf32 must be True or False; got None"),
+    ("tf32 of fused_pre", lambda: call(FUSED_PRE, tf32=1), ShapeError,
+     "fused_pre: tf32 must be True or False; got int 1"),
     ("no mult", lambda: call(SPLIT_MIXES, post_mult=None), ShapeError,
      "split_mixes: post_mult must be a number; got None"),
     ("weight of another n", lambda: call(PROJECTION, weight=f32(25, N * H)), ShapeError,
@@ -203,7 +235,22 @@ MISTAKES = [
      "aggregate: out must not share memory with an input; got an out that overlaps residual"),
     ("out in output", lambda: overlapping(POST, "layer_output", T, N, H), ShapeError,
      "post: out must not share memory with an input; got an out that overlaps layer_output"),
+    # Of a backward op.
+    ("gradient of a gradient", gradient_of_a_gradient, UnsupportedError,
+     "sinkhorn_backward: the gradient must be taken once; got a gradient of the gradient"),
     # recompute
+    ("no list", lambda: recompute(1, None), ShapeError,
+     "recompute: pre_mixes must be a list of tensors; got None"),
+    ("a tensor of destinations", lambda: recompute(layer_inputs=bf16(2, T, H)), ShapeError,
+     "recompute: layer_inputs must be a list of tensors; got (2, 3, 64) bfloat16 on cpu"),
+    ("shifted output", lambda: recompute(2, [SHIFTED]), ShapeError,
+     "recompute: layer_outputs[0] must start at a multiple of 16 bytes; got (3, 64) bfloat16 "
+     "on cpu, 2 bytes off"),
+    ("shifted comb", lambda: recompute(4, [SHIFTED_COMB]), ShapeError,
+     "recompute: comb_mixes[0] must start at a multiple of 16 bytes; got (3, 4, 4) float32 "
+     "on cpu, 4 bytes off"),
+    ("destination needs grad", recompute_into_grad, ShapeError,
+     "recompute: a destination must not require grad (torch.no_grad() allows it); got one that"),
     ("no layer", lambda: recompute(1, []), ShapeError,
      "recompute: layer_outputs must hold as many tensors as pre_mixes, or one less, and "
      "pre_mixes at least one; got 0 pre_mixes and 1 layer_outputs"),

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tile_mhc import jit, specs
+from tile_mhc.errors import UnsupportedError
 
 NAME, ARGS, ARCH = "expand_fwd", (2, 64), "sm_90a"
 
@@ -270,7 +271,16 @@ def test_first_use_inside_a_capture(device):
 def test_device_arch(device, capability, arch):
     device["capability"] = capability
     assert jit.device_arch(0) == arch
-    assert arch in specs.ARCHS
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (12, 0)])
+def test_gpu_without_kernels(device, monkeypatch, capability):
+    device["capability"] = capability
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "an old card")
+    expected = rf"the GPU must be one of sm_90a, .*; got an old card, sm_{capability[0]}0"
+    with pytest.raises(UnsupportedError, match=expected):
+        jit.kernel(NAME, *ARGS)
+    assert device["calls"] == []
 
 
 @pytest.mark.parametrize(

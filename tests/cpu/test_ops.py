@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -26,6 +27,8 @@ from cases import (
     recompute_inputs,
 )
 from tile_mhc import functional, reference
+from tile_mhc.ops import _library
+from tile_mhc.ops import projection as projection_op
 
 CALLS = sorted(operator_calls((2,), 2, 64, "meta"))
 EVERY_OP = pytest.mark.parametrize("op", OPS, ids=str)
@@ -388,6 +391,99 @@ def test_shapes_without_data(op):
     meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
     for a, b in zip(oracle.as_tuple(op.run(**meta, **options)), expected, strict=True):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+@pytest.mark.parametrize("fake", [False, True], ids=["meta", "fake"])
+def test_destinations_without_data(fake):
+    """No address, so nothing that could overlap."""
+    with FakeTensorMode() if fake else torch.device("meta"):
+        for op in (EXPAND, AGGREGATE, POST):
+            tensors, options = op.inputs((3,), 4, 64, "cpu" if fake else "meta")
+            out = torch.empty_like(op.run(**tensors, **options))
+            assert op.run(**tensors, **options, out=out) is out
+        inputs = recompute_inputs(2, 1, (3,), 4, 64, "cpu" if fake else "meta")
+        layer_inputs, residuals = tile_mhc.recompute(*inputs)
+        assert [out.shape for out in (*layer_inputs, *residuals)] == [(3, 64)] * 2 + [(3, 4, 64)]
+
+
+def test_first_order_gradient_that_keeps_its_graph():
+    """A gradient of the gradient is refused where it is taken, not where it might be."""
+    tensors, options = FUSED_PRE.inputs((3,), 4, 64, "cpu")
+    leaves = [tensor.requires_grad_() for tensor in tensors.values()]
+    grads = []
+    for create_graph in (False, True):
+        loss = sum(out.float().sum() for out in FUSED_PRE.run(**tensors, **options))
+        grads.append(torch.autograd.grad(loss, leaves, create_graph=create_graph))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_recompute_records_no_gradient():
+    inputs = recompute_inputs(1, 1, (3,), 4, 64, "cpu")
+    inputs[0].requires_grad_()
+    layer_inputs, residuals = tile_mhc.recompute(*inputs)
+    assert not any(out.requires_grad for out in (*layer_inputs, *residuals))
+
+
+def prepared(monkeypatch, schema, function):
+    """What runs behind CUDA, on CPU tensors: their device has no index."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    return _library._prepared(schema, function)
+
+
+def test_kernels_get_aligned_inputs(monkeypatch):
+    storage = torch.arange(65.0)
+    launch = prepared(monkeypatch, "op(Tensor a, Tensor b, int c) -> Tensor", lambda *args: args)
+    shifted, aligned, number = launch(storage[1:], storage[:64], 3)
+    assert shifted.data_ptr() % 32 == 0
+    assert torch.equal(shifted, storage[1:])
+    assert aligned.data_ptr() == storage.data_ptr()
+    assert number == 3
+
+
+def test_shifted_out_is_refused(monkeypatch):
+    storage = torch.zeros(65)
+    schema = "op_out(Tensor a, Tensor(a!) out) -> ()"
+    launch = prepared(monkeypatch, schema, lambda a, out: out.copy_(a))
+    with pytest.raises(tile_mhc.ShapeError, match="op_out: out must start at a multiple of 16"):
+        launch(torch.ones(64), storage[1:])
+    assert not storage.any()
+    launch(torch.ones(61), storage[4:])
+    assert storage[4:].all()
+
+
+def test_out_operators_end_in_their_out():
+    """What `_prepared` goes by: every other mutating operator takes lists."""
+    for name in CALLS:
+        schema = getattr(torch.ops.tile_mhc, name).default._schema
+        written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+        expected = ["out"] if name.endswith("_out") else []
+        assert written == (["layer_inputs", "residuals"] if name == "recompute" else expected)
+        assert not expected or str(schema).endswith("(a!) out) -> ()")
+
+
+@pytest.mark.parametrize("tiles", [1, 3, 7])
+def test_more_token_tiles_than_a_grid_axis(tiles, monkeypatch):
+    """Launches of at most MAX_TOKENS write one split, row after row."""
+    limit = 3 * projection_op.BLOCK_TOKENS
+    monkeypatch.setattr(projection_op, "MAX_TOKENS", limit)
+    monkeypatch.setattr(projection_op.config, "get_num_sms", lambda: 1)
+    num_tokens, launched = tiles * projection_op.BLOCK_TOKENS - 5, []
+
+    def kernel(x, parts, products, squares, blocks):
+        assert products.is_contiguous()
+        assert squares.is_contiguous()
+        assert products.shape[:2] == squares.shape == (1, len(x))
+        launched.append(len(x))
+        products[0] = x.float()[:, :8]
+        squares[0] = x.float().square().sum(-1)
+
+    monkeypatch.setattr(projection_op.jit, "kernel", lambda *args: kernel)
+    x = torch.randn(num_tokens, 128).bfloat16()
+    products, squares = projection_op.split_products(x, None, 8, None)
+    assert torch.equal(products[0], x.float()[:, :8])
+    assert torch.equal(squares[0], x.float().square().sum(-1))
+    assert max(launched) <= limit
+    assert len(launched) == -(-num_tokens // limit)
 
 
 def test_import_brings_in_neither_compiler_nor_transformers():

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tile_mhc import errors
+
 
 def register(
     schema: str,
@@ -24,28 +26,51 @@ def register(
     name = schema.partition("(")[0]
     qualified = f"tile_mhc::{name}"
     torch.library.define(qualified, schema[len(name) :])
-    torch.library.impl(qualified, "CUDA", _on_device_of_arguments(cuda))
-    torch.library.impl(qualified, "CPU", _without_autocast(cpu))
+    torch.library.impl(qualified, "CUDA", _prepared(schema, cuda))
+    torch.library.impl(qualified, "CPU", _without_autocast_or_grad(cpu))
     torch.library.register_fake(qualified, fake)
+    if backward is None and not schema.endswith("-> ()"):
+        backward = _no_gradient_of(name)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context)
     return getattr(torch.ops.tile_mhc, name)
 
 
-def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The reference's own matmuls keep their dtype, whatever region the op is called in."""
+def _no_gradient_of(name: str) -> Callable[..., Any]:
+    """A backward op's own backward: torch would leave out its terms in silence."""
+
+    def refuse(ctx: Any, *grads: Tensor) -> None:
+        raise errors.UnsupportedError(
+            f"{name}: the gradient must be taken once; got a gradient of the gradient, "
+            "which has no kernel"
+        )
+
+    return refuse
+
+
+def _without_autocast_or_grad(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference keeps its dtypes and records no gradient, whatever region it is called in."""
 
     def compute(*args: Any) -> Any:
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast("cpu", enabled=False), torch.no_grad():
             return function(*args)
 
     return compute
 
 
-def _on_device_of_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
-    """TileLang launches on torch's current device and stream: make them the tensors' own."""
+def _prepared(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """TileLang launches on torch's current device and stream: make them the tensors' own.
+
+    Its kernels trust the alignment of an allocation: an input that starts elsewhere is copied.
+    """
+    name = schema.partition("(")[0]
+    has_out = schema.endswith("(a!) out) -> ()")
 
     def launch(*args: Any) -> Any:
+        inputs = args[:-1] if has_out else args
+        if has_out:
+            errors.check_aligned(name, "out", args[-1])
+        args = (*map(_aligned, inputs), *args[len(inputs) :])
         device = next(a.device for a in args if isinstance(a, Tensor))
         if device.index == torch.cuda.current_device():
             return function(*args)
@@ -53,3 +78,9 @@ def _on_device_of_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args)
 
     return launch
+
+
+def _aligned(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.data_ptr() % errors.ALIGNMENT:
+        return value.clone(memory_format=torch.contiguous_format)
+    return value

@@ -51,8 +51,9 @@ def contract(
     """
     errors.check_streams("contract", "residual", residual)
     n = residual.shape[-2]
-    check_projection("contract", residual, weight, norm_weight, norm_eps, num_splits, (n,))
+    check_projection("contract", residual, weight, norm_weight, norm_eps, num_splits, tf32, (n,))
     check_gates("contract", scale, bias, 1, n, ("residual", residual))
+    errors.check_number("contract", "pre_eps", pre_eps)
     mixes = projection(
         residual,
         weight,

@@ -62,9 +62,11 @@ def fused_pre(
     op = "fused_pre"
     n, _ = errors.check_streams(op, "residual", residual)
     rows = n * (n + 2)
-    projection_op.check_projection(op, residual, weight, norm_weight, norm_eps, num_splits, (rows,))
+    projection_op.check_projection(
+        op, residual, weight, norm_weight, norm_eps, num_splits, tf32, (rows,)
+    )
     mixes_op.check_gates(op, scale, bias, 3, rows, ("residual", residual))
-    sinkhorn_op.check_sinkhorn(op, sinkhorn_repeat, sinkhorn_eps)
+    sinkhorn_op.check_sinkhorn(op, sinkhorn_repeat, sinkhorn_eps, prefix="sinkhorn_")
     errors.check_number(op, "post_mult", post_mult)
     errors.check_number(op, "pre_eps", pre_eps)
     return _fused_pre(

@@ -9,6 +9,9 @@ from tile_mhc import config, errors, jit, reference
 from tile_mhc.kernels._shapes import BLOCK_K, BLOCK_TOKENS, backward_tile, padded
 from tile_mhc.ops._library import register
 
+# Token tiles are the second axis of a CUDA grid.
+MAX_TOKENS = 65535 * BLOCK_TOKENS
+
 
 def projection(
     residual: Tensor,
@@ -45,7 +48,7 @@ def projection(
 
     Source: mHC paper (arXiv 2512.24880), eq. 7; DeepSeek TileKernels `mhc/norm_fn_kernel.py`.
     """
-    check_projection("projection", residual, weight, norm_weight, norm_eps, num_splits)
+    check_projection("projection", residual, weight, norm_weight, norm_eps, num_splits, tf32)
     return _projection(residual, weight, norm_weight, norm_eps, num_splits, tf32)[0]
 
 
@@ -56,6 +59,7 @@ def check_projection(
     norm_weight: Tensor | None,
     norm_eps: float,
     num_splits: int | None,
+    tf32: bool,
     num_mixes: tuple[int, ...] | None = None,
 ) -> None:
     num_streams, hidden_size = errors.check_streams(op, "residual", residual)
@@ -66,6 +70,7 @@ def check_projection(
     if norm_weight is not None:
         errors.check_tensor(op, "norm_weight", norm_weight, [(size,)], torch.float32, like)
     errors.check_number(op, "norm_eps", norm_eps)
+    errors.check_bool(op, "tf32", tf32)
     if num_splits is not None:
         errors.check_positive_int(op, "num_splits", num_splits)
 
@@ -103,7 +108,18 @@ def split_products(
     splits = -(-(size // BLOCK_K) // block)
     products = x.new_empty(splits, num_tokens, num_mixes, dtype=torch.float32)
     squares = x.new_empty(splits, num_tokens, dtype=torch.float32)
-    jit.kernel("projection_fwd", num_mixes, size)(x, parts, products, squares, block)
+    kernel = jit.kernel("projection_fwd", num_mixes, size)
+    if num_tokens <= MAX_TOKENS:
+        kernel(x, parts, products, squares, block)
+        return products, squares
+    # So many tokens have one split: its rows lie one after another.
+    for rows, product, square in zip(
+        x.split(MAX_TOKENS),
+        products[0].split(MAX_TOKENS),
+        squares[0].split(MAX_TOKENS),
+        strict=True,
+    ):
+        kernel(rows, parts, product.unsqueeze(0), square.unsqueeze(0), block)
     return products, squares
 
 

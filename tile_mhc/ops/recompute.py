@@ -52,6 +52,18 @@ def recompute(
     """
     op = "recompute"
     num_streams, hidden_size = errors.check_streams(op, "initial_residual", initial_residual)
+    for name, given in (
+        ("pre_mixes", pre_mixes),
+        ("layer_outputs", layer_outputs),
+        ("post_mixes", post_mixes),
+        ("comb_mixes", comb_mixes),
+        ("layer_inputs", () if layer_inputs is None else layer_inputs),
+        ("residuals", () if residuals is None else residuals),
+    ):
+        if not isinstance(given, list | tuple):
+            raise errors.ShapeError(
+                f"{op}: {name} must be a list of tensors; got {errors.describe(given)}"
+            )
     layers, posts = len(pre_mixes), len(layer_outputs)
     if layers < 1 or posts not in (layers - 1, layers):
         raise errors.ShapeError(
@@ -109,18 +121,24 @@ def _check_all(
     for index, tensor in enumerate(tensors):
         errors.check_tensor("recompute", f"{name}[{index}]", tensor, [shape], dtype, like)
         errors.check_contiguous("recompute", f"{name}[{index}]", tensor)
+        # One access moves 16 bytes of a stream, or a row of a comb.
+        alignment = min(errors.STREAM_ALIGNMENT, shape[-1] * dtype.itemsize)
+        errors.check_aligned("recompute", f"{name}[{index}]", tensor, alignment)
 
 
 def _check_destinations(destinations: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
     """All spans of memory in one sorted pass: no destination may meet anything."""
-    if torch.compiler.is_compiling():
-        return
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in destinations):
+        raise errors.ShapeError(
+            "recompute: a destination must not require grad (torch.no_grad() allows it); got one "
+            "that does"
+        )
     spans = []
     for tensors, is_destination in ((destinations, True), (inputs, False)):
-        for tensor in tensors:
+        for tensor in filter(errors.has_memory, tensors):
             start = tensor.data_ptr()
             spans.append((start, start + tensor.numel() * tensor.element_size(), is_destination))
-    spans = sorted(span for span in spans if span[0] < span[1])
+    spans.sort()
     end, end_is_destination = 0, False
     for start, stop, is_destination in spans:
         if start < end and (is_destination or end_is_destination):

@@ -47,11 +47,13 @@ def sinkhorn(logits: Tensor, *, repeat: int = 10, eps: float = 1e-6) -> Tensor:
     return _sinkhorn(logits, repeat, eps)
 
 
-def check_sinkhorn(op: str, repeat: int, eps: float) -> None:
-    errors.check_positive_int(op, "repeat", repeat)
+def check_sinkhorn(op: str, repeat: int, eps: float, prefix: str = "") -> None:
+    errors.check_positive_int(op, f"{prefix}repeat", repeat)
     if repeat > MAX_REPEAT:
-        raise errors.UnsupportedError(f"{op}: repeat must be at most {MAX_REPEAT}; got {repeat}")
-    errors.check_number(op, "eps", eps)
+        raise errors.UnsupportedError(
+            f"{op}: {prefix}repeat must be at most {MAX_REPEAT}; got {repeat}"
+        )
+    errors.check_number(op, f"{prefix}eps", eps)
 
 
 def _cuda(logits: Tensor, repeat: int, eps: float) -> Tensor:

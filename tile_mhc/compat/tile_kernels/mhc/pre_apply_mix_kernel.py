@@ -1,4 +1,1 @@
-"""TileKernels' module of n -> 1, weighted by the mix: it has private builders only, so nothing is here.
-
-The op is in `modeling.mhc.ops.pre_apply_mix`.
-"""
+"""Empty: TileKernels has private builders only here; `modeling.mhc.ops.pre_apply_mix` is the op."""

@@ -1,4 +1,1 @@
-"""TileKernels' module of everything before a sub-layer: it has private builders only, so nothing is here.
-
-The op is in `modeling.mhc.ops.pre_big_fuse`.
-"""
+"""Empty: TileKernels has private builders only here; `modeling.mhc.ops.pre_big_fuse` is the op."""

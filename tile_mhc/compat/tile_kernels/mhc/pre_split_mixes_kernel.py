@@ -1,4 +1,1 @@
-"""TileKernels' module of mixes to pre, post and comb: it has private builders only, so nothing is here.
-
-The op is in `modeling.mhc.ops.pre_split_mixes`.
-"""
+"""Empty: TileKernels has private builders only here; `modeling.mhc.ops.pre_split_mixes` is the op."""
