@@ -1,1 +1,1 @@
-"""Empty: TileKernels has private builders only here; `modeling.mhc.ops.pre_big_fuse` is the op."""
+"""Empty: TileKernels has private builders only here; the op is in `modeling.mhc.ops`."""

@@ -1,1 +1,1 @@
-"""Empty: TileKernels has private builders only here; `modeling.mhc.ops.sinkhorn` is the op."""
+"""Empty: TileKernels has private builders only here; the op is in `modeling.mhc.ops`."""
