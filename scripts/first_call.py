@@ -26,15 +26,14 @@ def step(tokens: int, hidden_size: int) -> None:
     scale = torch.ones(3, device="cuda", requires_grad=True)
     bias = torch.zeros(mixes, device="cuda", requires_grad=True)
     hidden = torch.randn(tokens, hidden_size, device="cuda").bfloat16().requires_grad_()
-    for _ in range(2):
-        streams = functional.expand_from_embedding(hidden, STREAMS)
-        layer_input, post_mix, comb_mix = functional.mhc_pre(streams, weight, scale, bias)
-        streams = functional.mhc_post(layer_input, streams, post_mix, comb_mix)
-        out = functional.mhc_head(streams, weight[:STREAMS], scale[:1], bias[:STREAMS])
-        if torch.is_grad_enabled():
+    for needs_grad in (True, False):
+        with torch.set_grad_enabled(needs_grad):
+            streams = functional.expand_from_embedding(hidden, STREAMS)
+            layer_input, post_mix, comb_mix = functional.mhc_pre(streams, weight, scale, bias)
+            streams = functional.mhc_post(layer_input, streams, post_mix, comb_mix)
+            out = functional.mhc_head(streams, weight[:STREAMS], scale[:1], bias[:STREAMS])
+        if needs_grad:
             out.float().sum().backward()
-        torch.set_grad_enabled(False)
-    torch.set_grad_enabled(True)
     torch.cuda.synchronize()
 
 

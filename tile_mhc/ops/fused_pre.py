@@ -129,34 +129,10 @@ def _cuda(
     return outputs
 
 
-def _cpu(
-    residual: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    norm_weight: Tensor | None,
-    norm_eps: float,
-    pre_eps: float,
-    sinkhorn_eps: float,
-    post_mult: float,
-    sinkhorn_repeat: int,
-    num_splits: int | None,
-    tf32: bool,
-) -> tuple[Tensor, ...]:
-    outputs = reference.fused_pre_with_mixes(
-        residual,
-        weight,
-        scale,
-        bias,
-        norm_weight,
-        norm_eps,
-        pre_eps,
-        sinkhorn_eps,
-        post_mult,
-        sinkhorn_repeat,
-        tf32,
-    )
-    return tuple(out.contiguous() for out in outputs)
+def _cpu(*args: Any) -> tuple[Tensor, ...]:
+    arguments = list(args)
+    del arguments[-2]  # num_splits: the reference sums K at once
+    return tuple(out.contiguous() for out in reference.fused_pre_with_mixes(*arguments))
 
 
 def _empty(residual: Tensor, *_: Any) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Replay the aggregates and posts of many sub-layers in one launch, for checkpointing."""
+"""Replay the aggregates and posts of many sub-layers in one pass, for checkpointing."""
 
 from collections.abc import Sequence
 

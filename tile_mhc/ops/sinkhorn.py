@@ -9,7 +9,8 @@ from tile_mhc import errors, jit, reference
 from tile_mhc.kernels._shapes import HISTORY_STEP
 from tile_mhc.ops._library import register
 
-# What the backward's shared memory holds for eight streams, a warp's token or two at a time.
+# The backward keeps two scalings a stream and step in shared memory: for eight streams 64 KiB a
+# token, so that a CTA still takes two tokens.
 MAX_REPEAT = 1024
 
 
