@@ -1,0 +1,55 @@
+"""Build the kernels of the collected tests on all cores before the first of them."""
+
+import os
+import platform
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from emulator import launch, lowering
+from emulator.suite import PAIRS, WIDE, WIDE_OPS
+from tile_mhc import specs
+
+HERE = Path(__file__).parent
+
+
+def _missing():
+    if platform.machine() != "x86_64":
+        return "the emulator switches x86-64 stacks"
+    if shutil.which("g++") is None:
+        return "the emulator needs g++"
+    info = Path("/proc/cpuinfo")
+    if info.exists() and " fma " not in info.read_text():
+        return "the emulator needs a CPU with fused multiply-add"
+    return None
+
+
+def pytest_collection_modifyitems(items):
+    reason = _missing()
+    for item in items:
+        if reason and item.path.parent == HERE:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def built_kernels():
+    """Lowering releases the GIL, and g++ is a process of its own."""
+    kernels = specs.select([specs.Sizes(*pair) for pair in PAIRS])
+    kernels += specs.select([specs.Sizes(*WIDE)], WIDE_OPS)
+    # The slowest first: none of them is left alone at the end.
+    kernels.sort(key=lambda kernel: not kernel[0].startswith("projection"))
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(lambda kernel: launch.kernel(kernel[0], *kernel[1]), kernels))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say which kernels ran in another form than the shipped one, and why."""
+    siblings = [kernel for kernel in sorted(launch.launched) if lowering.lower(*kernel).sibling]
+    one_of_each = dict(siblings)
+    for name, args in one_of_each.items():
+        terminalreporter.line(
+            f"emulator: {name} ran as its sibling; not emulated: "
+            f"{', '.join(lowering.not_emulated(name, args))}"
+        )

@@ -1,0 +1,203 @@
+"""Build a kernel's C++ and run it on CPU tensors, with TileLang's own checks of the arguments."""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from emulator.lowering import CACHE, Lowered, lower, write
+from emulator.translate import translate
+
+HERE = Path(__file__).parent
+# Contracted to fused multiply-adds, as nvcc does. Registers that nothing wrote hold a pattern, and
+# an index past a register array traps.
+FLAGS = (
+    "-std=c++17", "-O1", "-mfma", "-ffp-contract=fast", "-fno-strict-aliasing", "-w",
+    "-ftrivial-auto-var-init=pattern", "-fsanitize=bounds", "-fsanitize-undefined-trap-on-error",
+    "-shared", "-fPIC", f"-I{HERE}",
+)  # fmt: skip
+TIME_LIMIT = 120  # seconds a launch
+_TYPES = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "float32": ctypes.c_float}
+launched: set[tuple[str, tuple[int, ...]]] = set()
+# One launch at a time: a library holds its launch's state, and signals are the process's.
+_launch_lock = threading.Lock()
+
+
+class FaultError(RuntimeError):
+    """The kernel did what it must not; the message says which, where, and shows the line."""
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("bytes", ctypes.c_int64),
+        ("writable", ctypes.c_int32),
+    )
+
+
+class Settings:
+    """What a launch takes besides its arguments."""
+
+    seed = 0  # of the order in which threads run; 0: by index
+    known: Sequence[Tensor] = ()  # tensors that a kernel may reach by their address
+    watch: Callable[["Kernel", Sequence[Any]], Any] | None = None  # called before each launch; what
+    # it returns is called after it
+
+
+@contextlib.contextmanager
+def settings(**values: Any) -> Iterator[None]:
+    before = {name: getattr(Settings, name) for name in values}
+    for name, value in values.items():
+        setattr(Settings, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(Settings, name, value)
+
+
+@functools.cache
+def kernel(name: str, *args: int) -> "Kernel":
+    """The emulated kernel; stands in for `tile_mhc.jit.kernel`."""
+    return Kernel(lower(name, args))
+
+
+class Kernel:
+    """A kernel to call with tensors and numbers, like one that TileLang compiled."""
+
+    def __init__(self, lowered: Lowered) -> None:
+        self.lowered = lowered
+        self.key = (lowered.name, lowered.args)
+        self.library = build(translate(lowered), lowered.name)
+
+    def __call__(self, *given: Any) -> None:
+        after = Settings.watch(self, given) if Settings.watch else None
+        self._launch(given)
+        launched.add(self.key)
+        if after:
+            after()
+
+    def _launch(self, given: Sequence[Any]) -> None:
+        lowered = self.lowered
+        values = self._bind(given)
+        scope = {name: given[index] for name, index in lowered.values.items()} | values
+        arguments = [_evaluate(text, scope) for text in lowered.arguments]
+        device_types = _device_types(lowered.source)
+        tensors, holders = [], []
+        for value, kind in zip(arguments, device_types, strict=True):
+            if isinstance(value, Tensor):
+                name = next(n for n, i in lowered.values.items() if given[i] is value)
+                tensors.append(_span(name, value, not kind.startswith("const")))
+                holders.append(ctypes.c_int(0))
+            else:
+                holders.append(_C_TYPES[kind](value))
+        tensors += [_span("a tensor of the op", tensor, True) for tensor in Settings.known]
+        extents = {tag: _evaluate(text, scope) for tag, text in lowered.extents.items()}
+        grid = [int(extents.get(f"blockIdx.{axis}", 1)) for axis in "xyz"]
+        if min(grid) < 1 or max(grid[1:]) > 65535:
+            raise FaultError(f"{lowered.title}: a grid of {grid} cannot be launched")
+        pointers = (ctypes.c_void_p * len(holders))(*(ctypes.addressof(h) for h in holders))
+        message = ctypes.create_string_buffer(1024)
+        with _launch_lock:
+            failed = self.library.emu_run(
+                (_Tensor * len(tensors))(*tensors),
+                len(tensors),
+                pointers,
+                (ctypes.c_int32 * 3)(*grid),
+                int(extents["threadIdx.x"]),
+                ctypes.c_int64(lowered.shared_bytes),
+                ctypes.c_uint64(Settings.seed),
+                TIME_LIMIT,
+                message,
+                len(message),
+            )
+        if failed:
+            raise FaultError(self._explain(message.value.decode()))
+
+    def _bind(self, given: Sequence[Any]) -> dict[str, int]:
+        """Check the arguments as TileLang's host code does; return the dimensions."""
+        lowered = self.lowered
+        if len(given) != len(lowered.inputs):
+            raise ValueError(f"{lowered.title}: takes {len(lowered.inputs)}, got {len(given)}")
+        values: dict[str, int] = {}
+        for (name, dtype, shape), value in zip(lowered.inputs, given, strict=True):
+            if shape is None:
+                if isinstance(value, Tensor):
+                    raise TypeError(f"{lowered.title}: {name} must be a number; got a tensor")
+                continue
+            what = f"{lowered.title}: {name}"
+            if str(value.dtype).removeprefix("torch.") != {"handle": "int64"}.get(dtype, dtype):
+                raise RuntimeError(f"{what} dtype mismatch, expected {dtype}; got {value.dtype}")
+            if value.ndim != len(shape) or not value.is_contiguous():
+                raise RuntimeError(f"{what} must be {shape}, contiguous; got {value.shape}")
+            for text, size in zip(shape, value.shape, strict=True):
+                if text.isidentifier():
+                    values.setdefault(text, size)
+                if _evaluate(text, values) != size:
+                    raise RuntimeError(f"{what} must be {shape}; got {tuple(value.shape)}")
+        return values
+
+    def _explain(self, message: str) -> str:
+        line, _, text = message.partition(":")
+        code = self.lowered.source.split("\n")[int(line) - 1].strip() if int(line) else ""
+        return f"{self.lowered.title}: {text}\n  line {line} of its CUDA source: {code[:400]}"
+
+
+_C_TYPES = {"int": ctypes.c_int32, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
+
+
+def _device_types(source: str) -> list[str]:
+    signature = next(
+        line for line in source.split("\n") if line.startswith('extern "C"') and line.endswith("{")
+    )
+    parameters = signature[signature.rindex("_kernel(") + 8 : -3].split(", ")
+    return [p if "*" in p else p.rsplit(" ", 1)[0] for p in parameters]
+
+
+def _evaluate(text: str, scope: dict[str, Any]) -> Any:
+    return eval(text, {"__builtins__": {}, "T": _Language}, scope)
+
+
+class _Language:
+    """The functions of TileLang that occur in a launch's expressions."""
+
+    min = staticmethod(min)
+    max = staticmethod(max)
+
+    @staticmethod
+    def Cast(dtype: str, value: Any) -> Any:  # noqa: N802
+        return int(value) if "int" in dtype else float(value)
+
+    int64 = int32 = staticmethod(int)
+
+
+def _span(name: str, tensor: Tensor, writable: bool) -> _Tensor:
+    size = tensor.numel() * tensor.element_size()
+    return _Tensor(name.encode(), tensor.data_ptr(), size, writable)
+
+
+def build(code: str, name: str) -> ctypes.CDLL:
+    """The shared library of a translated kernel, from the cache or from g++."""
+    headers = [(HERE / header).read_text() for header in ("runtime.h", "device.h")]
+    digest = hashlib.sha256("\0".join([code, *headers, *FLAGS[:-1]]).encode()).hexdigest()[:24]
+    path = CACHE / "built" / f"{name}-{digest}.so"
+    if not path.exists():
+        source = path.with_suffix(".cpp")
+        write(source, code)
+        temporary = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.so")
+        command = ["g++", *FLAGS, "-o", str(temporary), str(source)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.returncode:
+            errors = [line for line in run.stderr.splitlines() if "error" in line][:8]
+            raise RuntimeError(f"{name}: the emulator lacks a name?\n" + "\n".join(errors))
+        os.replace(temporary, path)
+    return ctypes.CDLL(str(path))

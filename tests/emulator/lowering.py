@@ -1,0 +1,201 @@
+"""From a kernel of the table to its CUDA source, and to what a launch of it needs. No GPU, no nvcc.
+
+A kernel that TileLang gives TMA copies, mbarriers and wgmma is lowered a second way, its *sibling*:
+the same definition with those three switched off, and with pipelines one stage deep, since without
+warp specialisation TileLang 0.1.15 lowers no deeper pipeline of a length known at run time.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tile_mhc import jit, specs
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = Path(os.environ.get("TILE_MHC_EMULATOR_CACHE") or ROOT / "build" / "emulator")
+
+SIBLING_STAGES = 1
+# What the header does not have, and how it shows in a kernel's source.
+NOT_EMULATED = {
+    "TMA copies": r"tl::tma_(?:load|store)",
+    "mbarriers": r"\bmbarrier\[",
+    "wgmma": r"tl::wgmma_\w+",
+    "register reallocation": r"tl::warpgroup_reg_\w+",
+    "clusters": r"cluster",
+}
+
+# Held while tracing: the parser keeps global state, and a sibling swaps a module's language.
+_trace_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """One kernel's source and its launch, with expressions as text over the names of `values`.
+
+    Attributes:
+        name: the kernel's name in the table.
+        args: its builder's arguments.
+        source: CUDA.
+        sibling: whether it was lowered with TMA, warp specialisation and wgmma off.
+        inputs: (name, dtype, shape) of each argument of a launch; no shape for a number.
+        values: what the host calls the arguments: name -> index into `inputs`.
+        arguments: what the device function gets, over the names of inputs and dimensions.
+        extents: grid and block.
+        shared_bytes: dynamic shared memory.
+        shared: bytes of each buffer in shared memory.
+    """
+
+    name: str
+    args: tuple[int, ...]
+    source: str
+    sibling: bool
+    inputs: list[tuple[str, str, list[str] | None]]
+    values: dict[str, int]
+    arguments: list[str]
+    extents: dict[str, str]
+    shared_bytes: int
+    shared: dict[str, int]
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}({', '.join(map(str, self.args))})"
+
+
+def lower(name: str, args: tuple[int, ...], arch: str = "sm_90a") -> Lowered:
+    """The kernel as shipped, or its sibling where the emulator lacks what it uses."""
+    configs = _configs(specs.builder(name))
+    sibling = not configs.get("tl.disable_tma_lower", False)
+    return _lower(name, args, arch, sibling)
+
+
+def not_emulated(name: str, args: tuple[int, ...], arch: str = "sm_90a") -> list[str]:
+    """What the shipped form of a kernel uses that the emulator does not have."""
+    source = _lower(name, args, arch, sibling=False).source
+    return [what for what, pattern in NOT_EMULATED.items() if re.search(pattern, source)]
+
+
+def _configs(builder: Any) -> dict[str, Any]:
+    return {getattr(key, "value", key): value for key, value in builder.pass_configs.items()}
+
+
+def _lower(name: str, args: tuple[int, ...], arch: str, sibling: bool) -> Lowered:
+    tilelang = jit.import_tilelang()
+    builder = specs.builder(name)
+    configs = _configs(builder)
+    if sibling:
+        off = ("tl.disable_tma_lower", "tl.disable_warp_specialized", "tl.disable_wgmma")
+        configs |= dict.fromkeys(off, True)
+    with _trace_lock, _shallow_pipelines(builder) if sibling else contextlib.nullcontext():
+        func = builder(*args)
+    key = [func.script(), configs, arch, tilelang.__version__, Path(__file__).read_text()]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
+    record = CACHE / "lowered" / f"{name}-{digest}.json"
+    if not record.exists():
+        target = tilelang.tvm.target.Target({"kind": "cuda", "arch": arch})
+        with tilelang.tvm.transform.PassContext(opt_level=3, config=configs), target:
+            artifact = tilelang.lower(func, target=target)
+        write(record, json.dumps(_describe(name, func, artifact)))
+    described = json.loads(record.read_text())
+    return Lowered(name=name, args=args, sibling=sibling, **described)
+
+
+@contextlib.contextmanager
+def _shallow_pipelines(builder: Any) -> Iterator[None]:
+    module = sys.modules[builder.__module__]
+    language = module.T
+
+    class Language:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(language, name)
+
+        def Pipelined(self, *range_: Any, num_stages: int = 0, **options: Any) -> Any:
+            return language.Pipelined(
+                *range_, num_stages=min(num_stages, SIBLING_STAGES), **options
+            )
+
+    module.T = Language()
+    try:
+        yield
+    finally:
+        module.T = language
+
+
+def _describe(name: str, func: Any, artifact: Any) -> dict[str, Any]:
+    """The fields of Lowered that a lowering gives; their strings may still be TVM's own."""
+    inputs: list[tuple[str, str, list[str] | None]] = []
+    for param in func.params:
+        if param in func.buffer_map:
+            buffer = func.buffer_map[param]
+            shape = [str(size) for size in buffer.shape]
+            inputs.append((str(buffer.name), str(buffer.dtype), shape))
+        else:
+            inputs.append((str(param.name), str(param.dtype), None))
+    ((symbol, device),) = ((v.name_hint, f) for v, f in artifact.device_mod.functions.items())
+    extents = {str(tag): str(size) for tag, size in device.attrs["thread_extent"].items()}
+    host = artifact.host_mod.script()
+    # The host unpacks its arguments by index, then makes one call; both are in its text.
+    unpacked = re.findall(r"(\w+): T\.[^=]* = .*?T\.tvm_struct_get\(args, (\d+), 15,", host)
+    values = {value: int(index) for value, index in unpacked if not value.endswith("_handle")}
+    data = r"(\w+): T\.handle\(.*?\) = T\.tvm_struct_get\((\w+)_handle, 0, 1,"
+    names = [name for name, _, _ in inputs]
+    values |= {value: names.index(of) for value, of in re.findall(data, host)}
+    call = re.search(rf'T\.call_packed\("{symbol}", (.*)\)$', host, re.MULTILINE)
+    if call is None:
+        raise ValueError(f"{name}: found no launch in TileLang's host code")
+    return {
+        "source": artifact.kernel_source,
+        "inputs": inputs,
+        "values": values,
+        "arguments": _split(call[1])[: len(device.params)],
+        "extents": extents,
+        "shared_bytes": int(device.attrs.get("dyn_shared_memory_buf", 0)),
+        "shared": _shared_buffers(func),
+    }
+
+
+def _shared_buffers(func: Any) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+
+    def visit(node: Any) -> None:
+        for buffer in getattr(node, "alloc_buffers", None) or ():
+            if buffer.scope().startswith("shared"):
+                bits = tilelang_bits(str(buffer.dtype))
+                elements = 1
+                for size in buffer.shape:
+                    elements *= int(size)
+                sizes[str(buffer.name)] = elements * bits // 8
+
+    sys.modules["tvm"].tirx.stmt_functor.post_order_visit(func.body, visit)
+    return sizes
+
+
+def tilelang_bits(dtype: str) -> int:
+    digits = re.search(r"\d+", dtype)
+    return int(digits[0]) if digits else 8
+
+
+def _split(text: str) -> list[str]:
+    """Split at the commas outside brackets."""
+    parts, depth, start = [], 0, 0
+    for at, character in enumerate(text):
+        depth += (character in "([") - (character in ")]")
+        if character == "," and depth == 0:
+            parts.append(text[start:at].strip())
+            start = at + 1
+    return [*parts, text[start:].strip()]
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all: several processes may fill one cache."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -1,0 +1,61 @@
+"""The public ops on CPU tensors, run by the kernels: what a user of a GPU calls, on the emulator.
+
+The operators' own CUDA implementations stand in for their CPU ones; checks, fakes and autograd stay
+as they are.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from emulator import launch
+from tile_mhc import config, jit
+from tile_mhc.ops import aggregate, contract, expand, fused_pre, mixes, post, projection  # noqa: F401
+from tile_mhc.ops import recompute, sinkhorn  # noqa: F401
+
+# The H200's: splits and slices, and so the last bits, depend on it.
+NUM_SMS = 132
+_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+
+
+def operators() -> list[str]:
+    """The names of all operators of tile_mhc."""
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted(n.removeprefix("tile_mhc::") for n in names if n.startswith("tile_mhc::"))
+
+
+@contextlib.contextmanager
+def emulated(seed: int = 0) -> Iterator[None]:
+    """Within: every op on CPU tensors runs its TileLang kernels in the emulator."""
+    library = torch.library.Library("tile_mhc", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*other operators may also be overridden")
+        for name in operators():
+            library.impl(name, _redispatch(name), "CPU", allow_override=True)
+    try:
+        with (
+            mock.patch.object(jit, "kernel", launch.kernel),
+            mock.patch.object(config, "get_num_sms", lambda: NUM_SMS),
+            # A CPU tensor's device has no index.
+            mock.patch.object(torch.cuda, "current_device", lambda: None),
+            launch.settings(seed=seed),
+        ):
+            yield
+    finally:
+        library._destroy()
+
+
+def _redispatch(name: str) -> Any:
+    operator = getattr(torch.ops.tile_mhc, name).default
+
+    def run(*args: Any) -> Any:
+        known = [t for arg in args for t in (arg if isinstance(arg, list) else [arg])]
+        with launch.settings(known=[t for t in known if isinstance(t, Tensor)]):
+            return operator.redispatch(_CUDA, *args)
+
+    return run

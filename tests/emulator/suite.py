@@ -1,0 +1,52 @@
+"""What the emulated tests run on: few (n, H) pairs, since each is a build, and many token counts."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import oracle
+from cases import CONTRACT, OPS, Case, Op, recompute_inputs
+from tile_mhc import recompute
+
+PAIRS = ((2, 64), (4, 192), (8, 128))
+# A row of more than one access a thread, for the ops without a matmul.
+WIDE = (4, 2560)
+WIDE_OPS = ("expand", "aggregate", "post", "recompute")
+CASES = (
+    *(Case(0, n, hidden, "no token") for n, hidden in PAIRS),
+    *(Case(1, n, hidden, "one token") for n, hidden in PAIRS),
+    *(Case(13, n, hidden, "less than a block") for n, hidden in PAIRS),
+    Case(128, 2, 64, "exactly one block"),
+    Case(130, 4, 192, "a block and a pair"),
+    Case(65, 8, 128, "more than half a block, the tile of most streams"),
+)
+WIDE_CASE = Case(3, *WIDE, "several accesses a thread")
+
+
+def run_recompute(case: Case, device: str = "cpu") -> dict[str, Tensor]:
+    """A replay of three layers and two posts."""
+    outputs = recompute(*recompute_inputs(3, 2, *case.shape, device))
+    return {
+        f"{name}[{i}]": tensor
+        for name, tensors in zip(("layer_inputs", "residuals"), outputs, strict=True)
+        for i, tensor in enumerate(tensors)
+    }
+
+
+def with_norm(op: Op, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs with a weight of the norm, where the op takes one, or without, where they have."""
+    if op is CONTRACT:
+        residual = tensors["residual"]
+        return tensors | {"norm_weight": torch.rand(residual.shape[-2:].numel()) + 0.5}
+    return {name: tensor for name, tensor in tensors.items() if name != "norm_weight"}
+
+
+def run_everything(case: Case) -> None:
+    """Every op forward and backward, in every form that has kernels of its own."""
+    for op in OPS:
+        tensors, options = op.inputs(*case.shape, "cpu")
+        for given in (tensors, with_norm(op, tensors)):
+            upstream: list[Any] = oracle.upstream_of(op, given, options)
+            oracle.evaluate(op.run, given, options, upstream, op.outputs)
+    run_recompute(case)

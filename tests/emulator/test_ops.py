@@ -1,0 +1,137 @@
+"""Every op and its gradients, run by the kernels on the CPU, against float64."""
+
+import contextlib
+
+import pytest
+import torch
+
+import oracle
+from cases import AGGREGATE, CONTRACT, EXPAND, FUSED_PRE, OPS, POST, PROJECTION, Case
+from emulator import launch
+from emulator.ops import NUM_SMS, emulated, operators
+from emulator.suite import CASES, PAIRS, WIDE_CASE, run_everything, run_recompute, with_norm
+from tile_mhc import ShapeError, aggregate, projection, reference, specs
+from tile_mhc.ops.projection import blocks_per_split
+
+pytestmark = pytest.mark.usefixtures("built_kernels", "emulator")
+SEED = 1
+
+
+@pytest.fixture
+def emulator():
+    with emulated(seed=SEED):
+        yield
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_op(op, case):
+    oracle.check(op, case, *op.inputs(*case.shape, "cpu"))
+
+
+@pytest.mark.parametrize("op", [EXPAND, AGGREGATE, POST], ids=str)
+def test_wide_streams(op):
+    oracle.check(op, WIDE_CASE, *op.inputs(*WIDE_CASE.shape, "cpu"))
+
+
+@pytest.mark.parametrize("op", [PROJECTION, CONTRACT, FUSED_PRE], ids=str)
+def test_other_norm_weight(op):
+    case = Case(130, 4, 192, "with a weight of the norm where the inputs have none, and without")
+    tensors, options = op.inputs(*case.shape, "cpu")
+    oracle.check(op, case, with_norm(op, tensors), options)
+
+
+@pytest.mark.parametrize("case", [*CASES, WIDE_CASE], ids=str)
+def test_recompute(case):
+    state = torch.get_rng_state()
+    ours = run_recompute(case)
+    torch.set_rng_state(state)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("emulator.suite.recompute", reference.recompute)
+        expected = run_recompute(case)
+    for name, tensor in expected.items():
+        assert torch.allclose(ours[name].float(), tensor.float(), rtol=2**-7, atol=2**-7), name
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_every_kernel_runs(pair):
+    """What the ops launch here is the table, no less and no more."""
+    ran = set()
+    with launch.settings(watch=lambda kernel, given: ran.add(kernel.key)):
+        run_everything(Case(5, *pair, "any"))
+    assert ran == set(specs.select([specs.Sizes(*pair)]))
+
+
+def test_every_operator_is_emulated():
+    assert len(operators()) == 20
+    assert all(
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"tile_mhc::{o}", "CUDA")
+        for o in operators()
+    )
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_same_bits_in_every_order_of_threads(op):
+    tensors, options = op.inputs((130,), 4, 192, "cpu")
+    upstream = oracle.upstream_of(op, tensors, options)
+    runs = []
+    for seed in (0, 1, 2):
+        with launch.settings(seed=seed):
+            runs.append(oracle.evaluate(op.run, tensors, options, upstream, op.outputs))
+    for run in runs[1:]:
+        oracle.check_same_bits(runs[0], run, f"{op.name}, in another order:")
+
+
+@pytest.mark.parametrize("op", [AGGREGATE, POST, PROJECTION, FUSED_PRE], ids=str)
+def test_nonfinite_stays_in_its_token(op):
+    oracle.check_isolation(op, *op.inputs((65,), 8, 128, "cpu"), "residual")
+
+
+def test_several_splits_and_a_ragged_one():
+    size = 4 * 192
+    assert -(-(size // 128) // blocks_per_split(130, size, None)) == 2, "what test_op relies on"
+    assert NUM_SMS > 2
+
+
+@pytest.mark.parametrize("scale", [1e18, 3e-38], ids=str)
+def test_streams_near_the_ends_of_bfloat16(scale):
+    """Sums of squares that overflow float32, and tokens whose gradient a tile lifts."""
+    tensors, options = PROJECTION.inputs((13,), 4, 192, "cpu")
+    tensors["residual"] = (tensors["residual"].float() * scale).bfloat16()
+    upstream = oracle.upstream_of(PROJECTION, tensors, options)
+    ours = oracle.evaluate(projection, tensors, options, upstream, ["out"])
+    wide = {name: tensor.double() for name, tensor in tensors.items()}
+    truth = oracle.evaluate(
+        reference.projection, wide, options, [g.double() for g in upstream], ["out"]
+    )
+    for name in ("out", "grad_weight"):
+        assert oracle.relative_error(ours[name], truth[name]) < 1e-4, name
+
+
+def test_tf32():
+    tensors, _ = PROJECTION.inputs((13,), 4, 192, "cpu")
+    merged = tensors["weight"] * tensors.pop("norm_weight")
+    rounded = tensors | {"weight": reference.round_to_tf32(merged)}
+    tensors["weight"] = merged
+    assert torch.equal(projection(**tensors, tf32=True), projection(**rounded))
+    assert not torch.equal(projection(**tensors, tf32=True), projection(**tensors))
+
+
+def test_out_and_checks_are_the_ops_own():
+    tensors, _ = AGGREGATE.inputs((13,), 4, 192, "cpu")
+    out = torch.empty(13, 192, dtype=torch.bfloat16)
+    assert aggregate(**tensors, out=out) is out
+    assert torch.equal(out, aggregate(**tensors))
+    with pytest.raises(ShapeError, match="pre_mix must be"):
+        aggregate(tensors["residual"], tensors["pre_mix"][:, :2])
+
+
+def test_outside_it_the_reference_answers():
+    tensors, _ = AGGREGATE.inputs((13,), 4, 192, "cpu")
+    ran = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(launch.settings(watch=lambda kernel, given: ran.append(kernel.key)))
+        aggregate(**tensors)
+        with emulated():
+            aggregate(**tensors)
+    assert ran == [("aggregate_fwd", (4, 192))] * 2
