@@ -116,10 +116,8 @@ def _shallow_pipelines(builder: Any) -> Iterator[None]:
         def __getattr__(self, name: str) -> Any:
             return getattr(language, name)
 
-        def Pipelined(self, *range_: Any, num_stages: int = 0, **options: Any) -> Any:
-            return language.Pipelined(
-                *range_, num_stages=min(num_stages, SIBLING_STAGES), **options
-            )
+        def Pipelined(self, *range_: Any, num_stages: int = 0) -> Any:  # noqa: N802
+            return language.Pipelined(*range_, num_stages=min(num_stages, SIBLING_STAGES))
 
     module.T = Language()
     try:

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from emulator import launch
 from tile_mhc import config, jit
-from tile_mhc.ops import aggregate, contract, expand, fused_pre, mixes, post, projection  # noqa: F401
-from tile_mhc.ops import recompute, sinkhorn  # noqa: F401
 
 # The H200's: splits and slices, and so the last bits, depend on it.
 NUM_SMS = 132
@@ -40,9 +38,9 @@ def emulated(seed: int = 0) -> Iterator[None]:
     try:
         with (
             mock.patch.object(jit, "kernel", launch.kernel),
-            mock.patch.object(config, "get_num_sms", lambda: NUM_SMS),
+            mock.patch.object(config, "get_num_sms", return_value=NUM_SMS),
             # A CPU tensor's device has no index.
-            mock.patch.object(torch.cuda, "current_device", lambda: None),
+            mock.patch.object(torch.cuda, "current_device", return_value=None),
             launch.settings(seed=seed),
         ):
             yield

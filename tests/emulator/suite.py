@@ -1,4 +1,4 @@
-"""What the emulated tests run on: few (n, H) pairs, since each is a build, and many token counts."""
+"""What the emulated tests run on: few pairs (n, H), as each is a build, and many token counts."""
 
 from typing import Any
 

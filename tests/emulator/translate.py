@@ -76,7 +76,7 @@ _ENTRY = """
 extern "C" int emu_run(const emu::Tensor *tensors, int num_tensors, void **arguments,
                        const int32_t *grid, int block, int64_t shared_bytes, uint64_t seed,
                        int seconds, char *message, int message_bytes) {
-  return emu::launch(body, tensors, num_tensors, arguments, grid, block, shared_bytes, seed, seconds,
-                     message, message_bytes);
+  return emu::launch(body, tensors, num_tensors, arguments, grid, block, shared_bytes, seed,
+                     seconds, message, message_bytes);
 }
 """
