@@ -247,7 +247,7 @@ def write_tables(rows: list[dict], out: Path) -> None:
             "copied": COPIED, "libm": LIBM, "tensor core": TENSOR_CORE, "bfloat16": BFLOAT16
         },
     }  # fmt: skip
-    out.with_suffix(".json").write_text(json.dumps({"about": about, "rows": rows}, indent=0))
+    out.with_suffix(".json").write_text(json.dumps({"about": about, "rows": rows}))
     lines = [
         f"# The emulator beside {about['gpu']}",
         "",

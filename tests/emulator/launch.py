@@ -24,7 +24,6 @@ FLAGS = (
     "-ftrivial-auto-var-init=pattern", "-fsanitize=bounds", "-fsanitize-undefined-trap-on-error",
     "-shared", "-fPIC", f"-I{HERE}",
 )  # fmt: skip
-TIME_LIMIT = 120  # seconds a launch
 _TYPES = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "float32": ctypes.c_float}
 launched: set[tuple[str, tuple[int, ...]]] = set()
 # One launch at a time: a library holds its launch's state, and signals are the process's.
@@ -47,6 +46,7 @@ class _Tensor(ctypes.Structure):
 class Settings:
     """What a launch takes besides its arguments."""
 
+    time_limit = 120  # seconds a launch
     seed = 0  # of the order in which threads run; 0: by index
     known: Sequence[Tensor] = ()  # tensors that a kernel may reach by their address
     watch: Callable[["Kernel", Sequence[Any]], Any] | None = None  # called before each launch; what
@@ -116,7 +116,7 @@ class Kernel:
                 int(extents["threadIdx.x"]),
                 ctypes.c_int64(lowered.shared_bytes),
                 ctypes.c_uint64(Settings.seed),
-                TIME_LIMIT,
+                Settings.time_limit,
                 message,
                 len(message),
             )

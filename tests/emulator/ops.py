@@ -28,8 +28,11 @@ def operators() -> list[str]:
 
 
 @contextlib.contextmanager
-def emulated(seed: int = 0) -> Iterator[None]:
-    """Within: every op on CPU tensors runs its TileLang kernels in the emulator."""
+def emulated(seed: int = 0, num_sms: int = NUM_SMS) -> Iterator[None]:
+    """Within: every op on CPU tensors runs its TileLang kernels in the emulator.
+
+    Few `num_sms` make long loops of the splits and slices: more of them in one CTA.
+    """
     library = torch.library.Library("tile_mhc", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*other operators may also be overridden")
@@ -38,7 +41,7 @@ def emulated(seed: int = 0) -> Iterator[None]:
     try:
         with (
             mock.patch.object(jit, "kernel", launch.kernel),
-            mock.patch.object(config, "get_num_sms", return_value=NUM_SMS),
+            mock.patch.object(config, "get_num_sms", return_value=num_sms),
             # A CPU tensor's device has no index.
             mock.patch.object(torch.cuda, "current_device", return_value=None),
             launch.settings(seed=seed),

@@ -255,6 +255,7 @@ template <typename T> struct Address {
 
   Ref<T> operator[](int64_t index) const { return {buffer, at + index * int64_t(sizeof(T))}; }
   Address operator+(int64_t index) const { return {buffer, at + index * int64_t(sizeof(T))}; }
+  Address operator-(int64_t index) const { return *this + -index; }
 };
 
 // What `*(T *)(pointer)` becomes: checked where the pointer is an Address, plain on registers.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import oracle
-from cases import AGGREGATE, CONTRACT, EXPAND, FUSED_PRE, OPS, POST, PROJECTION, Case
+from cases import AGGREGATE, CONTRACT, EXPAND, FUSED_PRE, OPS, POST, PROJECTION, SINKHORN, Case
 from emulator import launch
 from emulator.ops import NUM_SMS, emulated, operators
 from emulator.suite import CASES, PAIRS, WIDE_CASE, run_everything, run_recompute, with_norm
@@ -87,6 +87,14 @@ def test_nonfinite_stays_in_its_token(op):
     oracle.check_isolation(op, *op.inputs((65,), 8, 128, "cpu"), "residual")
 
 
+@pytest.mark.parametrize("op", [PROJECTION, FUSED_PRE], ids=str)
+def test_loops_over_several_tiles(op):
+    """Where one CTA has all the work, pipelines run full, and sums go on from tile to tile."""
+    case = Case(300, 4, 192, "three tiles, the last ragged")
+    with emulated(seed=SEED, num_sms=1):
+        oracle.check(op, case, *op.inputs(*case.shape, "cpu"))
+
+
 def test_several_splits_and_a_ragged_one():
     size = 4 * 192
     assert -(-(size // 128) // blocks_per_split(130, size, None)) == 2, "what test_op relies on"
@@ -106,6 +114,14 @@ def test_streams_near_the_ends_of_bfloat16(scale):
     )
     for name in ("out", "grad_weight"):
         assert oracle.relative_error(ours[name], truth[name]) < 1e-4, name
+
+
+@pytest.mark.parametrize("repeat", [1, 2, 33])
+def test_sinkhorn_far_from_its_limit(repeat):
+    """One step, two, and one more than the history of a kernel holds."""
+    case = Case(13, 4, 192, "few steps")
+    tensors, options = SINKHORN.inputs(*case.shape, "cpu")
+    oracle.check(SINKHORN, case, tensors, options | {"repeat": repeat})
 
 
 def test_tf32():
