@@ -52,7 +52,8 @@ types() {
         --config-file "$ROOT/pyproject.toml" --cache-dir "$ROOT/build/mypy" -p tile_mhc)
 }
 
-# Every kernel of the table, for both generations, with spills as errors.
+# Every kernel of the table, for both generations: spills are errors, and so is a jump in registers
+# or shared memory beside scripts/resources.json. RENEW_RESOURCES=1 writes that table instead.
 kernels() {
     say "kernels"
     present click && present rich || return 0
@@ -61,8 +62,10 @@ jit.import_tilelang(); sys.exit(jit.find_nvcc() is None)'); then
         say "skipped: no nvcc"
         return 0
     fi
-    (cd "$scratch" && "$PYTHON" -m tile_mhc.cli compile --arch sm_90a,sm_100a --hidden 4096 \
-        --streams 4 --fail-on-spills)
+    local compile=(-m tile_mhc.cli compile --arch sm_90a,sm_100a --hidden 4096 --streams 4)
+    (cd "$scratch" && "$PYTHON" "${compile[@]}" --fail-on-spills &&
+        "$PYTHON" "${compile[@]}" --json >compiled.json &&
+        "$PYTHON" "$ROOT/scripts/resources.py" compiled.json ${RENEW_RESOURCES:+--renew})
 }
 
 # From a neutral folder, so that the installed tile_mhc is found, not the one in the checkout.

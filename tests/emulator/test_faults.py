@@ -61,9 +61,8 @@ THREAD = "((int)threadIdx.x)"
 def test_fault(name, old, new, message):
     args, arguments = KERNELS[name]
     kernel = broken(name, args, old, new)
-    with launch.settings(time_limit=1):
-        with pytest.raises(FaultError, match=message) as error:
-            kernel(*arguments())
+    with launch.settings(time_limit=1), pytest.raises(FaultError, match=message) as error:
+        kernel(*arguments())
     assert f"{name}({', '.join(map(str, args))}): block (" in str(error.value)
 
 

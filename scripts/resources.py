@@ -1,0 +1,99 @@
+#!/usr/bin/env python3
+"""Compare what kernels take of an SM with the committed table, scripts/resources.json.
+
+    tile-mhc compile --json ... > compiled.json
+    resources.py compiled.json            exits with 1 where a kernel spills, takes over 10 % more
+                                          registers or shared memory, or is not in the table
+    resources.py compiled.json --renew    write the table
+
+`scripts/check.sh kernels` does the first, `RENEW_RESOURCES=1 scripts/check.sh kernels` the second.
+Registers are a matter of the compiler too: with another nvcc than the table's, what only grew is
+printed and does not fail.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tile_mhc import jit
+
+TABLE = Path(__file__).with_name("resources.json")
+GROWTH = 1.1
+COUNTED = ("registers", "shared_memory")
+SPILLS = ("spill_stores", "spill_loads")
+
+Row = dict[str, int]
+
+
+def rows_of(compiled: dict[str, Any]) -> dict[str, Row]:
+    rows = {}
+    for kernel in compiled["kernels"]:
+        if kernel["error"]:
+            raise SystemExit(f"{kernel['name']}: {kernel['error']}")
+        title = f"{kernel['name']}({', '.join(map(str, kernel['args']))}) {kernel['arch']}"
+        rows[title] = {key: kernel[key] for key in (*COUNTED, *SPILLS)}
+    return rows
+
+
+def problems(found: dict[str, Row], table: dict[str, Row], same_nvcc: bool) -> list[str]:
+    """What fails, by kernel."""
+    bad = []
+    for title, row in found.items():
+        if any(row[key] != 0 for key in SPILLS):
+            bad.append(f"{title}: spills, {row['spill_stores']} + {row['spill_loads']} bytes")
+        if title not in table:
+            bad.append(f"{title}: is not in the table")
+            continue
+        for key in COUNTED:
+            before, now = table[title][key], row[key]
+            if now > GROWTH * before:
+                text = f"{title}: {key.replace('_', ' ')} from {before} to {now}"
+                if same_nvcc:
+                    bad.append(text)
+                else:
+                    print(f"with another nvcc: {text}")
+    return bad + [f"{title}: is in the table, and not compiled" for title in table.keys() - found]
+
+
+def nvcc_version() -> str:
+    nvcc = jit.find_nvcc()
+    if nvcc is None:
+        raise SystemExit("resources: needs nvcc")
+    output = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True)
+    version = re.search(r"release ([\d.]+)", output.stdout)
+    return version[1] if version else "unknown"
+
+
+def write_table(found: dict[str, Row], nvcc: str) -> None:
+    lines = [f"  {json.dumps(title)}: {json.dumps(row)}" for title, row in sorted(found.items())]
+    rows = ",\n".join(lines)
+    TABLE.write_text(f'{{"nvcc": {json.dumps(nvcc)}, "kernels": {{\n{rows}\n}}}}\n')
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("compiled", type=Path, help="the output of tile-mhc compile --json")
+    parser.add_argument("--renew", action="store_true", help="write the table")
+    arguments = parser.parse_args()
+    found = rows_of(json.loads(arguments.compiled.read_text()))
+    nvcc = nvcc_version()
+    if arguments.renew:
+        write_table(found, nvcc)
+        print(f"{len(found)} kernels written to {TABLE}; look at its diff")
+        return 0
+    table = json.loads(TABLE.read_text())
+    bad = problems(found, table["kernels"], nvcc == table["nvcc"])
+    if bad:
+        print("\n".join(bad), file=sys.stderr)
+        print("if meant so: RENEW_RESOURCES=1 scripts/check.sh kernels, with why", file=sys.stderr)
+        return 1
+    print(f"{len(found)} kernels take what {TABLE.name} says, or less than 10 % more; none spills")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

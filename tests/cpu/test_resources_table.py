@@ -1,0 +1,58 @@
+"""The committed table of registers, shared memory and spills: what passes it and what does not."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tile_mhc import specs
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+resources = importlib.import_module("resources")
+
+ROW = {"registers": 100, "shared_memory": 1000, "spill_stores": 0, "spill_loads": 0}
+TITLE = "expand_fwd(4, 64) sm_90a"
+
+
+def problems(row, table=None, same_nvcc=True):
+    return resources.problems(
+        {TITLE: ROW | row}, {TITLE: ROW} if table is None else table, same_nvcc
+    )
+
+
+def test_what_fails():
+    assert problems({}) == []
+    assert problems({"registers": 110, "shared_memory": 900}) == []
+    assert problems({"registers": 111}) == [f"{TITLE}: registers from 100 to 111"]
+    assert problems({"shared_memory": 1101}) == [f"{TITLE}: shared memory from 1000 to 1101"]
+    assert problems({"spill_loads": 4}) == [f"{TITLE}: spills, 0 + 4 bytes"]
+    assert problems({"spill_loads": None}) == [f"{TITLE}: spills, 0 + None bytes"]
+    assert problems({}, table={}) == [f"{TITLE}: is not in the table"]
+    gone = {TITLE: ROW, "gone(4) sm_90a": ROW}
+    assert problems({}, table=gone) == ["gone(4) sm_90a: is in the table, and not compiled"]
+
+
+def test_with_another_nvcc_only_spills_fail(capsys):
+    assert problems({"registers": 200}, same_nvcc=False) == []
+    assert f"with another nvcc: {TITLE}: registers from 100 to 200" in capsys.readouterr().out
+    assert problems({"spill_stores": 8}, same_nvcc=False) == [f"{TITLE}: spills, 8 + 0 bytes"]
+
+
+def test_a_failed_kernel_is_named():
+    kernel = {"name": "expand_fwd", "args": [4, 64], "arch": "sm_90a", "error": "no nvcc"}
+    with pytest.raises(SystemExit, match="expand_fwd: no nvcc"):
+        resources.rows_of({"kernels": [kernel]})
+
+
+def test_the_table_has_every_kernel_for_both_generations():
+    table = json.loads(resources.TABLE.read_text())["kernels"]
+    wanted = {
+        f"{name}({', '.join(map(str, args))}) {arch}"
+        for name, args in specs.select([specs.Sizes(4, 4096)])
+        for arch in ("sm_90a", "sm_100a")
+    }
+    assert set(table) == wanted
+    assert all(row["spill_stores"] == row["spill_loads"] == 0 for row in table.values())
