@@ -301,8 +301,14 @@ def sub_layer_step(forward: Callable[..., tuple[Tensor, Tensor]], x: Inputs) -> 
 def ours_sub_layer(
     residual: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, layer_output: Tensor
 ) -> tuple[Tensor, Tensor]:
-    layer_input, post_mix, comb_mix = functional.mhc_pre(
-        residual, weight, scale, bias, post_mult=POST_MULT, sinkhorn_repeat=SINKHORN_STEPS
+    layer_input, post_mix, comb_mix, residual = functional.mhc_pre(
+        residual,
+        weight,
+        scale,
+        bias,
+        post_mult=POST_MULT,
+        sinkhorn_repeat=SINKHORN_STEPS,
+        passes_residual=True,
     )
     return layer_input, functional.mhc_post(layer_output, residual, post_mix, comb_mix)
 
@@ -354,7 +360,7 @@ def ours_fused_pre_bwd(x: Inputs) -> Run:
     options = (EPS, EPS, POST_MULT, SINKHORN_STEPS)
     saved = op.fused_pre(*gates, EPS, *options, None, False)[3:]
     grads = (x["grad_hidden"], x["grad_post"].squeeze(-1), x["grad_comb"])
-    return lambda: op.fused_pre_backward(*grads, *gates, *saved, *options, False)[:4]
+    return lambda: op.fused_pre_backward(*grads, *gates, *saved, *options, False, None)[:4]
 
 
 def reference_fused_pre_bwd(x: Inputs) -> Outputs:

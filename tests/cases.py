@@ -235,6 +235,7 @@ def operator_calls(
             2.0,
             5,
             True,
+            wide,
         ),
         "recompute": (
             initial,

@@ -32,12 +32,14 @@ ATOL = {
     "fused_pre": SPLIT_WEIGHT,
     "contract": SPLIT_WEIGHT,
     "mhc_sub_layer": SPLIT_WEIGHT,
+    "mhc_sub_layer_passing": SPLIT_WEIGHT,
     "sinkhorn": FLOAT32_SUM,
 }
 # Tensors that an op's own tolerance does not fit.
 ATOL_OF = {
     ("contract", "grad_residual"): BF16_SUM,
     ("mhc_sub_layer", "grad_residual"): BF16_SUM,
+    ("mhc_sub_layer_passing", "grad_residual"): BF16_SUM,
     ("split_mixes", "grad_scale"): FLOAT32_SUM,
     ("split_mixes", "grad_bias"): FLOAT32_SUM,
     ("head_mix", "grad_scale"): FLOAT32_SUM,
@@ -64,6 +66,10 @@ PROMISED = {
     ("fused_pre", "grad_norm_weight"): 2e-5,
     ("mhc_sub_layer", "grad_weight"): 2e-5,
     ("mhc_sub_layer", "grad_norm_weight"): 2e-5,
+    ("mhc_sub_layer_passing", "grad_weight"): 2e-5,
+    ("mhc_sub_layer_passing", "grad_norm_weight"): 2e-5,
+    # The gradient of the post is rounded, and the sum of all: what TileKernels needs three for.
+    ("mhc_sub_layer_passing", "grad_residual"): 2.3e-3,
     # Two parts of one rounding each, and autograd's sum of them, where bfloat16 often ties: 2.4 to
     # 2.5e-3 at every shape. With a third part it is 2.9e-3.
     ("mhc_sub_layer", "grad_residual"): 2.6e-3,

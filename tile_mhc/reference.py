@@ -329,8 +329,12 @@ def fused_pre_backward(
     post_mult: float,
     sinkhorn_repeat: int,
     tf32: bool = False,
+    accumulated: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of residual (both its uses, rounded once), weight, scale, bias and norm_weight."""
+    """Gradients of residual, weight, scale, bias and norm_weight.
+
+    That of the residual is for both its uses, on top of `accumulated`, and rounded once.
+    """
     n = residual.shape[-2]
     pre_mix, _, logits = split_mixes(
         mixes, scale, bias, num_streams=n, post_mult=post_mult, pre_eps=pre_eps
@@ -341,15 +345,11 @@ def fused_pre_backward(
     grad_mixes, grad_scale, grad_bias = split_mixes_backward(
         grad_pre, grad_post, grad_logits, mixes, scale, bias, n, post_mult
     )
+    added = pre_mix.unsqueeze(-1) * wide
+    if accumulated is not None:
+        added = added + accumulated.to(added.dtype)
     grad_residual, grad_weight, grad_norm_weight = projection_backward(
-        grad_mixes,
-        residual,
-        weight,
-        norm_weight,
-        mixes,
-        inv_rms,
-        tf32,
-        added=pre_mix.unsqueeze(-1) * wide,
+        grad_mixes, residual, weight, norm_weight, mixes, inv_rms, tf32, added=added
     )
     return grad_residual, grad_weight, grad_scale, grad_bias, grad_norm_weight
 

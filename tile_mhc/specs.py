@@ -69,10 +69,16 @@ def _projections(s: Sizes) -> list[Arguments]:
     return [(s.mixes, s.n * s.hidden), (s.n, s.n * s.hidden)]
 
 
-def _projection_backwards(s: Sizes) -> list[Arguments]:
+def _projection_norm_backwards(s: Sizes) -> list[Arguments]:
     # Alone, and with the aggregate of the same streams.
     size = s.n * s.hidden
     return [(s.mixes, size, 0), (s.n, size, 0), (s.mixes, size, s.n)]
+
+
+def _projection_backwards(s: Sizes) -> list[Arguments]:
+    # With the aggregate also on top of a gradient that the streams have.
+    alone = [(*sizes, False) for sizes in _projection_norm_backwards(s)]
+    return [*alone, (s.mixes, s.n * s.hidden, s.n, True)]
 
 
 def _projections_with_norm(s: Sizes) -> list[Arguments]:
@@ -88,7 +94,7 @@ SPECS = (
     Spec("projection_weight", "projection", _PROJECTION_FUSED, _projections_with_norm),
     Spec("projection_fwd", "projection", _PROJECTION_FUSED, _projections),
     Spec("projection_norm", "projection", _PROJECTION, _projections),
-    Spec("projection_norm_bwd", "projection", _PROJECTION_FUSED, _projections),
+    Spec("projection_norm_bwd", "projection", _PROJECTION_FUSED, _projection_norm_backwards),
     Spec("projection_bwd", "projection", _PROJECTION_FUSED, _projection_backwards),
     Spec("projection_weight_bwd", "projection", _PROJECTION_FUSED, _projections_with_norm),
     Spec("split_mixes_fwd", "mixes", ("split_mixes", "fused_pre"), _n),

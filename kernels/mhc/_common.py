@@ -41,6 +41,27 @@ def row_threads(hidden_size: int, limit: int = 256) -> int:
     return min(range(32, limit + 1, 32), key=lambda threads: (idle(threads), -threads))
 
 
+def row_chunks(hidden_size: int, threads: int) -> int:
+    """CTAs a token, each of which takes one 16-byte step of its threads.
+
+    They are the fastest part of a CTA's index: what runs at one time is a block of whole tokens,
+    one stretch of memory, and not a piece of each of a thousand tokens.
+    """
+    return -(-hidden_size // (threads * VECTOR))
+
+
+@T.macro
+def follow_previous():
+    """Wait for the kernel before this one in the stream; from then on the next may be launched.
+
+    The first statement of every kernel. With it, a kernel is put on the GPU while its predecessor
+    still runs (programmatic dependent launch), so that a sub-layer's dozen small launches do not
+    each add the 1 to 2 us of a start. Nothing may be read or written before it.
+    """
+    T.pdl_sync()
+    T.pdl_trigger()
+
+
 @T.macro
 def load_streams(streams: T.Tensor, token: T.int32, h: T.int32, n: int, local: T.Buffer):
     """local[i, :] = streams[token, i, h : h + VECTOR], n independent 16-byte loads."""

@@ -3,6 +3,10 @@
 # projection: the tile of x that one CTA takes at a time.
 BLOCK_TOKENS = 128
 BLOCK_K = 128
+# Its backward: tokens of a tile, and columns of a piece, which lies in one stream as H is a
+# multiple of it.
+BACKWARD_TOKENS = 64
+PIECE = 64
 
 # mixes, contract: tokens summed by one CTA into one row of partial sums.
 TOKENS_PER_PARTIAL = 128
@@ -15,12 +19,25 @@ HISTORY_STEP = 32
 TABLE_SLOTS = 48
 
 
-def backward_tile(num_mixes: int) -> tuple[int, int]:
-    """projection: (tokens, columns) a CTA of the backward takes at a time.
+def backward_pieces(num_mixes: int, size: int, n: int, accumulates: bool) -> int:
+    """projection: how many pieces of columns one CTA of the backward owns.
 
-    The weight gradient lies in registers: 80 mixes leave room for half as many columns.
+    Four fill shared memory. The weight gradient lies in registers, where 80 mixes leave room for
+    half of that; and a gradient to add to is a second tile of the size of x's.
     """
-    return (BLOCK_TOKENS, BLOCK_K) if num_mixes <= 24 else (BLOCK_TOKENS // 2, BLOCK_K // 2)
+    if num_mixes > 24 or accumulates:
+        return 2
+    if n:
+        return min(n, 4)
+    return 4 if size % (4 * PIECE) == 0 else 2
+
+
+def factors_width(n: int) -> int:
+    """projection: numbers a token hands to the backward, in whole 16-byte units.
+
+    inv_rms, the factor of x from the statistic, the inverse of the tile's power of two, pre_mix.
+    """
+    return -(-(3 + n) // 4) * 4
 
 
 def padded(num_mixes: int) -> int:

@@ -12,7 +12,9 @@ from tile_mhc.kernels._common import (
     VECTOR,
     block_sums,
     builder,
+    follow_previous,
     load_streams,
+    row_chunks,
     row_threads,
     sum_lanes,
     sums_shape,
@@ -24,6 +26,7 @@ from tile_mhc.kernels._common import (
 def aggregate_fwd(n: int, hidden_size: int):
     tokens = T.dynamic("num_tokens")
     threads = row_threads(hidden_size)
+    chunks = row_chunks(hidden_size, threads)
 
     @T.prim_func
     def aggregate_fwd_kernel(
@@ -31,8 +34,10 @@ def aggregate_fwd(n: int, hidden_size: int):
         pre_mix: T.Tensor[(tokens, n), T.float32],
         out: T.Tensor[(tokens, hidden_size), T.bfloat16],
     ):
-        with T.Kernel(tokens, T.ceildiv(hidden_size, threads * VECTOR), threads=threads) as (t, c):
-            h = (c * threads + T.get_thread_binding()) * VECTOR
+        with T.Kernel(tokens * chunks, threads=threads) as block:
+            follow_previous()
+            t = block // chunks
+            h = (block % chunks * threads + T.get_thread_binding()) * VECTOR
             streams = T.alloc_local((n, VECTOR), T.bfloat16)
             mix = T.alloc_local((n,), T.float32)
             total = T.alloc_local((VECTOR,), T.float32)
@@ -76,6 +81,7 @@ def aggregate_bwd(n: int, hidden_size: int):
         grad_mix: T.Tensor[(tokens, n), T.float32],
     ):
         with T.Kernel(tokens, threads=threads) as t:
+            follow_previous()
             tid = T.get_thread_binding()
             streams = T.alloc_local((n, VECTOR), T.bfloat16)
             wide = T.alloc_local((VECTOR,), T.bfloat16)
@@ -119,6 +125,7 @@ def aggregate_mix_bwd(n: int, hidden_size: int):
         grad_mix: T.Tensor[(tokens, n), T.float32],
     ):
         with T.Kernel(tokens, threads=threads) as t:
+            follow_previous()
             tid = T.get_thread_binding()
             streams = T.alloc_local((n, VECTOR), T.bfloat16)
             wide = T.alloc_local((VECTOR,), T.bfloat16)

@@ -5,13 +5,21 @@ The readout itself is `projection` with n rows, this gate, and `aggregate`.
 
 import tilelang.language as T
 
-from tile_mhc.kernels._common import SIMT, block_sums, builder, sum_lanes, sums_shape
-from tile_mhc.kernels.mixes import THREADS, logit
+from tile_mhc.kernels._common import (
+    SIMT,
+    block_sums,
+    builder,
+    follow_previous,
+    sum_lanes,
+    sums_shape,
+)
+from tile_mhc.kernels.mixes import THREADS, logit, tokens_per_block
 
 
 @builder(SIMT)
 def head_mix_fwd(n: int):
     tokens = T.dynamic("num_tokens")
+    block_tokens = tokens_per_block(n)
 
     @T.prim_func
     def head_mix_fwd_kernel(
@@ -21,10 +29,10 @@ def head_mix_fwd(n: int):
         out: T.Tensor[(tokens, n), T.float32],
         pre_eps: T.float32,
     ):
-        with T.Kernel(T.ceildiv(tokens * n, THREADS), threads=THREADS) as block:
-            index = T.cast(block, T.int64) * THREADS + T.get_thread_binding()
-            t = index // n
-            k = index % n
+        with T.Kernel(T.ceildiv(tokens, block_tokens), threads=block_tokens * n) as block:
+            follow_previous()
+            t = block * block_tokens + T.get_thread_binding() // n
+            k = T.get_thread_binding() % n
             z = T.alloc_local((1,), T.float32)
             if t < tokens:
                 logit(mixes[t, k], scale[0], bias[k], z)
@@ -50,6 +58,7 @@ def head_mix_bwd(n: int):
     ):
         # One thread a token; its CTA's sums are one row of partials: bias, then scale.
         with T.Kernel(rows, threads=THREADS) as row:
+            follow_previous()
             tid = T.get_thread_binding()
             t = row * THREADS + tid
             z = T.alloc_local((1,), T.float32)
@@ -62,8 +71,9 @@ def head_mix_bwd(n: int):
             if t < tokens:
                 for k in T.unroll(n):
                     logit(mixes[t, k], scale[0], bias[k], z)
-                    gate[0] = T.sigmoid(z[0])
-                    sums[k] = grad[t, k] * gate[0] * (1.0 - gate[0])
+                    # Not 1 - sigmoid(z): near 1 that keeps few bits.
+                    gate[0] = T.sigmoid(z[0]) * T.sigmoid(-z[0])
+                    sums[k] = grad[t, k] * gate[0]
                     sums[n] += sums[k] * mixes[t, k]
                     grad_mixes[t, k] = sums[k] * scale[0]
             block_sums(sums, n + 1, THREADS, shared, partial)

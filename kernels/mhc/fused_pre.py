@@ -7,7 +7,15 @@ projection themselves, with the macros of the separate kernels: the same bits.
 
 import tilelang.language as T
 
-from tile_mhc.kernels._common import SIMT, VECTOR, builder, load_streams, row_threads, weighted_sum
+from tile_mhc.kernels._common import (
+    SIMT,
+    VECTOR,
+    builder,
+    follow_previous,
+    load_streams,
+    row_threads,
+    weighted_sum,
+)
 from tile_mhc.kernels._shapes import padded
 from tile_mhc.kernels.mixes import logit
 from tile_mhc.kernels.projection import token_mix
@@ -46,6 +54,7 @@ def fused_pre(n: int, hidden_size: int):
         repeat: T.int32,
     ):
         with T.Kernel(T.ceildiv(tokens, group) + tokens, threads=threads) as block:
+            follow_previous()
             tid = T.get_thread_binding()
             mix_blocks = T.ceildiv(tokens, group)
             mixed = T.alloc_local((2,), T.float32)

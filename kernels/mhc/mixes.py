@@ -7,11 +7,23 @@ comb = z. Gradients of scale and bias are sums over tokens: a row of partial sum
 
 import tilelang.language as T
 
-from tile_mhc.kernels._common import SIMT, block_sums, builder, sum_lanes, sums_shape
+from tile_mhc.kernels._common import (
+    SIMT,
+    block_sums,
+    builder,
+    follow_previous,
+    sum_lanes,
+    sums_shape,
+)
 from tile_mhc.kernels._shapes import TOKENS_PER_PARTIAL
 
 # One thread a token or a mix.
 THREADS = TOKENS_PER_PARTIAL
+
+
+def tokens_per_block(num_mixes: int) -> int:
+    """Whole tokens of a CTA with a thread a mix: indices stay 32 bits wide for any token count."""
+    return max(1, 256 // num_mixes)
 
 
 @T.macro
@@ -24,6 +36,7 @@ def logit(mix: T.float32, scale: T.float32, bias: T.float32, out: T.Buffer):
 def split_mixes_fwd(n: int):
     tokens = T.dynamic("num_tokens")
     num_mixes = n * (n + 2)
+    block_tokens = tokens_per_block(num_mixes)
 
     @T.prim_func
     def split_mixes_fwd_kernel(
@@ -37,10 +50,10 @@ def split_mixes_fwd(n: int):
         pre_eps: T.float32,
     ):
         # One thread a mix.
-        with T.Kernel(T.ceildiv(tokens * num_mixes, THREADS), threads=THREADS) as block:
-            index = T.cast(block, T.int64) * THREADS + T.get_thread_binding()
-            t = index // num_mixes
-            k = index % num_mixes
+        with T.Kernel(T.ceildiv(tokens, block_tokens), threads=block_tokens * num_mixes) as block:
+            follow_previous()
+            t = block * block_tokens + T.get_thread_binding() // num_mixes
+            k = T.get_thread_binding() % num_mixes
             z = T.alloc_local((1,), T.float32)
             if t < tokens:
                 logit(mixes[t, k], scale[T.min(k // n, 2)], bias[k], z)
@@ -75,6 +88,7 @@ def split_mixes_bwd(n: int):
     ):
         # One thread a token; its CTA's sums are one row of partials: bias, then scale.
         with T.Kernel(rows, threads=THREADS) as row:
+            follow_previous()
             tid = T.get_thread_binding()
             t = row * THREADS + tid
             z = T.alloc_local((1,), T.float32)
@@ -124,6 +138,7 @@ def column_sums(biases: int, scales: int):
     ):
         # One CTA a column: each thread a stride of rows, then the CTA's sum.
         with T.Kernel(columns, threads=THREADS) as column:
+            follow_previous()
             tid = T.get_thread_binding()
             total = T.alloc_local((1,), T.float32)
             shared = T.alloc_shared(sums_shape(1, THREADS), T.float32)

@@ -14,7 +14,9 @@ from tile_mhc.kernels._common import (
     VECTOR,
     block_sums,
     builder,
+    follow_previous,
     load_streams,
+    row_chunks,
     row_threads,
     sum_lanes,
     sums_shape,
@@ -43,6 +45,7 @@ def combine(
 def post_fwd(n: int, hidden_size: int):
     tokens = T.dynamic("num_tokens")
     threads = row_threads(hidden_size)
+    chunks = row_chunks(hidden_size, threads)
 
     @T.prim_func
     def post_fwd_kernel(
@@ -52,8 +55,10 @@ def post_fwd(n: int, hidden_size: int):
         comb_mix: T.Tensor[(tokens, n, n), T.float32],
         out: T.Tensor[(tokens, n, hidden_size), T.bfloat16],
     ):
-        with T.Kernel(tokens, T.ceildiv(hidden_size, threads * VECTOR), threads=threads) as (t, c):
-            h = (c * threads + T.get_thread_binding()) * VECTOR
+        with T.Kernel(tokens * chunks, threads=threads) as block:
+            follow_previous()
+            t = block // chunks
+            h = (block % chunks * threads + T.get_thread_binding()) * VECTOR
             streams = T.alloc_local((n, VECTOR), T.bfloat16)
             output = T.alloc_local((VECTOR,), T.bfloat16)
             post = T.alloc_local((n,), T.float32)
@@ -100,6 +105,7 @@ def post_bwd(n: int, hidden_size: int):
         grad_comb: T.Tensor[(tokens, n * n), T.float32],
     ):
         with T.Kernel(tokens, threads=threads) as t:
+            follow_previous()
             T.annotate_min_blocks_per_sm(blocks_per_sm)
             tid = T.get_thread_binding()
             wide = T.alloc_local((n, VECTOR), T.bfloat16)

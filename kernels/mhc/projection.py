@@ -10,13 +10,22 @@ near-fp32 products at the tensor core cost of TF32, which would keep 11 bits.
 import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
-from tile_mhc.kernels._common import SIMT, VECTOR, builder
-from tile_mhc.kernels._shapes import BLOCK_K, BLOCK_TOKENS, backward_tile, padded
+from tile_mhc.kernels._common import SIMT, VECTOR, builder, follow_previous
+from tile_mhc.kernels._shapes import (
+    BACKWARD_TOKENS,
+    BLOCK_K,
+    BLOCK_TOKENS,
+    PIECE,
+    backward_pieces,
+    factors_width,
+    padded,
+)
 
 THREADS = 128
 # Two warpgroups of 64 tokens each: while one waits for its product the other works.
 MATMUL_THREADS = 256
 FULL_ROW = T.GemmWarpPolicy.FullRow
+FULL_COLUMN = T.GemmWarpPolicy.FullCol
 SHARED_BYTES = 224 * 1024
 # Past this a sum of squares may have overflowed float32: such a token is done again on scaled
 # streams. Inf and NaN come here too, and stay what they are.
@@ -64,6 +73,7 @@ def projection_weight(num_mixes: int, size: int, has_norm: bool):
         tf32: T.int32,
     ):
         with T.Kernel(T.ceildiv(size, THREADS * VECTOR), part_rows, threads=THREADS) as (block, m):
+            follow_previous()
             k = (block * THREADS + T.get_thread_binding()) * VECTOR
             values = T.alloc_local((VECTOR,), T.float32)
             if k < size:
@@ -82,6 +92,7 @@ def projection_weight(num_mixes: int, size: int, has_norm: bool):
         tf32: T.int32,
     ):
         with T.Kernel(T.ceildiv(size, THREADS * VECTOR), part_rows, threads=THREADS) as (block, m):
+            follow_previous()
             k = (block * THREADS + T.get_thread_binding()) * VECTOR
             values = T.alloc_local((VECTOR,), T.float32)
             if k < size:
@@ -115,6 +126,7 @@ def projection_fwd(num_mixes: int, size: int):
     ):
         # The split is the fastest index: the splits of one token tile run together.
         with T.Kernel(splits, T.ceildiv(tokens, BLOCK_TOKENS), threads=MATMUL_THREADS) as (s, tile):
+            follow_previous()
             x_shared = T.alloc_shared((BLOCK_TOKENS, BLOCK_K), T.bfloat16)
             w_shared = T.alloc_shared((2 * part_rows, BLOCK_K), T.bfloat16)
             product = T.alloc_fragment((BLOCK_TOKENS, 2 * part_rows), T.float32)
@@ -232,6 +244,7 @@ def projection_norm(num_mixes: int, size: int):
         eps: T.float32,
     ):
         with T.Kernel(T.ceildiv(tokens, block), threads=block * num_mixes) as b:
+            follow_previous()
             tid = T.get_thread_binding()
             t = b * block + tid // num_mixes
             m = tid % num_mixes
@@ -246,140 +259,189 @@ def projection_norm(num_mixes: int, size: int):
 
 
 @builder(SIMT)
-def projection_norm_bwd(num_mixes: int, size: int):
-    """Gradient of the bare product, in two parts, and the factor of x from the statistic.
+def projection_norm_bwd(num_mixes: int, size: int, n: int):
+    """Gradient of the bare product, in two parts, and what else `projection_bwd` needs of a token.
 
     d mixes/d product = r;  d mixes/d x through r = -x * r**2 / K * mixes: here the factor without
-    one r, which joins x first where it is used, so that it cannot overflow. A CTA is a tile of
-    tokens of `projection_bwd`: it chooses their common power of two and hands on its inverse.
+    one r, which joins x first where it is used, so that it cannot overflow. A tile of tokens gets a
+    common power of two; its inverse goes along. With n > 0 streams, so does pre_mix.
     """
     tokens = T.dynamic("num_tokens")
-    tiles = T.dynamic("num_tiles")
     part_rows = padded(num_mixes)
-    threads = backward_tile(num_mixes)[0]
+    width = factors_width(n)
+    vector = 4 if num_mixes % 4 == 0 else 2
+    tile_warps = BACKWARD_TOKENS // 32
 
-    @T.prim_func
-    def projection_norm_bwd_kernel(
-        grad: T.Tensor[(tokens, num_mixes), T.float32],
-        mixes: T.Tensor[(tokens, num_mixes), T.float32],
-        inv_rms: T.Tensor[(tokens,), T.float32],
-        grad_parts: T.Tensor[(tokens, 2 * part_rows), T.bfloat16],
-        along: T.Tensor[(tokens,), T.float32],
-        inv_scale: T.Tensor[(tiles,), T.float32],
+    @T.macro
+    def norm_bwd(
+        grad: T.Tensor,
+        mixes: T.Tensor,
+        inv_rms: T.Tensor,
+        grad_parts: T.Tensor,
+        factors: T.Tensor,
         tf32: T.int32,
+        pre_mix: T.Tensor,
     ):
-        with T.Kernel(tiles, threads=threads) as tile:
+        # One thread a token, whole tiles a CTA.
+        with T.Kernel(T.ceildiv(tokens, THREADS), threads=THREADS) as block:
+            follow_previous()
             tid = T.get_thread_binding()
-            t = tile * threads + tid
+            t = block * THREADS + tid
             row = T.alloc_local((2 * part_rows,), T.bfloat16)
             values = T.alloc_local((part_rows,), T.float32)
-            total = T.alloc_local((1,), T.float32)
+            mixed = T.alloc_local((num_mixes,), T.float32)
+            per_token = T.alloc_local((width,), T.float32)
             largest = T.alloc_local((1,), T.float32)
             lift = T.alloc_local((1,), T.int32)
-            shared = T.alloc_shared((threads // 32,), T.float32)
-            total[0] = 0.0
+            shared = T.alloc_shared((THREADS // 32,), T.float32)
             largest[0] = 0.0
             for m in T.unroll(part_rows):
                 values[m] = 0.0
+            for c in T.unroll(width):
+                per_token[c] = 0.0
             if t < tokens:
+                for m in T.unroll(num_mixes // vector):
+                    for v in T.vectorized(vector):
+                        values[m * vector + v] = grad[t, m * vector + v]
+                    for v in T.vectorized(vector):
+                        mixed[m * vector + v] = mixes[t, m * vector + v]
+                per_token[0] = inv_rms[t]
                 for m in T.unroll(num_mixes):
-                    total[0] += grad[t, m] * mixes[t, m]
-                    values[m] = grad[t, m] * inv_rms[t]
+                    per_token[1] += values[m] * mixed[m]
+                    values[m] *= per_token[0]
                     if tf32 != 0:
                         round_to_tf32(values, m)
                     largest[0] = T.max(largest[0], T.abs(values[m]))
-                along[t] = -total[0] * inv_rms[t] / size
+                per_token[1] = -per_token[1] * per_token[0] / size
+                if n > 0:
+                    for i in T.unroll(n):
+                        per_token[3 + i] = pre_mix[t, i]
             largest[0] = T.warp_reduce_max(largest[0])
             if tid % 32 == 0:
                 shared[tid // 32] = largest[0]
             T.sync_threads()
-            for warp in T.unroll(threads // 32):
-                largest[0] = T.max(largest[0], shared[warp])
+            for warp in T.unroll(tile_warps):
+                largest[0] = T.max(largest[0], shared[tid // BACKWARD_TOKENS * tile_warps + warp])
             lift[0] = T.max(SMALL_EXPONENT - (T.reinterpret(largest[0], T.int32) >> 23), 0)
-            total[0] = T.reinterpret((127 + lift[0]) << 23, T.float32)
-            if tid == 0:
-                inv_scale[tile] = T.reinterpret((127 - lift[0]) << 23, T.float32)
+            largest[0] = T.reinterpret((127 + lift[0]) << 23, T.float32)
+            per_token[2] = T.reinterpret((127 - lift[0]) << 23, T.float32)
             if t < tokens:
                 for m in T.unroll(part_rows):
-                    values[m] *= total[0]
+                    values[m] *= largest[0]
                     row[m] = T.cast(values[m], T.bfloat16)
                     row[part_rows + m] = T.cast(values[m] - T.cast(row[m], T.float32), T.bfloat16)
                 for m in T.unroll(2 * part_rows // 8):
                     for v in T.vectorized(8):
                         grad_parts[t, m * 8 + v] = row[m * 8 + v]
+                for c in T.unroll(width // 4):
+                    for v in T.vectorized(4):
+                        factors[t, c * 4 + v] = per_token[c * 4 + v]
 
-    return projection_norm_bwd_kernel
+    if n == 0:
+
+        @T.prim_func
+        def projection_norm_bwd_kernel(
+            grad: T.Tensor[(tokens, num_mixes), T.float32],
+            mixes: T.Tensor[(tokens, num_mixes), T.float32],
+            inv_rms: T.Tensor[(tokens,), T.float32],
+            grad_parts: T.Tensor[(tokens, 2 * part_rows), T.bfloat16],
+            factors: T.Tensor[(tokens, width), T.float32],
+            tf32: T.int32,
+        ):
+            norm_bwd(grad, mixes, inv_rms, grad_parts, factors, tf32, None)
+
+        return projection_norm_bwd_kernel
+
+    @T.prim_func
+    def projection_norm_aggregate_bwd_kernel(
+        grad: T.Tensor[(tokens, num_mixes), T.float32],
+        mixes: T.Tensor[(tokens, num_mixes), T.float32],
+        inv_rms: T.Tensor[(tokens,), T.float32],
+        grad_parts: T.Tensor[(tokens, 2 * part_rows), T.bfloat16],
+        factors: T.Tensor[(tokens, width), T.float32],
+        tf32: T.int32,
+        pre_mix: T.Tensor[(tokens, n), T.float32],
+    ):
+        norm_bwd(grad, mixes, inv_rms, grad_parts, factors, tf32, pre_mix)
+
+    return projection_norm_aggregate_bwd_kernel
 
 
 @builder({})
-def projection_bwd(num_mixes: int, size: int, n: int):
+def projection_bwd(num_mixes: int, size: int, n: int, accumulates: bool):
     """Gradients of x and, per slice of tokens, of the weight, in one pass over x.
 
-    A CTA owns a block of columns: its weights stay in shared memory, its weight gradient in
+    A CTA owns some columns: their weights stay in shared memory, their weight gradient in
     registers, and tokens stream through.
     grad_x = G_high w_high + G_low w_high + G_high w_low + (x * r) * along;  grad_w = G^T x
     With n > 0 streams, the gradient of their aggregate joins before the one rounding of grad_x:
-    pre_mix[t, i] * grad_input[t, h].
+    pre_mix[t, i] * grad_input[t, h]. So does, if it accumulates, a gradient that x already has.
     """
     tokens = T.dynamic("num_tokens")
     slices = T.dynamic("num_slices")
-    tiles = T.dynamic("num_tiles")
     part_rows = padded(num_mixes)
     both = 2 * part_rows
-    # The matmul steps 16 deep: the high part of G is read with what follows it, against zeros.
-    deep = -(-part_rows // 16) * 16
-    block, columns = backward_tile(num_mixes)
-    threads = 2 * block
+    width = factors_width(n)
     hidden_size = size // max(n, 1)
-    # H is a multiple of this, so that a piece of columns lies in one stream.
-    piece = 64
-    pieces = columns // piece
-    fixed = (both + deep + block) * columns * 2
-    stage = block * (columns * (2 if n else 1) + both + deep) * 2
-    stages = min(3, (SHARED_BYTES - fixed) // stage)
+    block = BACKWARD_TOKENS
+    num_pieces = backward_pieces(num_mixes, size, n, accumulates)
+    # A tuple is unrolled as the kernel is traced: TMA wants its pieces one by one.
+    pieces = tuple(range(num_pieces))
+    columns = num_pieces * PIECE
+    # The same h of several streams share a CTA, which then reads grad_input once for them.
+    groups = max(n // num_pieces, 1)
+    fixed = (2 * both + block) * columns * 2
+    stage = block * (
+        columns * 2 * (2 if accumulates else 1) + both * 2 + width * 4 + (PIECE * 2 if n else 0)
+    )
+    stages = min(4, (SHARED_BYTES - fixed) // stage)
+    # The products of a tile are issued together; the last one waits for all.
+    issue_only = {"wg_wait": -1}
+
+    def start(column: T.int32, piece: int):
+        """The column of x at which a piece of a CTA's columns starts."""
+        if n == 0:
+            return column * columns + piece * PIECE
+        stream = column % groups * num_pieces + piece
+        return stream * hidden_size + column // groups * PIECE
 
     @T.macro
     def backward(
         grad_parts: T.Tensor,
-        along: T.Tensor,
-        inv_rms: T.Tensor,
+        factors: T.Tensor,
         x: T.Tensor,
         parts: T.Tensor,
         grad_x: T.Tensor,
         partials: T.Tensor,
-        inv_scale: T.Tensor,
         slice_tokens: T.int32,
         grad_input: T.Tensor,
-        pre_mix: T.Tensor,
+        accumulated: T.Tensor,
     ):
-        with T.Kernel(size // columns, slices, threads=threads) as (column, slot):
-            k0 = column * columns
+        with T.Kernel(size // columns, slices, threads=MATMUL_THREADS) as (column, slot):
+            follow_previous()
+            # The rows of G are [high | low]; against these they give all products but low x low.
             high_twice = T.alloc_shared((both, columns), T.bfloat16)
-            low = T.alloc_shared((deep, columns), T.bfloat16)
+            low_then_zero = T.alloc_shared((both, columns), T.bfloat16)
             x_shared = T.alloc_shared((block, columns), T.bfloat16)
             g_shared = T.alloc_shared((block, both), T.bfloat16)
-            g_high = T.alloc_shared((block, deep), T.bfloat16)
+            factors_shared = T.alloc_shared((block, width), T.float32)
             out_shared = T.alloc_shared((block, columns), T.bfloat16)
-            rms_local = T.alloc_fragment((block,), T.float32)
-            along_local = T.alloc_fragment((block,), T.float32)
             grad_local = T.alloc_fragment((block, columns), T.float32)
             weight_local = T.alloc_fragment((columns, both), T.float32)
             tile_weight = T.alloc_fragment((columns, both), T.float32)
-            unscale = T.alloc_local((1,), T.float32)
             if n > 0:
-                wide_first = T.alloc_shared((block, piece), T.bfloat16)
-                wide_last = T.alloc_shared((block, piece), T.bfloat16)
-                T.annotate_layout(
-                    {wide: make_swizzled_layout(wide) for wide in (wide_first, wide_last)}
-                )
-                mix_local = T.alloc_fragment((block, pieces), T.float32)
-            for m, k in T.Parallel(part_rows, columns):
-                high_twice[m, k] = parts[m, k0 + k]
-                high_twice[part_rows + m, k] = parts[m, k0 + k]
-            for m, k in T.Parallel(deep, columns):
-                low[m, k] = T.if_then_else(
-                    m < part_rows, parts[part_rows + m, k0 + k], T.cast(0, T.bfloat16)
-                )
+                wide_shared = T.alloc_shared((block, PIECE), T.bfloat16)
+                T.annotate_layout({wide_shared: make_swizzled_layout(wide_shared)})
+            if accumulates:
+                sum_shared = T.alloc_shared((block, columns), T.bfloat16)
+                T.annotate_layout({sum_shared: make_swizzled_layout(sum_shared)})
+            for p in pieces:
+                for m, k in T.Parallel(part_rows, PIECE):
+                    c = p * PIECE + k
+                    high_twice[m, c] = parts[m, start(column, p) + k]
+                    high_twice[part_rows + m, c] = parts[m, start(column, p) + k]
+                    low_then_zero[m, c] = parts[part_rows + m, start(column, p) + k]
+                    low_then_zero[part_rows + m, c] = T.cast(0, T.bfloat16)
             # The tensor cores read these through another path than the threads that wrote them.
             T.fence_proxy_async()
             T.sync_threads()
@@ -389,22 +451,20 @@ def projection_bwd(num_mixes: int, size: int, n: int):
                 T.ceildiv(T.min(slice_tokens, tokens - first), block), num_stages=stages
             ):
                 t0 = first + step * block
-                T.copy(x[t0, k0], x_shared)
-                T.copy(grad_parts[t0, 0], g_shared)
-                T.copy(grad_parts[t0, 0], g_high)
-                T.copy(inv_rms[t0], rms_local)
-                T.copy(along[t0], along_local)
-                unscale[0] = inv_scale[t0 // block]
-                if n > 0:
-                    if pieces > 1:
-                        T.copy(grad_input[t0, k0 % hidden_size], wide_first)
-                    T.copy(grad_input[t0, (k0 + columns - piece) % hidden_size], wide_last)
-                    for i, c in T.Parallel(block, pieces):
-                        mix_local[i, c] = T.if_then_else(
-                            t0 + i < tokens, pre_mix[t0 + i, (k0 + c * piece) // hidden_size], 0.0
+                t1 = t0 + block
+                for p in pieces:
+                    k0 = start(column, p)
+                    c0 = p * PIECE
+                    T.copy(x[t0:t1, k0 : k0 + PIECE], x_shared[0:block, c0 : c0 + PIECE])
+                    if accumulates:
+                        T.copy(
+                            accumulated[t0:t1, k0 : k0 + PIECE],
+                            sum_shared[0:block, c0 : c0 + PIECE],
                         )
-                T.gemm(g_shared, high_twice, grad_local, clear_accum=True, policy=FULL_ROW)
-                T.gemm(g_high, low, grad_local, policy=FULL_ROW)
+                T.copy(grad_parts[t0, 0], g_shared)
+                T.copy(factors[t0, 0], factors_shared)
+                if n > 0:
+                    T.copy(grad_input[t0, column // groups * PIECE], wide_shared)
                 T.gemm(
                     x_shared,
                     g_shared,
@@ -412,90 +472,105 @@ def projection_bwd(num_mixes: int, size: int, n: int):
                     transpose_A=True,
                     clear_accum=True,
                     policy=FULL_ROW,
+                    annotations=issue_only,
                 )
+                T.gemm(
+                    g_shared,
+                    high_twice,
+                    grad_local,
+                    clear_accum=True,
+                    policy=FULL_COLUMN,
+                    annotations=issue_only,
+                )
+                T.gemm(g_shared, low_then_zero, grad_local, policy=FULL_COLUMN)
+                # The wait above is for tile_weight too, which the compiler has to be told.
+                T.warpgroup_fence_operand(tile_weight, num_regs=columns * both // MATMUL_THREADS)
                 for k, m in T.Parallel(columns, both):
-                    weight_local[k, m] += tile_weight[k, m] * unscale[0]
+                    weight_local[k, m] += tile_weight[k, m] * factors_shared[0, 2]
                 for i, k in T.Parallel(block, columns):
                     grad_local[i, k] = (
-                        grad_local[i, k] * unscale[0]
-                        + (T.cast(x_shared[i, k], T.float32) * rms_local[i]) * along_local[i]
+                        grad_local[i, k] * factors_shared[0, 2]
+                        + (T.cast(x_shared[i, k], T.float32) * factors_shared[i, 0])
+                        * factors_shared[i, 1]
                     )
                 if n > 0:
+                    first_stream = column % groups * num_pieces
                     for i, k in T.Parallel(block, columns):
-                        grad_local[i, k] += mix_local[i, k // piece] * T.cast(
-                            T.if_then_else(
-                                k < columns - piece,
-                                wide_first[i, k % piece],
-                                wide_last[i, k % piece],
-                            ),
-                            T.float32,
-                        )
+                        grad_local[i, k] += factors_shared[
+                            i, 3 + first_stream + k // PIECE
+                        ] * T.cast(wide_shared[i, k % PIECE], T.float32)
+                if accumulates:
+                    for i, k in T.Parallel(block, columns):
+                        grad_local[i, k] += T.cast(sum_shared[i, k], T.float32)
+                # The tile before has left out_shared: its store ran beside this tile's products.
+                T.tma_store_wait(0)
                 T.copy(grad_local, out_shared)
-                T.copy(out_shared, grad_x[t0, k0])
+                for p in pieces:
+                    k0 = start(column, p)
+                    c0 = p * PIECE
+                    T.tma_copy(out_shared[0:block, c0 : c0 + PIECE], grad_x[t0:t1, k0 : k0 + PIECE])
+            T.tma_store_wait(0)
             weight_shared = T.alloc_shared((columns, both), T.float32)
             T.copy(weight_local, weight_shared)
-            for m, k in T.Parallel(num_mixes, columns):
-                partials[slot, m, k0 + k] = weight_shared[k, m] + weight_shared[k, part_rows + m]
+            for p in pieces:
+                for m, k in T.Parallel(num_mixes, PIECE):
+                    c = p * PIECE + k
+                    partials[slot, m, start(column, p) + k] = (
+                        weight_shared[c, m] + weight_shared[c, part_rows + m]
+                    )
 
     if n == 0:
 
         @T.prim_func
         def projection_bwd_kernel(
             grad_parts: T.Tensor[(tokens, both), T.bfloat16],
-            along: T.Tensor[(tokens,), T.float32],
-            inv_rms: T.Tensor[(tokens,), T.float32],
+            factors: T.Tensor[(tokens, width), T.float32],
             x: T.Tensor[(tokens, size), T.bfloat16],
             parts: T.Tensor[(both, size), T.bfloat16],
             grad_x: T.Tensor[(tokens, size), T.bfloat16],
             partials: T.Tensor[(slices, num_mixes, size), T.float32],
-            inv_scale: T.Tensor[(tiles,), T.float32],
             slice_tokens: T.int32,
         ):
-            backward(
-                grad_parts,
-                along,
-                inv_rms,
-                x,
-                parts,
-                grad_x,
-                partials,
-                inv_scale,
-                slice_tokens,
-                None,
-                None,
-            )
+            backward(grad_parts, factors, x, parts, grad_x, partials, slice_tokens, None, None)
 
         return projection_bwd_kernel
 
+    if not accumulates:
+
+        @T.prim_func
+        def projection_aggregate_bwd_kernel(
+            grad_parts: T.Tensor[(tokens, both), T.bfloat16],
+            factors: T.Tensor[(tokens, width), T.float32],
+            x: T.Tensor[(tokens, size), T.bfloat16],
+            parts: T.Tensor[(both, size), T.bfloat16],
+            grad_x: T.Tensor[(tokens, size), T.bfloat16],
+            partials: T.Tensor[(slices, num_mixes, size), T.float32],
+            slice_tokens: T.int32,
+            grad_input: T.Tensor[(tokens, hidden_size), T.bfloat16],
+        ):
+            backward(
+                grad_parts, factors, x, parts, grad_x, partials, slice_tokens, grad_input, None
+            )
+
+        return projection_aggregate_bwd_kernel
+
     @T.prim_func
-    def projection_aggregate_bwd_kernel(
+    def projection_accumulate_bwd_kernel(
         grad_parts: T.Tensor[(tokens, both), T.bfloat16],
-        along: T.Tensor[(tokens,), T.float32],
-        inv_rms: T.Tensor[(tokens,), T.float32],
+        factors: T.Tensor[(tokens, width), T.float32],
         x: T.Tensor[(tokens, size), T.bfloat16],
         parts: T.Tensor[(both, size), T.bfloat16],
         grad_x: T.Tensor[(tokens, size), T.bfloat16],
         partials: T.Tensor[(slices, num_mixes, size), T.float32],
-        inv_scale: T.Tensor[(tiles,), T.float32],
         slice_tokens: T.int32,
         grad_input: T.Tensor[(tokens, hidden_size), T.bfloat16],
-        pre_mix: T.Tensor[(tokens, n), T.float32],
+        accumulated: T.Tensor[(tokens, size), T.bfloat16],
     ):
         backward(
-            grad_parts,
-            along,
-            inv_rms,
-            x,
-            parts,
-            grad_x,
-            partials,
-            inv_scale,
-            slice_tokens,
-            grad_input,
-            pre_mix,
+            grad_parts, factors, x, parts, grad_x, partials, slice_tokens, grad_input, accumulated
         )
 
-    return projection_aggregate_bwd_kernel
+    return projection_accumulate_bwd_kernel
 
 
 @builder(SIMT)
@@ -518,6 +593,7 @@ def projection_weight_bwd(num_mixes: int, size: int, has_norm: bool):
         grad_weight: T.Tensor[(num_mixes, size), T.float32],
     ):
         with T.Kernel(T.ceildiv(size, THREADS * vector), num_mixes, threads=THREADS) as (block, m):
+            follow_previous()
             k = (block * THREADS + T.get_thread_binding()) * vector
             total = T.alloc_local((vector,), T.float32)
             if k < size:
@@ -534,6 +610,7 @@ def projection_weight_bwd(num_mixes: int, size: int, has_norm: bool):
         grad_norm_weight: T.Tensor[(size,), T.float32],
     ):
         with T.Kernel(T.ceildiv(size, 32 * vector), threads=32) as block:
+            follow_previous()
             k = (block * 32 + T.get_thread_binding()) * vector
             total = T.alloc_local((vector,), T.float32)
             norm = T.alloc_local((vector,), T.float32)

@@ -10,7 +10,9 @@ from tile_mhc.kernels._common import (
     SIMT,
     VECTOR,
     builder,
+    follow_previous,
     load_streams,
+    row_chunks,
     row_threads,
     weighted_sum,
 )
@@ -25,6 +27,7 @@ def recompute(n: int, hidden_size: int):
     tokens = T.dynamic("num_tokens")
     rows = T.dynamic("num_layers")
     threads = row_threads(hidden_size)
+    chunks = row_chunks(hidden_size, threads)
 
     @T.prim_func
     def recompute_kernel(
@@ -32,8 +35,10 @@ def recompute(n: int, hidden_size: int):
         table: T.Tensor[(rows, 6), T.ptr],
         posts: T.int32,
     ):
-        with T.Kernel(tokens, T.ceildiv(hidden_size, threads * VECTOR), threads=threads) as (t, c):
-            h = (c * threads + T.get_thread_binding()) * VECTOR
+        with T.Kernel(tokens * chunks, threads=threads) as block:
+            follow_previous()
+            t = block // chunks
+            h = (block % chunks * threads + T.get_thread_binding()) * VECTOR
             streams = T.alloc_local((n, VECTOR), T.bfloat16)
             mixed = T.alloc_local((n, VECTOR), T.bfloat16)
             output = T.alloc_local((VECTOR,), T.bfloat16)
@@ -106,6 +111,7 @@ def recompute_table(slots: int):
         a42: T.int64, a43: T.int64, a44: T.int64, a45: T.int64, a46: T.int64, a47: T.int64,
     ):
         with T.Kernel(1, threads=32):
+            follow_previous()
             values = (
                 a0, a1, a2, a3, a4, a5,
                 a6, a7, a8, a9, a10, a11,

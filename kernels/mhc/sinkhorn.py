@@ -1,13 +1,13 @@
 """n x n logits -> a doubly stochastic matrix, one token a thread, all of it in registers.
 
 Every iterate of Sinkhorn is diag(a) * E * diag(b) with E = softmax(logits) + eps, so the kernels
-iterate the scalings a and b alone: a normalisation costs n*n multiply-adds and n divisions instead
-of n*n divisions, and errors of a scaling are corrected by the next.
+iterate the scalings a and b alone: a normalisation costs n*n multiply-adds and n reciprocals
+instead of n*n divisions, and errors of a scaling are corrected by the next.
 """
 
 import tilelang.language as T
 
-from tile_mhc.kernels._common import SIMT, builder
+from tile_mhc.kernels._common import SIMT, builder, follow_previous
 
 # One warp a CTA: 8192 tokens make 256 CTAs, enough for every SM.
 THREADS = 32
@@ -15,21 +15,26 @@ SHARED_BYTES = 200 * 1024
 
 
 @T.macro
-def divide(numerator: T.float32, divisor: T.float32, out: T.Buffer, index: T.int32):
-    """out[index] = numerator / divisor as IEEE rounds it, operands far from the ends of float32.
+def reciprocal(divisor: T.float32, out: T.Buffer, index: T.int32):
+    """out[index] = 1 / divisor, to the last bit or so, for a divisor far from the ends of float32.
 
     The compiler's division branches to a slow path for those ends, and a branch a division keeps
     the n divisions of a step from overlapping: half of the kernel's time on an H200.
     """
-    reciprocal = T.alloc_local((1,), T.float32)
-    quotient = T.alloc_local((1,), T.float32)
-    reciprocal[0] = T.fast_rcp(divisor)
-    reciprocal[0] = T.ieee_fmaf(
-        reciprocal[0], T.ieee_fmaf(-divisor, reciprocal[0], T.float32(1)), reciprocal[0]
-    )
-    quotient[0] = numerator * reciprocal[0]
+    estimate = T.alloc_local((1,), T.float32)
+    estimate[0] = T.fast_rcp(divisor)
     out[index] = T.ieee_fmaf(
-        T.ieee_fmaf(-divisor, quotient[0], numerator), reciprocal[0], quotient[0]
+        estimate[0], T.ieee_fmaf(-divisor, estimate[0], T.float32(1)), estimate[0]
+    )
+
+
+@T.macro
+def divide(numerators: T.Buffer, i: T.int32, j: T.int32, divisor: T.float32, inverse: T.float32):
+    """numerators[i, j] /= divisor as IEEE rounds it, given its reciprocal."""
+    quotient = T.alloc_local((1,), T.float32)
+    quotient[0] = numerators[i, j] * inverse
+    numerators[i, j] = T.ieee_fmaf(
+        T.ieee_fmaf(-divisor, quotient[0], numerators[i, j]), inverse, quotient[0]
     )
 
 
@@ -37,6 +42,7 @@ def divide(numerator: T.float32, divisor: T.float32, out: T.Buffer, index: T.int
 def softmax_rows(comb: T.Buffer, n: int):
     """comb[i, :] = softmax(comb[i, :]), in place."""
     row = T.alloc_local((1,), T.float32)
+    inverse = T.alloc_local((1,), T.float32)
     for i in T.unroll(n):
         row[0] = comb[i, 0]
         for j in T.unroll(n - 1):
@@ -46,31 +52,38 @@ def softmax_rows(comb: T.Buffer, n: int):
         row[0] = 0.0
         for j in T.unroll(n):
             row[0] += comb[i, j]
+        reciprocal(row[0], inverse, 0)
         for j in T.unroll(n):
-            comb[i, j] = comb[i, j] / row[0]
+            divide(comb, i, j, row[0], inverse[0])
 
 
 @T.macro
-def scale_rows(comb: T.Buffer, a: T.Buffer, b: T.Buffer, n: int, eps: T.float32):
-    """a[i] such that row i of diag(a) comb diag(b) is divided by its sum + eps."""
-    row = T.alloc_local((1,), T.float32)
+def scale_rows(comb: T.Buffer, a: T.Buffer, inv_a: T.Buffer, b: T.Buffer, n: int, eps: T.float32):
+    """a[i] such that row i of diag(a) comb diag(b) is divided by its sum + eps.
+
+    a / (a * sum + eps) = 1 / (sum + eps / a), so that 1 / a is what is kept and inverted: one
+    rounding, and a shorter chain of dependent operations, which is what the kernel's time is.
+    """
+    pair = T.alloc_local((2,), T.float32)
     for i in T.unroll(n):
-        row[0] = 0.0
-        for j in T.unroll(n):
-            row[0] += comb[i, j] * b[j]
-        divide(a[i], a[i] * row[0] + eps, a, i)
+        for j in T.unroll(2):
+            pair[j] = comb[i, j] * b[j]
+        for j in T.unroll(n - 2):
+            pair[j % 2] += comb[i, j + 2] * b[j + 2]
+        inv_a[i] = T.ieee_fmaf(eps, inv_a[i], pair[0] + pair[1])
+        reciprocal(inv_a[i], a, i)
 
 
 @T.macro
-def column_divisors(
-    comb: T.Buffer, a: T.Buffer, b: T.Buffer, n: int, eps: T.float32, divisor: T.Buffer
-):
-    """divisor[j] = sum over column j of diag(a) comb diag(b), + eps."""
+def column_divisors(comb: T.Buffer, a: T.Buffer, inv_b: T.Buffer, n: int, eps: T.float32):
+    """inv_b[j] = the inverse of the scaling that divides column j by its sum + eps."""
+    pair = T.alloc_local((2,), T.float32)
     for j in T.unroll(n):
-        divisor[j] = 0.0
-        for i in T.unroll(n):
-            divisor[j] += a[i] * comb[i, j]
-        divisor[j] = b[j] * divisor[j] + eps
+        for i in T.unroll(2):
+            pair[i] = a[i] * comb[i, j]
+        for i in T.unroll(n - 2):
+            pair[i % 2] += a[i + 2] * comb[i + 2, j]
+        inv_b[j] = T.ieee_fmaf(eps, inv_b[j], pair[0] + pair[1])
 
 
 @T.macro
@@ -78,23 +91,27 @@ def sinkhorn_token(comb: T.Buffer, n: int, repeat: T.int32, eps: T.float32):
     """Logits to the doubly stochastic matrix, in place in registers."""
     a = T.alloc_local((n,), T.float32)
     b = T.alloc_local((n,), T.float32)
-    divisor = T.alloc_local((n,), T.float32)
+    inv_a = T.alloc_local((n,), T.float32)
+    inv_b = T.alloc_local((n,), T.float32)
     softmax_rows(comb, n)
     for i in T.unroll(n):
         a[i] = 1.0
-        b[i] = 1.0
+        inv_a[i] = 1.0
+        inv_b[i] = 1.0
         for j in T.unroll(n):
             comb[i, j] += eps
-    column_divisors(comb, a, b, n, eps, divisor)
+    column_divisors(comb, a, inv_b, n, eps)
     for _ in T.serial(repeat - 1):
         for j in T.unroll(n):
-            divide(b[j], divisor[j], b, j)
-        scale_rows(comb, a, b, n, eps)
-        column_divisors(comb, a, b, n, eps, divisor)
-    # The last division is made on the elements: it cancels what is left of the error of b.
-    for i in T.unroll(n):
-        for j in T.unroll(n):
-            comb[i, j] = comb[i, j] * a[i] * b[j] / divisor[j]
+            reciprocal(inv_b[j], b, j)
+        scale_rows(comb, a, inv_a, b, n, eps)
+        column_divisors(comb, a, inv_b, n, eps)
+    # The last division is made on the elements: no error of b is left in them.
+    for j in T.unroll(n):
+        reciprocal(inv_b[j], b, j)
+        for i in T.unroll(n):
+            comb[i, j] *= a[i]
+            divide(comb, i, j, inv_b[j], b[j])
 
 
 @builder(SIMT)
@@ -109,6 +126,7 @@ def sinkhorn_fwd(n: int):
         eps: T.float32,
     ):
         with T.Kernel(T.ceildiv(tokens, THREADS), threads=THREADS) as block:
+            follow_previous()
             t = block * THREADS + T.get_thread_binding()
             comb = T.alloc_local((n, n), T.float32)
             if t < tokens:
@@ -145,13 +163,15 @@ def sinkhorn_bwd(n: int, capacity: int):
         eps: T.float32,
     ):
         with T.Kernel(T.ceildiv(tokens, threads), threads=threads) as block:
+            follow_previous()
             tid = T.get_thread_binding()
             t = block * threads + tid
             comb = T.alloc_local((n, n), T.float32)
             delta = T.alloc_local((n, n), T.float32)
             a = T.alloc_local((n,), T.float32)
             b = T.alloc_local((n,), T.float32)
-            divisor = T.alloc_local((n,), T.float32)
+            inv_a = T.alloc_local((n,), T.float32)
+            inv_b = T.alloc_local((n,), T.float32)
             along = T.alloc_local((1,), T.float32)
             # Each thread reads back only what it wrote: no barrier is needed.
             history_a = T.alloc_shared((capacity, n, threads), T.float32)
@@ -165,18 +185,19 @@ def sinkhorn_bwd(n: int, capacity: int):
                 softmax_rows(comb, n)
                 for i in T.unroll(n):
                     a[i] = 1.0
-                    b[i] = 1.0
+                    inv_a[i] = 1.0
+                    inv_b[i] = 1.0
                     for j in T.unroll(n):
                         comb[i, j] += eps
                 for step in T.serial(repeat):
                     for i in T.unroll(n):
                         history_a[step, i, tid] = a[i]
-                    column_divisors(comb, a, b, n, eps, divisor)
+                    column_divisors(comb, a, inv_b, n, eps)
                     for j in T.unroll(n):
-                        divide(b[j], divisor[j], b, j)
+                        reciprocal(inv_b[j], b, j)
                         history_b[step, j, tid] = b[j]
                     if step + 1 < repeat:
-                        scale_rows(comb, a, b, n, eps)
+                        scale_rows(comb, a, inv_a, b, n, eps)
                 for i in T.unroll(n):
                     for j in T.unroll(n):
                         delta[i, j] *= a[i] * b[j]

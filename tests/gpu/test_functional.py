@@ -36,16 +36,26 @@ def ours(**arguments):
     return sub_layer(functional.mhc_pre, functional.mhc_post, **arguments)
 
 
+def passing(layer_output, residual, **arguments):
+    """The post reads the residual that came through, so that its gradient goes back there."""
+    layer_input, post_mix, comb_mix, through = functional.mhc_pre(
+        residual, **arguments, passes_residual=True
+    )
+    return layer_input, functional.mhc_post(layer_output, through, post_mix, comb_mix)
+
+
 def specified(**arguments):
     return sub_layer(reference.fused_pre, reference.post, **arguments)
 
 
 SUB_LAYER = Op("mhc_sub_layer", ours, specified, inputs, ("layer_input", "out"))
+PASSING = Op("mhc_sub_layer_passing", passing, specified, inputs, ("layer_input", "out"))
 
 
+@pytest.mark.parametrize("op", [SUB_LAYER, PASSING], ids=str)
 @CASES
-def test_sub_layer(case):
-    oracle.check(SUB_LAYER, case, *inputs(*case.shape, "cuda"))
+def test_sub_layer(op, case):
+    oracle.check(op, case, *inputs(*case.shape, "cuda"))
 
 
 def test_residual_gradient_beside_three_roundings_in_place():
@@ -78,21 +88,24 @@ def test_residual_gradient_beside_three_roundings_in_place():
     assert oracle.relative_error(found, sum(parts)) <= 1.02 * theirs
 
 
-def test_same_bits_every_run():
-    oracle.check_repeatable(SUB_LAYER, *inputs((130,), 4, 1280, "cuda"))
+@pytest.mark.parametrize("op", [SUB_LAYER, PASSING], ids=str)
+def test_same_bits_every_run(op):
+    oracle.check_repeatable(op, *inputs((130,), 4, 1280, "cuda"))
 
 
-def test_nonfinite_stays_in_its_token():
-    oracle.check_isolation(SUB_LAYER, *inputs((130,), 4, 1280, "cuda"), "residual")
+@pytest.mark.parametrize("op", [SUB_LAYER, PASSING], ids=str)
+def test_nonfinite_stays_in_its_token(op):
+    oracle.check_isolation(op, *inputs((130,), 4, 1280, "cuda"), "residual")
 
 
+@pytest.mark.parametrize("op", [SUB_LAYER, PASSING], ids=str)
 @pytest.mark.parametrize("wanted", ["layer_output", "residual", *PARAMETERS])
-def test_one_gradient_alone(wanted):
+def test_one_gradient_alone(op, wanted):
     tensors, options = inputs((65,), 4, 192, "cuda")
-    upstream = oracle.upstream_of(SUB_LAYER, tensors, options)
-    every = oracle.evaluate(ours, tensors, options, upstream, SUB_LAYER.outputs)
+    upstream = oracle.upstream_of(op, tensors, options)
+    every = oracle.evaluate(op.run, tensors, options, upstream, op.outputs)
     leaf = tensors[wanted].requires_grad_()
-    outputs = ours(**tensors, **options)
+    outputs = op.run(**tensors, **options)
     pairs = [p for p in zip(outputs, upstream, strict=True) if p[0].requires_grad]
     (grad,) = torch.autograd.grad([p[0] for p in pairs], leaf, [p[1] for p in pairs])
     assert torch.equal(grad, every[f"grad_{wanted}"])

@@ -17,6 +17,8 @@ COLUMNS = (
     "our error",
     "native error",
     "their error",
+    "our error beside TF32",
+    "their error beside TF32",
 )
 
 
@@ -30,7 +32,9 @@ def pytest_terminal_summary(terminalreporter, config):
     rows = config.stash.get(ROWS, [])
     if not rows:
         return
-    terminalreporter.section("beside TileKernels: ||out - fp64|| / ||fp64||")
+    terminalreporter.section(
+        "beside TileKernels: ||out - fp64|| / ||fp64||, exact and with TF32 products"
+    )
     for line in markdown(rows):
         terminalreporter.write_line(line)
     path = os.environ.get("TILE_MHC_PARITY_REPORT")

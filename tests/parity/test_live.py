@@ -56,6 +56,7 @@ def test_beside_tile_kernels(theirs, ours, report, name, num_tokens, hidden_size
     native, _ = calls.evaluate(calls.native(), call, inputs, make)
     wanted, _ = calls.evaluate(theirs, call, inputs, make)
     truth = calls.evaluate_exactly(call, inputs, cotangents)
+    rounded = calls.evaluate_exactly(call, inputs, cotangents, calls.TF32_SPECIFICATION)
     torch.cuda.synchronize()
     assert found.keys() == native.keys() == wanted.keys() == truth.keys()
     worse = []
@@ -72,13 +73,16 @@ def test_beside_tile_kernels(theirs, ours, report, name, num_tokens, hidden_size
             "our error": calls.relative_error(mine, exact.view_as(mine)),
             "native error": calls.relative_error(native[tensor].view_as(exact), exact),
             "their error": calls.relative_error(other, exact.view_as(other)),
+            "our error beside TF32": calls.relative_error(mine, rounded[tensor].view_as(mine)),
+            "their error beside TF32": calls.relative_error(other, rounded[tensor].view_as(other)),
         }
         report.append(row)
         allowed = calls.allowed_error(row["their error"], exact, mine.dtype)
-        # Products are the same but for sums in float32, as both round to TF32.
+        # The difference to TileKernels is shown and has no limit: at K = 28672 it is the error of
+        # their one accumulator. Ours is held to the float64 that rounds where they round.
         limits = {"our error": allowed, "native error": allowed}
         if tensor in call.bounds:
-            limits["difference"] = 2 * call.bound(tensor)
+            limits["our error beside TF32"] = call.bound(tensor)
         for kind, limit in limits.items():
             if not row[kind] <= limit:
                 worse.append(f"{tensor}: {kind} {row[kind]:.3e}, allowed {limit:.3e}: {row}")

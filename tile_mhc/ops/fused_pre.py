@@ -26,7 +26,8 @@ def fused_pre(
     sinkhorn_repeat: int = 10,
     num_splits: int | None = None,
     tf32: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+    passes_residual: bool = False,
+) -> tuple[Tensor, ...]:
     """Compute the layer input and the mixes of one sub-layer.
 
     mixes = projection(residual, weight);  pre_mix, post_mix, logits = split_mixes(mixes)
@@ -35,6 +36,11 @@ def fused_pre(
     The outputs are the bits of the four ops one after another, with the same `num_splits`. The
     gradient of the residual is rounded once for both its uses, where the four ops round it twice
     and autograd their sum.
+
+    With `passes_residual` the residual is an output too, for the `post` of the sub-layer to read.
+    The gradient that comes back for it is then added inside this op's backward, before the one
+    rounding: a pass over three stream tensors less than when autograd adds it. Anything may read
+    that output, or nothing; any other use of the residual itself stays right too.
 
     Args:
         residual: (..., n, H) bfloat16, contiguous; n in 2, 4, 8; H a multiple of 64.
@@ -49,9 +55,11 @@ def fused_pre(
         sinkhorn_repeat: Sinkhorn steps, from 1 to 1024 (DeepSeek-V4 uses 20).
         num_splits: as in `projection`.
         tf32: as in `projection`.
+        passes_residual: whether to return the residual, too.
 
     Returns:
-        layer_input (..., H) bfloat16, post_mix (..., n) and comb_mix (..., n, n) float32.
+        layer_input (..., H) bfloat16, post_mix (..., n) and comb_mix (..., n, n) float32; with
+        `passes_residual`, then a view of the residual.
 
     Raises:
         ShapeError: a shape, dtype, device or layout does not match.
@@ -69,7 +77,9 @@ def fused_pre(
     sinkhorn_op.check_sinkhorn(op, sinkhorn_repeat, sinkhorn_eps, prefix="sinkhorn_")
     errors.check_number(op, "post_mult", post_mult)
     errors.check_number(op, "pre_eps", pre_eps)
-    return _fused_pre(
+    errors.check_bool(op, "passes_residual", passes_residual)
+    run = _FusedPreAndResidual.apply if passes_residual else _fused_pre
+    outputs = run(
         residual,
         weight,
         scale,
@@ -82,7 +92,8 @@ def fused_pre(
         sinkhorn_repeat,
         num_splits,
         tf32,
-    )[:3]
+    )
+    return outputs if passes_residual else outputs[:3]  # type: ignore[no-any-return]
 
 
 def _cuda(
@@ -158,6 +169,7 @@ def _backward_cuda(
     post_mult: float,
     sinkhorn_repeat: int,
     tf32: bool,
+    accumulated: Tensor | None,
 ) -> tuple[Tensor, ...]:
     n, hidden_size = residual.shape[-2:]
     pre_mix, _, logits = mixes_op.launch(mixes, scale, bias, n, post_mult, pre_eps)
@@ -182,6 +194,7 @@ def _backward_cuda(
         inv_rms,
         tf32,
         aggregated=(grad_input, pre_mix),
+        accumulated=None if accumulated is None else accumulated.contiguous(),
     )
     return grad_residual, grad_weight, grad_scale, grad_bias, grad_norm_weight
 
@@ -223,7 +236,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # once: checkpointing unpacks it only once
-    result = _fused_pre_backward(*grads[:3], *saved, *ctx.options)
+    result = _fused_pre_backward(*grads[:3], *saved, *ctx.options, None)
     grad_norm_weight = None if saved[4] is None else result[4]
     return *result[:4], grad_norm_weight, *[None] * 7
 
@@ -232,7 +245,7 @@ _fused_pre_backward = register(
     "fused_pre_backward(Tensor grad_input, Tensor grad_post, Tensor grad_comb, Tensor residual, "
     "Tensor weight, Tensor scale, Tensor bias, Tensor? norm_weight, Tensor mixes, "
     "Tensor inv_rms, float pre_eps, float sinkhorn_eps, float post_mult, int sinkhorn_repeat, "
-    "bool tf32) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool tf32, Tensor? accumulated) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     cuda=_backward_cuda,
     cpu=_backward_cpu,
     fake=_backward_fake,
@@ -247,3 +260,33 @@ _fused_pre = register(
     backward=_backward,
     setup_context=_setup_context,
 )
+
+
+class _FusedPreAndResidual(torch.autograd.Function):
+    """The operator and, as an output whose gradient it takes in, its input.
+
+    Not an operator of its own: those may not return what they were given.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        *outputs, mixes, inv_rms = _fused_pre(residual, *inputs)
+        weight, scale, bias, norm_weight, _, *options, _, tf32 = inputs
+        ctx.save_for_backward(residual, weight, scale, bias, norm_weight, mixes, inv_rms)
+        ctx.options = (*options, tf32)
+        ctx.set_materialize_grads(False)
+        return *outputs, residual.view_as(residual)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *given, through = grads
+        if all(grad is None for grad in given):
+            return through, *[None] * 11
+        saved = ctx.saved_tensors
+        if any(grad is None for grad in given):
+            outputs = _empty(saved[0])[:3]
+            pairs = zip(given, outputs, strict=True)
+            given = [out.zero_() if grad is None else grad for grad, out in pairs]
+        result = _fused_pre_backward(*given, *saved, *ctx.options, through)
+        grad_norm_weight = None if saved[4] is None else result[4]
+        return *result[:4], grad_norm_weight, *[None] * 7

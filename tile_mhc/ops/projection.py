@@ -6,8 +6,19 @@ import torch
 from torch import Tensor
 
 from tile_mhc import config, errors, jit, reference
-from tile_mhc.kernels._shapes import BLOCK_K, BLOCK_TOKENS, backward_tile, padded
+from tile_mhc.kernels._shapes import (
+    BACKWARD_TOKENS,
+    BLOCK_K,
+    BLOCK_TOKENS,
+    PIECE,
+    backward_pieces,
+    factors_width,
+    padded,
+)
 from tile_mhc.ops._library import register
+
+# What the start of the backward's pipeline costs a CTA, in tiles.
+START_TILES = 2
 
 # Token tiles are the second axis of a CUDA grid.
 MAX_TOKENS = 65535 * BLOCK_TOKENS
@@ -176,11 +187,12 @@ def launch_backward(
     inv_rms: Tensor,
     tf32: bool,
     aggregated: tuple[Tensor, Tensor] | None = None,
+    accumulated: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of residual, weight and norm_weight.
 
     `aggregated`, (gradient of the layer input, pre_mix), adds the gradient of an aggregate of the
-    same streams before the one rounding.
+    same streams before the one rounding; `accumulated`, only with it, a gradient they already have.
     """
     grad_residual, grad_weight, grad_norm_weight = _backward_fake(
         grad, residual, weight, norm_weight, mixes, inv_rms, tf32
@@ -192,64 +204,65 @@ def launch_backward(
     x = residual.view(-1, size)
     num_tokens = x.shape[0]
     parts = weight_parts(weight, norm_weight, tf32)
-    # Per token: the gradient of the bare product in two bfloat16 parts, and the factor of x that
-    # comes from the RMS statistic. Per tile of tokens: what undoes a scaling of the parts.
+    streams = 0
+    extra: tuple[Tensor, ...] = ()
+    pre_mix: tuple[Tensor, ...] = ()
+    if aggregated is not None:
+        grad_input, mix = aggregated
+        streams = n
+        pre_mix = (mix.view(-1, n),)
+        extra = (grad_input.contiguous().view(-1, hidden_size),)
+        if accumulated is not None:
+            extra = (*extra, accumulated.view(-1, size))
+    # Per token: the gradient of the bare product in two bfloat16 parts, and a few factors.
     grad_parts = parts.new_empty(num_tokens, parts.shape[0])
-    along = inv_rms.new_empty(num_tokens)
-    inv_scale = inv_rms.new_empty(-(-num_tokens // backward_tile(num_mixes)[0]))
-    jit.kernel("projection_norm_bwd", num_mixes, size)(
+    factors = inv_rms.new_empty(num_tokens, factors_width(streams))
+    jit.kernel("projection_norm_bwd", num_mixes, size, streams)(
         grad.contiguous().view(-1, num_mixes),
         mixes.view(-1, num_mixes),
         inv_rms.view(-1),
         grad_parts,
-        along,
-        inv_scale,
+        factors,
         tf32,
+        *pre_mix,
     )
-    slice_tokens = backward_slice(num_tokens, size, num_mixes)
-    partials = weight.new_empty(-(-num_tokens // slice_tokens), num_mixes, size)
-    extra: tuple[Tensor, ...] = ()
-    if aggregated is not None:
-        grad_input, pre_mix = aggregated
-        extra = (grad_input.contiguous().view(-1, hidden_size), pre_mix.view(-1, n))
-    jit.kernel("projection_bwd", num_mixes, size, n if extra else 0)(
-        grad_parts,
-        along,
-        inv_rms.view(-1),
-        x,
-        parts,
-        grad_residual.view(-1, size),
-        partials,
-        inv_scale,
-        slice_tokens,
-        *extra,
+    accumulates = accumulated is not None
+    pieces = backward_pieces(num_mixes, size, streams, accumulates)
+    slice_tokens = backward_slice(num_tokens, size, num_mixes, pieces * PIECE)
+    slices = -(-num_tokens // slice_tokens)
+    # The gradient of a single slice is the gradient.
+    is_sum = slices > 1 or norm_weight is not None
+    partials = weight.new_empty(slices, num_mixes, size) if is_sum else grad_weight.unsqueeze(0)
+    jit.kernel("projection_bwd", num_mixes, size, streams, accumulates)(
+        grad_parts, factors, x, parts, grad_residual.view(-1, size), partials, slice_tokens, *extra
     )
-    if norm_weight is None:
-        jit.kernel("projection_weight_bwd", num_mixes, size, False)(partials, grad_weight)
-    else:
+    if norm_weight is not None:
         jit.kernel("projection_weight_bwd", num_mixes, size, True)(
             partials, weight.contiguous(), norm_weight.contiguous(), grad_weight, grad_norm_weight
         )
+    elif is_sum:
+        jit.kernel("projection_weight_bwd", num_mixes, size, False)(partials, grad_weight)
     return grad_residual, grad_weight, grad_norm_weight
 
 
-def backward_slice(num_tokens: int, size: int, num_mixes: int) -> int:
+def backward_slice(num_tokens: int, size: int, num_mixes: int, columns: int) -> int:
     """Tokens one CTA of the backward takes (a multiple of its tile).
 
     CTAs are column blocks x token slices, one on an SM at a time. The slices are those that take
-    the least time, counted in tiles: whole waves of CTAs, and the partial weight gradients, which
-    each slice writes and the sum reads (a tile of x and of its gradient is the unit of bytes).
+    the least time, counted in tiles: whole waves of CTAs, each with the start of its pipeline, and
+    the partial weight gradients, which each slice writes and the sum reads (a tile of x and of its
+    gradient is the unit of bytes).
     """
     sms = config.get_num_sms()
-    block, width = backward_tile(num_mixes)
-    columns = size // width
-    tiles = -(-num_tokens // block)
-    per_slice = num_mixes * size * 4 * 2 / (2 * block * width * 2 * sms)
+    blocks = size // columns
+    tiles = -(-num_tokens // BACKWARD_TOKENS)
+    per_slice = num_mixes * size * 4 * 2 / (2 * BACKWARD_TOKENS * columns * 2 * sms)
 
     def time(slices: int) -> float:
-        return -(-columns * slices // sms) * -(-tiles // slices) + slices * per_slice
+        waves = -(-blocks * slices // sms)
+        return waves * (START_TILES + -(-tiles // slices)) + slices * per_slice
 
-    return -(-tiles // min(range(1, min(tiles, 16) + 1), key=time)) * block
+    return -(-tiles // min(range(1, min(tiles, 16) + 1), key=time)) * BACKWARD_TOKENS
 
 
 def _backward_cpu(
