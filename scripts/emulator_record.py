@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 import oracle  # noqa: E402
-from cases import OPS, Case, recompute_inputs  # noqa: E402
+from cases import Case, recompute_inputs  # noqa: E402
+from emulator.suite import EVERY_OP  # noqa: E402
 from tile_mhc import config, jit, recompute  # noqa: E402
 
 # As tests/emulator has it: the splits, and so the last bits, depend on it.
@@ -101,13 +102,13 @@ def make(folder: Path) -> None:
     index: list[dict[str, Any]] = []
     for case in CASES:
         with emulated(seed=1), launch.settings(watch=launch_recorder(case, store, index)):
-            for op in OPS:
+            for number, op in enumerate(EVERY_OP):
                 torch.manual_seed(case.num_tokens)
                 tensors, options = op.inputs(*case.shape, "cpu")
                 upstream = oracle.upstream_of(op, tensors, options)
                 outputs = oracle.evaluate(op.run, tensors, options, upstream, op.outputs)
                 index.append(
-                    {"op": op.name, "case": str(case), "options": options,
+                    {"op": op.name, "number": number, "case": str(case), "options": options,
                      "in": store.keep_all(tensors), "upstream": [store.keep(g) for g in upstream],
                      "out": store.keep_all(outputs)}
                 )  # fmt: skip
@@ -210,7 +211,7 @@ def compare_op(entry: dict[str, Any], recorded: dict[str, Tensor]) -> list[dict]
     if entry["op"] == "recompute":
         found = run_recompute(fetch(entry["in"]))
     else:
-        (op,) = (op for op in OPS if op.name == entry["op"])
+        op = EVERY_OP[entry["number"]]
         upstream = fetch(entry["upstream"])
         found = oracle.evaluate(op.run, fetch(entry["in"]), entry["options"], upstream, op.outputs)
     return [

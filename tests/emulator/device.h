@@ -9,6 +9,8 @@
 
 #define threadIdx emu::state.thread
 #define blockIdx emu::state.block
+inline void cudaGridDependencySynchronize() { emu::state.self->may_access = true; }
+inline void cudaTriggerProgrammaticLaunchCompletion() {}
 #define __syncthreads() emu::block_barrier(__LINE__)
 
 typedef unsigned int uint;

@@ -1,8 +1,9 @@
 """From a kernel of the table to its CUDA source, and to what a launch of it needs. No GPU, no nvcc.
 
-A kernel that TileLang gives TMA copies, mbarriers and wgmma is lowered a second way, its *sibling*:
-the same definition with those three switched off, and with pipelines one stage deep, since without
-warp specialisation TileLang 0.1.15 lowers no deeper pipeline of a length known at run time.
+A kernel that TileLang gives TMA copies, mbarriers and wgmma is lowered another way, as its
+*sibling*: the same definition with those three switched off, copies that ask for TMA made plain
+ones, and pipelines one stage deep, since without warp specialisation TileLang 0.1.15 lowers no
+deeper pipeline of a length known at run time.
 """
 
 import contextlib
@@ -93,7 +94,7 @@ def _lower(name: str, args: tuple[int, ...], arch: str, sibling: bool) -> Lowere
     if sibling:
         off = ("tl.disable_tma_lower", "tl.disable_warp_specialized", "tl.disable_wgmma")
         configs |= dict.fromkeys(off, True)
-    with _trace_lock, _shallow_pipelines(builder) if sibling else contextlib.nullcontext():
+    with _trace_lock, _plain_language(builder) if sibling else contextlib.nullcontext():
         func = builder(*args)
     key = [func.script(), configs, arch, tilelang.__version__, Path(__file__).read_text()]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
@@ -108,7 +109,7 @@ def _lower(name: str, args: tuple[int, ...], arch: str, sibling: bool) -> Lowere
 
 
 @contextlib.contextmanager
-def _shallow_pipelines(builder: Any) -> Iterator[None]:
+def _plain_language(builder: Any) -> Iterator[None]:
     module = sys.modules[builder.__module__]
     language = module.T
 
@@ -118,6 +119,15 @@ def _shallow_pipelines(builder: Any) -> Iterator[None]:
 
         def Pipelined(self, *range_: Any, num_stages: int = 0) -> Any:  # noqa: N802
             return language.Pipelined(*range_, num_stages=min(num_stages, SIBLING_STAGES))
+
+        def tma_copy(self, source: Any, destination: Any) -> Any:
+            return language.copy(source, destination)
+
+        def tma_store_wait(self, *_: Any) -> Any:
+            return language.evaluate(0)
+
+        def warpgroup_fence_operand(self, *_: Any, **options: Any) -> Any:
+            return language.evaluate(0)
 
     module.T = Language()
     try:

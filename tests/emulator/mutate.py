@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from emulator.lowering import Lowered
 
 KINDS = ("wait", "barrier", "mask", "index")
-_WAIT = re.compile(r"tl::cp_async_wait<\d+>\(\);")
+_WAIT = re.compile(r"(?:tl::cp_async_wait<\d+>|cudaGridDependencySynchronize)\(\);")
 _BARRIER = re.compile(r"__syncthreads\(\);|tl::__sync_thread_partial\([^;]*\);")
 # The condition of a copy that fills with zeros comes last.
 _CONDITIONAL = "tl::cp_async_gs_conditional<"
@@ -57,7 +57,7 @@ def _all(source: str) -> Iterator[Mutant]:
 
 def _changes(line: str) -> Iterator[tuple[str, str]]:
     if _WAIT.search(line):
-        yield "wait", _WAIT.sub("", line)
+        yield "wait", _WAIT.sub(r"/* \g<0> */", line)
     if _BARRIER.search(line):
         yield "barrier", _BARRIER.sub("", line)
     condition = re.match(r"\s*if \((.*)\) \{$", line)

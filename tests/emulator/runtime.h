@@ -52,6 +52,7 @@ struct Thread {
   char *stack = nullptr;
   int index = 0;
   bool done = false;
+  bool may_access = true;         // global memory: has waited for the kernel before this one
   const Barrier *waiting = nullptr;
   uint64_t generation = 0;
   uint32_t epoch = 0;             // barriers passed
@@ -82,6 +83,7 @@ struct State {
   alignas(1024) char shared[SHARED_BYTES];
   Shadow shadow[SHARED_BYTES / CELL];
   int64_t shared_bytes = 0;
+  bool dependent = false;  // launched while the kernel before it may still run
   Thread *self = nullptr;
   void *scheduler = nullptr;
   int line = 0;
@@ -194,8 +196,10 @@ inline void check(const Buffer &buffer, const char *at, int bytes, int alignment
   if (offset % alignment)
     fail("%s of %d bytes at byte %ld of %s is not aligned", verb, bytes, (long)offset, buffer.name);
   if (write && !buffer.writable) fail("write to %s, which the kernel only reads", buffer.name);
-  if (!buffer.shared) return;
   const Thread &self = *state.self;
+  if (!buffer.shared && !self.may_access)
+    fail("%s of %s before the wait for the kernel before this one", verb, buffer.name);
+  if (!buffer.shared) return;
   Shadow *cell = &state.shadow[(at - state.shared) / CELL];
   for (int i = 0; i < (bytes + CELL - 1) / CELL; ++i, ++cell) {
     const bool by_other = cell->writer >= 0 && cell->writer != self.index;
@@ -336,6 +340,7 @@ inline void prepare(Thread &thread, int index) {
   thread = Thread();
   thread.stack = stack ? stack : (char *)aligned_alloc(4096, STACK_BYTES);
   thread.index = index;
+  thread.may_access = !state.dependent;
   // As if `fiber` had been called: six registers, its address, and the alignment of a call.
   void **top = (void **)(thread.stack + STACK_BYTES) - 1;
   *--top = (void *)fiber;

@@ -1,13 +1,14 @@
 """What the emulated tests run on: few pairs (n, H), as each is a build, and many token counts."""
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import oracle
-from cases import CONTRACT, OPS, Case, Op, recompute_inputs
-from tile_mhc import recompute
+from cases import CONTRACT, FUSED_PRE, OPS, Case, Op, recompute_inputs
+from tile_mhc import fused_pre, recompute, reference
 
 PAIRS = ((2, 64), (4, 192), (8, 128))
 # A row of more than one access a thread, for the ops without a matmul.
@@ -22,6 +23,24 @@ CASES = (
     Case(65, 8, 128, "more than half a block, the tile of most streams"),
 )
 WIDE_CASE = Case(3, *WIDE, "several accesses a thread")
+
+
+def _passing(residual: Tensor, **arguments: Any) -> tuple[Tensor, ...]:
+    return fused_pre(residual, **arguments, passes_residual=True)
+
+
+def _passing_reference(residual: Tensor, **arguments: Any) -> tuple[Tensor, ...]:
+    return (*reference.fused_pre(residual, **arguments), residual.view_as(residual))
+
+
+# The residual passed through, whose gradient has a kernel of its own.
+PASSING = dataclasses.replace(
+    FUSED_PRE,
+    run=_passing,
+    reference=_passing_reference,
+    outputs=(*FUSED_PRE.outputs, "residual"),
+)
+EVERY_OP = (*OPS, PASSING)
 
 
 def run_recompute(case: Case, device: str = "cpu") -> dict[str, Tensor]:
@@ -44,7 +63,7 @@ def with_norm(op: Op, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def run_everything(case: Case) -> None:
     """Every op forward and backward, in every form that has kernels of its own."""
-    for op in OPS:
+    for op in EVERY_OP:
         tensors, options = op.inputs(*case.shape, "cpu")
         for given in (tensors, with_norm(op, tensors)):
             upstream: list[Any] = oracle.upstream_of(op, given, options)

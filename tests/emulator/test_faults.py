@@ -36,6 +36,7 @@ KERNELS = {
     "aggregate_bwd": ((4, 192), aggregate_arguments),
     "sinkhorn_fwd": ((4,), sinkhorn_arguments),
 }
+FOLLOW = "cudaGridDependencySynchronize();"
 SYNC = "__syncthreads();"
 THREAD = "((int)threadIdx.x)"
 
@@ -46,6 +47,7 @@ THREAD = "((int)threadIdx.x)"
         ("expand_fwd", f"if ({THREAD} < 24)", "if (true)", "which has 1152"),
         ("expand_fwd", "(uint4*)(hidden + (", "(uint4*)(hidden - 8 + (", "at byte -16 of hidden"),
         ("expand_fwd", "(uint4*)(hidden + (", "(uint4*)(hidden + 1 + (", "is not aligned"),
+        ("expand_fwd", FOLLOW, f"/* {FOLLOW} */", "before the wait for the kernel before this one"),
         ("aggregate_bwd", SYNC, "", "since the last barrier|never written"),
         (
             "aggregate_bwd",

@@ -9,7 +9,15 @@ import oracle
 from cases import AGGREGATE, CONTRACT, EXPAND, FUSED_PRE, OPS, POST, PROJECTION, SINKHORN, Case
 from emulator import launch
 from emulator.ops import NUM_SMS, emulated, operators
-from emulator.suite import CASES, PAIRS, WIDE_CASE, run_everything, run_recompute, with_norm
+from emulator.suite import (
+    CASES,
+    PAIRS,
+    PASSING,
+    WIDE_CASE,
+    run_everything,
+    run_recompute,
+    with_norm,
+)
 from tile_mhc import ShapeError, aggregate, projection, reference, specs
 from tile_mhc.ops.projection import blocks_per_split
 
@@ -55,10 +63,10 @@ def test_recompute(case):
 
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
 def test_every_kernel_runs(pair):
-    """What the ops launch here is the table, no less and no more."""
+    """What the ops launch is the table, no less and no more: tokens enough for several slices."""
     ran = set()
     with launch.settings(watch=lambda kernel, given: ran.add(kernel.key)):
-        run_everything(Case(5, *pair, "any"))
+        run_everything(Case(130, *pair, "several slices"))
     assert ran == set(specs.select([specs.Sizes(*pair)]))
 
 
@@ -87,7 +95,12 @@ def test_nonfinite_stays_in_its_token(op):
     oracle.check_isolation(op, *op.inputs((65,), 8, 128, "cpu"), "residual")
 
 
-@pytest.mark.parametrize("op", [PROJECTION, FUSED_PRE], ids=str)
+@pytest.mark.parametrize("case", [*CASES, Case(300, 4, 192, "several tiles")], ids=str)
+def test_residual_passed_through(case):
+    oracle.check(PASSING, case, *PASSING.inputs(*case.shape, "cpu"))
+
+
+@pytest.mark.parametrize("op", [PROJECTION, FUSED_PRE, PASSING], ids=str)
 def test_loops_over_several_tiles(op):
     """Where one CTA has all the work, pipelines run full, and sums go on from tile to tile."""
     case = Case(300, 4, 192, "three tiles, the last ragged")

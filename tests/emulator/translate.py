@@ -12,7 +12,7 @@ _SIGNATURE = re.compile(
     r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\((.*)\) \{'
 )
 _PROTOTYPE = re.compile(r'extern "C" __global__ void .*\);')
-_POINTER = re.compile(r"(?:const )?(\w+)\s*\*\s*__restrict__ (\w+)")
+_POINTER = re.compile(r"(?:const )?(\w+)\s*\*\s*(?:__restrict__ )?(\w+)")
 _SHARED = re.compile(r"(?:extern )?__shared__ __align__\(\d+\) (\w+) (\w+)\[(\d*)\];")
 _PART = re.compile(r"void\* (\w+) = \(\(void\*\)\(\(char\*\)(\w+) \+ (\d+)\)\);")
 # `*(float4*)(`, but not the `*(void* *)(` that reads an address from a register.
@@ -28,28 +28,27 @@ def translate(lowered: Lowered) -> str:
     signature = _SIGNATURE.match(lines[at])
     body = ["" if line.startswith("#") or _PROTOTYPE.match(line) else line for line in lines]
     body[:at] = [""] * at
-    parameters, unpacked = _parameters(signature[2])
-    # The parameters that are tensors come first among the launch's buffers, in their own order.
+    unpacked = _parameters(signature[2])
     body[at] = f"static void body(void **arguments) {{ {unpacked}"
     for i in range(at + 1, len(body)):
         body[i] = _line(body[i], i + 1, lowered)
-    entry = _ENTRY.replace("PARAMETERS", ", ".join(parameters))
+    dependent = "cudaGridDependencySynchronize" in lowered.source
+    entry = _ENTRY.replace("DEPENDENT", str(dependent).lower())
     return "\n".join(['#include "device.h"', '#line 1 "kernel.cu"', *body, entry])
 
 
-def _parameters(text: str) -> tuple[list[str], str]:
-    names, unpacked, tensors = [], [], 0
+def _parameters(text: str) -> str:
+    """Declarations of the kernel's parameters; tensors are numbered among themselves."""
+    unpacked, tensors = [], 0
     for index, parameter in enumerate(text.split(", ")):
         pointer = _POINTER.fullmatch(parameter.strip())
         if pointer:
             unpacked.append(f"auto {pointer[2]} = emu::global<{pointer[1]}>({tensors});")
-            names.append(pointer[2])
             tensors += 1
-            continue
-        kind, name = parameter.strip().rsplit(" ", 1)
-        unpacked.append(f"{kind} {name} = *({kind} *)arguments[{index}];")
-        names.append(name)
-    return names, " ".join(unpacked)
+        else:
+            kind, name = parameter.strip().rsplit(" ", 1)
+            unpacked.append(f"{kind} {name} = *({kind} *)arguments[{index}];")
+    return " ".join(unpacked)
 
 
 def _line(line: str, number: int, lowered: Lowered) -> str:
@@ -76,6 +75,7 @@ _ENTRY = """
 extern "C" int emu_run(const emu::Tensor *tensors, int num_tensors, void **arguments,
                        const int32_t *grid, int block, int64_t shared_bytes, uint64_t seed,
                        int seconds, char *message, int message_bytes) {
+  emu::state.dependent = DEPENDENT;
   return emu::launch(body, tensors, num_tensors, arguments, grid, block, shared_bytes, seed,
                      seconds, message, message_bytes);
 }
