@@ -33,8 +33,8 @@ KERNELS = (
 )  # fmt: skip
 PER_KIND = 3
 SEEDS = (0, 1)
-# Above every tolerance of the suite, below what any of these mistakes does to a result.
-OFF = 2.0**-6
+# Above the tolerances of the suite, by dtype.
+OFF = {torch.bfloat16: 2.0**-6, torch.float32: 2.0**-10}
 WANTED = 0.9
 
 
@@ -95,9 +95,13 @@ def recorded(built_kernels):
 
 def run(op, case, tensors, options):
     upstream = oracle.upstream_of(op, tensors, options)
-    # One tile of gradients so small that the projection's backward lifts them.
-    upstream = [g * torch.where(torch.arange(len(g)) < 128, 1, 2.0**-80).to(g.dtype)
-                .view(-1, *[1] * (g.ndim - 1)) for g in upstream]  # fmt: skip
+    # Gradients so small that the projection's backward lifts them: a warp's, and whole tiles'.
+    t = torch.arange(case.num_tokens)
+    tiny = ((t >= 64) & (t < 96)) | (t >= 192)
+    upstream = [
+        torch.where(tiny.view(-1, *[1] * (g.ndim - 1)), g.float() * 2.0**-80, g).to(g.dtype)
+        for g in upstream
+    ]
     oracle.evaluate(op.run, tensors, options, upstream, op.outputs)
 
 
@@ -139,18 +143,18 @@ def outcome(kernel: Kernel, launches: list[Launch]) -> str:
             for old, new in zip(one.after, given, strict=True):
                 if not isinstance(old, Tensor) or torch.equal(bits(old), bits(new)):
                     continue
-                if far_off(old.double(), new.double()):
+                if far_off(old.double(), new.double(), OFF.get(old.dtype, 0)):
                     return "wrong"
                 worst = "close"
     return worst
 
 
-def far_off(old: Tensor, new: Tensor) -> bool:
+def far_off(old: Tensor, new: Tensor, limit: float) -> bool:
     """Beside the larger of the element and its row's rms: rows differ much in size."""
     rms = old.nan_to_num(0).square().mean(-1, keepdim=True).sqrt()
     error = (old - new).abs().nan_to_num(torch.inf)
     error[old.isnan() & new.isnan()] = 0
-    return bool((error > OFF * torch.maximum(rms, old.abs().nan_to_num(0))).any())
+    return bool((error > limit * torch.maximum(rms, old.abs().nan_to_num(0))).any())
 
 
 def bits(tensor: Tensor) -> Tensor:
