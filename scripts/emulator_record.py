@@ -29,8 +29,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import oracle  # noqa: E402
 from cases import Case, recompute_inputs  # noqa: E402
-from emulator.suite import EVERY_OP  # noqa: E402
-from tile_mhc import config, jit, recompute  # noqa: E402
+from emulator.suite import EVERY_OP, run_everything  # noqa: E402
+from tile_mhc import config, jit, recompute, specs  # noqa: E402
 
 # As tests/emulator has it: the splits, and so the last bits, depend on it.
 NUM_SMS = 132
@@ -112,11 +112,17 @@ def make(folder: Path) -> None:
                      "in": store.keep_all(tensors), "upstream": [store.keep(g) for g in upstream],
                      "out": store.keep_all(outputs)}
                 )  # fmt: skip
+            # The kernels that those do not launch.
+            run_everything(case)
             arguments = recompute_inputs(3, 2, *case.shape, "cpu")
             kept = [[store.keep(t) for t in a] if isinstance(a, list) else store.keep(a)
                     for a in arguments]  # fmt: skip
             out = store.keep_all(run_recompute(list(arguments)))
             index.append({"op": "recompute", "case": str(case), "in": kept, "out": out})
+    recorded = {entry["kernel"] for entry in index if "kernel" in entry}
+    missing = {spec.name for spec in specs.SPECS} - recorded - set(BY_ADDRESS)
+    if missing:
+        raise SystemExit(f"make: launched no {', '.join(sorted(missing))}")
     save_file(store.tensors, folder / "tensors.safetensors")
     (folder / "index.json").write_text(json.dumps(index))
     size = sum(path.stat().st_size for path in folder.iterdir())

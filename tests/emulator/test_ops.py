@@ -146,6 +146,18 @@ def test_tf32():
     assert not torch.equal(projection(**tensors, tf32=True), projection(**tensors))
 
 
+@pytest.mark.xfail(
+    reason="TileLang 0.1.15 takes `value == value` for true: round_to_tf32 makes -0 of the NaN "
+    "0x7fffffff, the one that GPUs produce",
+    strict=True,
+)
+def test_tf32_keeps_nan():
+    tensors, _ = PROJECTION.inputs((3,), 4, 192, "cpu")
+    del tensors["norm_weight"]
+    tensors["weight"].view(torch.int32)[2, 5] = 0x7FFFFFFF
+    assert projection(**tensors, tf32=True)[:, 2].isnan().all()
+
+
 def test_out_and_checks_are_the_ops_own():
     tensors, _ = AGGREGATE.inputs((13,), 4, 192, "cpu")
     out = torch.empty(13, 192, dtype=torch.bfloat16)
