@@ -91,7 +91,7 @@ _PROJECTION_FUSED = (*_PROJECTION, "fused_pre")
 SPECS = (
     Spec("expand_fwd", "expand", ("expand",), _n_hidden),
     Spec("expand_bwd", "expand", ("expand",), _n_hidden),
-    Spec("projection_weight", "projection", _PROJECTION_FUSED, _projections_with_norm),
+    Spec("projection_merge", "projection", _PROJECTION_FUSED, _projections),
     Spec("projection_fwd", "projection", _PROJECTION_FUSED, _projections),
     Spec("projection_norm", "projection", _PROJECTION, _projections),
     Spec("projection_norm_bwd", "projection", _PROJECTION_FUSED, _projection_norm_backwards),

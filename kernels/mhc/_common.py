@@ -63,6 +63,24 @@ def follow_previous():
 
 
 @T.macro
+def load_mixes(source: T.Tensor, t: T.int32, first: T.int32, count: int, local: T.Buffer):
+    """local[k] = source[t, first + k] for k < count, in steps of up to 16 bytes."""
+    width = 4 if count % 4 == 0 else 2
+    for k in T.unroll(count // width):
+        for v in T.vectorized(width):
+            local[k * width + v] = source[t, first + k * width + v]
+
+
+@T.macro
+def store_mixes(local: T.Buffer, count: int, out: T.Tensor, t: T.int32, first: T.int32):
+    """out[t, first + k] = local[k] for k < count."""
+    width = 4 if count % 4 == 0 else 2
+    for k in T.unroll(count // width):
+        for v in T.vectorized(width):
+            out[t, first + k * width + v] = local[k * width + v]
+
+
+@T.macro
 def load_streams(streams: T.Tensor, token: T.int32, h: T.int32, n: int, local: T.Buffer):
     """local[i, :] = streams[token, i, h : h + VECTOR], n independent 16-byte loads."""
     for i in T.unroll(n):

@@ -124,8 +124,10 @@ def aggregate_mix_bwd(n: int, hidden_size: int):
         residual: T.Tensor[(tokens, n, hidden_size), T.bfloat16],
         grad_mix: T.Tensor[(tokens, n), T.float32],
     ):
-        with T.Kernel(tokens, threads=threads) as t:
+        with T.Kernel(tokens, threads=threads) as block:
             follow_previous()
+            # The last tokens first: the projection's backward then finds its first in L2.
+            t = tokens - 1 - block
             tid = T.get_thread_binding()
             streams = T.alloc_local((n, VECTOR), T.bfloat16)
             wide = T.alloc_local((VECTOR,), T.bfloat16)

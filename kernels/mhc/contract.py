@@ -10,16 +10,17 @@ from tile_mhc.kernels._common import (
     block_sums,
     builder,
     follow_previous,
+    load_mixes,
+    store_mixes,
     sum_lanes,
     sums_shape,
 )
-from tile_mhc.kernels.mixes import THREADS, logit, tokens_per_block
+from tile_mhc.kernels.mixes import THREADS, logit
 
 
 @builder(SIMT)
 def head_mix_fwd(n: int):
     tokens = T.dynamic("num_tokens")
-    block_tokens = tokens_per_block(n)
 
     @T.prim_func
     def head_mix_fwd_kernel(
@@ -29,14 +30,17 @@ def head_mix_fwd(n: int):
         out: T.Tensor[(tokens, n), T.float32],
         pre_eps: T.float32,
     ):
-        with T.Kernel(T.ceildiv(tokens, block_tokens), threads=block_tokens * n) as block:
+        with T.Kernel(T.ceildiv(tokens, THREADS), threads=THREADS) as block:
             follow_previous()
-            t = block * block_tokens + T.get_thread_binding() // n
-            k = T.get_thread_binding() % n
-            z = T.alloc_local((1,), T.float32)
+            t = block * THREADS + T.get_thread_binding()
+            z = T.alloc_local((n,), T.float32)
+            gate = T.alloc_local((1,), T.float32)
             if t < tokens:
-                logit(mixes[t, k], scale[0], bias[k], z)
-                out[t, k] = T.sigmoid(z[0]) + pre_eps
+                load_mixes(mixes, t, 0, n, z)
+                for k in T.unroll(n):
+                    logit(z[k], scale[0], bias[k], gate)
+                    z[k] = T.sigmoid(gate[0]) + pre_eps
+                store_mixes(z, n, out, t, 0)
 
     return head_mix_fwd_kernel
 
@@ -64,18 +68,23 @@ def head_mix_bwd(n: int):
             z = T.alloc_local((1,), T.float32)
             gate = T.alloc_local((1,), T.float32)
             partial = T.alloc_local((1,), T.float32)
+            mix = T.alloc_local((n,), T.float32)
+            out = T.alloc_local((n,), T.float32)
             sums = T.alloc_local((n + 1,), T.float32)
             shared = T.alloc_shared(sums_shape(n + 1, THREADS), T.float32)
             for k in T.unroll(n + 1):
                 sums[k] = 0.0
             if t < tokens:
+                load_mixes(mixes, t, 0, n, mix)
+                load_mixes(grad, t, 0, n, out)
                 for k in T.unroll(n):
-                    logit(mixes[t, k], scale[0], bias[k], z)
+                    logit(mix[k], scale[0], bias[k], z)
                     # Not 1 - sigmoid(z): near 1 that keeps few bits.
                     gate[0] = T.sigmoid(z[0]) * T.sigmoid(-z[0])
-                    sums[k] = grad[t, k] * gate[0]
-                    sums[n] += sums[k] * mixes[t, k]
-                    grad_mixes[t, k] = sums[k] * scale[0]
+                    sums[k] = out[k] * gate[0]
+                    sums[n] += sums[k] * mix[k]
+                    out[k] = sums[k] * scale[0]
+                store_mixes(out, n, grad_mixes, t, 0)
             block_sums(sums, n + 1, THREADS, shared, partial)
             if tid % lanes == 0 and tid < (n + 1) * lanes:
                 partials[row, tid // lanes] = partial[0]

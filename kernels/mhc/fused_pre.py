@@ -16,7 +16,6 @@ from tile_mhc.kernels._common import (
     row_threads,
     weighted_sum,
 )
-from tile_mhc.kernels._shapes import padded
 from tile_mhc.kernels.mixes import logit
 from tile_mhc.kernels.projection import token_mix
 from tile_mhc.kernels.sinkhorn import sinkhorn_token
@@ -27,7 +26,6 @@ def fused_pre(n: int, hidden_size: int):
     tokens = T.dynamic("num_tokens")
     splits = T.dynamic("num_splits")
     num_mixes = n * (n + 2)
-    part_rows = padded(num_mixes)
     size = n * hidden_size
     threads = max(row_threads(hidden_size), -(-num_mixes // 32) * 32)
     # Tokens whose mixes one CTA sums at once, a thread a mix.
@@ -41,7 +39,7 @@ def fused_pre(n: int, hidden_size: int):
         bias: T.Tensor[(num_mixes,), T.float32],
         residual: T.Tensor[(tokens, n, hidden_size), T.bfloat16],
         x: T.Tensor[(tokens, size), T.bfloat16],
-        parts: T.Tensor[(2 * part_rows, size), T.bfloat16],
+        weight: T.Tensor[(num_mixes, size), T.float32],
         layer_input: T.Tensor[(tokens, hidden_size), T.bfloat16],
         post_mix: T.Tensor[(tokens, n), T.float32],
         comb_mix: T.Tensor[(tokens, n * n), T.float32],
@@ -52,6 +50,7 @@ def fused_pre(n: int, hidden_size: int):
         sinkhorn_eps: T.float32,
         post_mult: T.float32,
         repeat: T.int32,
+        tf32: T.int32,
     ):
         with T.Kernel(T.ceildiv(tokens, group) + tokens, threads=threads) as block:
             follow_previous()
@@ -69,7 +68,7 @@ def fused_pre(n: int, hidden_size: int):
                 m = tid % num_mixes
                 if tid < group * num_mixes and t < tokens and m >= n:
                     token_mix(
-                        products, squares, x, parts, splits, t, m, part_rows, size, norm_eps, mixed
+                        products, squares, x, weight, splits, t, m, size, norm_eps, tf32, mixed
                     )
                     mixes[t, m] = mixed[0]
                     logit(mixed[0], scale[T.min(m // n, 2)], bias[m], z)
@@ -77,18 +76,21 @@ def fused_pre(n: int, hidden_size: int):
                         post_mix[t, m - n] = T.sigmoid(z[0]) * post_mult
                     logits[tid // num_mixes, m] = z[0]
             else:
+                # Asked for before the mixes are summed: the two latencies overlap.
+                if tid * VECTOR < hidden_size:
+                    load_streams(residual, block - mix_blocks, tid * VECTOR, n, streams)
                 if tid < n:
                     token_mix(
                         products,
                         squares,
                         x,
-                        parts,
+                        weight,
                         splits,
                         block - mix_blocks,
                         tid,
-                        part_rows,
                         size,
                         norm_eps,
+                        tf32,
                         mixed,
                     )
                     mixes[block - mix_blocks, tid] = mixed[0]
@@ -112,7 +114,8 @@ def fused_pre(n: int, hidden_size: int):
                 for c in T.serial(T.ceildiv(hidden_size, threads * VECTOR)):
                     h = (c * threads + tid) * VECTOR
                     if h < hidden_size:
-                        load_streams(residual, block - mix_blocks, h, n, streams)
+                        if c > 0:
+                            load_streams(residual, block - mix_blocks, h, n, streams)
                         weighted_sum(mix, streams, n, total)
                         for v in T.vectorized(VECTOR):
                             layer_input[block - mix_blocks, h + v] = T.cast(total[v], T.bfloat16)

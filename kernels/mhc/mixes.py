@@ -12,6 +12,8 @@ from tile_mhc.kernels._common import (
     block_sums,
     builder,
     follow_previous,
+    load_mixes,
+    store_mixes,
     sum_lanes,
     sums_shape,
 )
@@ -21,9 +23,9 @@ from tile_mhc.kernels._shapes import TOKENS_PER_PARTIAL
 THREADS = TOKENS_PER_PARTIAL
 
 
-def tokens_per_block(num_mixes: int) -> int:
-    """Whole tokens of a CTA with a thread a mix: indices stay 32 bits wide for any token count."""
-    return max(1, 256 // num_mixes)
+def tokens_per_block(rows: int) -> int:
+    """Whole tokens of a CTA with a thread a row of n mixes: indices stay 32 bits wide."""
+    return 256 // rows
 
 
 @T.macro
@@ -36,7 +38,8 @@ def logit(mix: T.float32, scale: T.float32, bias: T.float32, out: T.Buffer):
 def split_mixes_fwd(n: int):
     tokens = T.dynamic("num_tokens")
     num_mixes = n * (n + 2)
-    block_tokens = tokens_per_block(num_mixes)
+    rows = n + 2
+    block_tokens = tokens_per_block(rows)
 
     @T.prim_func
     def split_mixes_fwd_kernel(
@@ -49,20 +52,30 @@ def split_mixes_fwd(n: int):
         post_mult: T.float32,
         pre_eps: T.float32,
     ):
-        # One thread a mix.
-        with T.Kernel(T.ceildiv(tokens, block_tokens), threads=block_tokens * num_mixes) as block:
+        with T.Kernel(T.ceildiv(tokens, block_tokens), threads=block_tokens * rows) as block:
             follow_previous()
-            t = block * block_tokens + T.get_thread_binding() // num_mixes
-            k = T.get_thread_binding() % num_mixes
-            z = T.alloc_local((1,), T.float32)
+            t = block * block_tokens + T.get_thread_binding() // rows
+            row = T.get_thread_binding() % rows
+            z = T.alloc_local((n,), T.float32)
+            gate = T.alloc_local((1,), T.float32)
             if t < tokens:
-                logit(mixes[t, k], scale[T.min(k // n, 2)], bias[k], z)
-                if k < n:
-                    pre[t, k] = T.sigmoid(z[0]) + pre_eps
-                elif k < 2 * n:
-                    post[t, k - n] = T.sigmoid(z[0]) * post_mult
+                load_mixes(mixes, t, row * n, n, z)
+                for k in T.unroll(n):
+                    logit(z[k], scale[T.min(row, 2)], bias[row * n + k], gate)
+                    z[k] = gate[0]
+                if row < 2:
+                    for k in T.unroll(n):
+                        z[k] = T.sigmoid(z[k])
+                if row == 0:
+                    for k in T.unroll(n):
+                        z[k] += pre_eps
+                    store_mixes(z, n, pre, t, 0)
+                elif row == 1:
+                    for k in T.unroll(n):
+                        z[k] *= post_mult
+                    store_mixes(z, n, post, t, 0)
                 else:
-                    comb[t, k - 2 * n] = z[0]
+                    store_mixes(z, n, comb, t, (row - 2) * n)
 
     return split_mixes_fwd_kernel
 
@@ -94,29 +107,37 @@ def split_mixes_bwd(n: int):
             z = T.alloc_local((1,), T.float32)
             gate = T.alloc_local((1,), T.float32)
             partial = T.alloc_local((1,), T.float32)
+            mix = T.alloc_local((num_mixes,), T.float32)
+            pre = T.alloc_local((n,), T.float32)
+            post = T.alloc_local((n,), T.float32)
+            comb = T.alloc_local((n * n,), T.float32)
             sums = T.alloc_local((num_mixes + 3,), T.float32)
             shared = T.alloc_shared(sums_shape(num_mixes + 3, THREADS), T.float32)
             for k in T.unroll(num_mixes + 3):
                 sums[k] = 0.0
             if t < tokens:
+                load_mixes(mixes, t, 0, num_mixes, mix)
+                load_mixes(grad_pre, t, 0, n, pre)
+                load_mixes(grad_post, t, 0, n, post)
+                load_mixes(grad_comb, t, 0, n * n, comb)
                 for k in T.unroll(n):
-                    logit(mixes[t, k], scale[0], bias[k], z)
+                    logit(mix[k], scale[0], bias[k], z)
                     gate[0] = T.sigmoid(z[0])
-                    sums[k] = grad_pre[t, k] * gate[0] * (1.0 - gate[0])
+                    sums[k] = pre[k] * gate[0] * (1.0 - gate[0])
                 for k in T.unroll(n):
-                    logit(mixes[t, n + k], scale[1], bias[n + k], z)
+                    logit(mix[n + k], scale[1], bias[n + k], z)
                     gate[0] = T.sigmoid(z[0])
-                    sums[n + k] = grad_post[t, k] * post_mult * gate[0] * (1.0 - gate[0])
+                    sums[n + k] = post[k] * post_mult * gate[0] * (1.0 - gate[0])
                 for k in T.unroll(n * n):
-                    sums[2 * n + k] = grad_comb[t, k]
+                    sums[2 * n + k] = comb[k]
                 for k in T.unroll(n):
-                    sums[num_mixes] += sums[k] * mixes[t, k]
-                    sums[num_mixes + 1] += sums[n + k] * mixes[t, n + k]
-                    grad_mixes[t, k] = sums[k] * scale[0]
-                    grad_mixes[t, n + k] = sums[n + k] * scale[1]
+                    sums[num_mixes] += sums[k] * mix[k]
+                    sums[num_mixes + 1] += sums[n + k] * mix[n + k]
                 for k in T.unroll(n * n):
-                    sums[num_mixes + 2] += sums[2 * n + k] * mixes[t, 2 * n + k]
-                    grad_mixes[t, 2 * n + k] = sums[2 * n + k] * scale[2]
+                    sums[num_mixes + 2] += sums[2 * n + k] * mix[2 * n + k]
+                for k in T.unroll(num_mixes):
+                    mix[k] = sums[k] * scale[T.min(k // n, 2)]
+                store_mixes(mix, num_mixes, grad_mixes, t, 0)
             block_sums(sums, num_mixes + 3, THREADS, shared, partial)
             if tid % lanes == 0 and tid < (num_mixes + 3) * lanes:
                 partials[row, tid // lanes] = partial[0]

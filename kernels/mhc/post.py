@@ -84,11 +84,11 @@ def post_fwd(n: int, hidden_size: int):
 def post_bwd(n: int, hidden_size: int):
     tokens = T.dynamic("num_tokens")
     num_sums = n * (n + 1)
-    # The sums live in registers: eight streams leave room for fewer threads. One thread a sum at
-    # least, to write them.
-    threads = max(row_threads(hidden_size, 160 if n < 8 else 128), -(-num_sums // 32) * 32)
-    # H200, 2026-11: left alone the compiler takes 134 registers at n = 4, and the few threads that
-    # fit do not cover the latency of memory: 535 us at T=8192 H=7168, against 397 us with this.
+    # One thread a sum at least, to write them.
+    threads = max(row_threads(hidden_size, 128), -(-num_sums // 32) * 32)
+    # H200, 2026-11: the sums live in registers, and left alone the compiler takes 134 at n = 4, so
+    # that too few threads fit to cover the latency of memory: 535 us at T=8192 H=7168, against 393
+    # us with this. 160 threads would have to spill.
     blocks_per_sm = 4 if n < 8 else 2
     lanes = sum_lanes(num_sums, threads)
 

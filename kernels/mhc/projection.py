@@ -4,13 +4,21 @@ mixes[t, m] = (sum_k x[t, k] * w[m, k]) * r[t],  r[t] = rsqrt(mean_k x[t, k]**2 
 
 The streams are exact in bfloat16. A weight, or a gradient, is split into two bfloat16 parts,
 high = bf16(w) and low = bf16(w - high), which lie side by side as columns of one bfloat16 matmul:
-near-fp32 products at the tensor core cost of TF32, which would keep 11 bits.
+near-fp32 products at the tensor core cost of TF32, which would keep 11 bits. With a norm weight,
+w is their product, made by a kernel of its own.
 """
 
 import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
-from tile_mhc.kernels._common import SIMT, VECTOR, builder, follow_previous
+from tile_mhc.kernels._common import (
+    SIMT,
+    VECTOR,
+    builder,
+    follow_previous,
+    load_mixes,
+    store_mixes,
+)
 from tile_mhc.kernels._shapes import (
     BACKWARD_TOKENS,
     BLOCK_K,
@@ -37,73 +45,45 @@ RESCUE_SCALE = 2.0**-76
 SMALL_EXPONENT = 127 - 60
 
 
-@T.macro
-def round_to_tf32(values: T.Buffer, index: T.int32):
-    """values[index] to the 11 bits of TF32, halves away from zero, as TileKernels does; not NaN."""
-    bits = T.alloc_local((1,), T.int32)
-    bits[0] = (T.reinterpret(values[index], T.int32) + 0x1000) & -0x2000
-    if values[index] == values[index]:
-        values[index] = T.reinterpret(bits[0], T.float32)
+def rounded_to_tf32(value: T.float32):
+    """`value` to the 11 bits of TF32, halves away from zero, as TileKernels does; not NaN."""
+    bits = T.reinterpret(value, T.int32)
+    is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    return T.Select(is_nan, value, T.reinterpret((bits + 0x1000) & -0x2000, T.float32))
+
+
+def weight_value(value: T.float32, tf32: T.int32):
+    """The float32 that the two parts of a weight stand for."""
+    return T.Select(tf32 != 0, rounded_to_tf32(value), value)
+
+
+def high_part(value: T.float32):
+    return T.cast(value, T.bfloat16)
+
+
+def low_part(value: T.float32):
+    return T.cast(value - T.cast(T.cast(value, T.bfloat16), T.float32), T.bfloat16)
 
 
 @builder(SIMT)
-def projection_weight(num_mixes: int, size: int, has_norm: bool):
-    """The two parts of weight * norm_weight, rows [high; low], unused rows zero."""
-    part_rows = padded(num_mixes)
-
-    @T.macro
-    def split(values: T.Buffer, parts: T.Tensor, m: T.int32, k: T.int32, tf32: T.int32):
-        high = T.alloc_local((VECTOR,), T.bfloat16)
-        if tf32 != 0:
-            for v in T.unroll(VECTOR):
-                round_to_tf32(values, v)
-        for v in T.vectorized(VECTOR):
-            high[v] = T.cast(values[v], T.bfloat16)
-        for v in T.unroll(VECTOR):
-            values[v] -= T.cast(high[v], T.float32)
-        for v in T.vectorized(VECTOR):
-            parts[m, k + v] = high[v]
-        for v in T.vectorized(VECTOR):
-            parts[part_rows + m, k + v] = T.cast(values[v], T.bfloat16)
+def projection_merge(num_mixes: int, size: int):
+    """weight * norm_weight, which the other kernels take for their weight."""
+    vector = 4
 
     @T.prim_func
-    def projection_weight_kernel(
-        weight: T.Tensor[(num_mixes, size), T.float32],
-        parts: T.Tensor[(2 * part_rows, size), T.bfloat16],
-        tf32: T.int32,
-    ):
-        with T.Kernel(T.ceildiv(size, THREADS * VECTOR), part_rows, threads=THREADS) as (block, m):
-            follow_previous()
-            k = (block * THREADS + T.get_thread_binding()) * VECTOR
-            values = T.alloc_local((VECTOR,), T.float32)
-            if k < size:
-                for v in T.unroll(VECTOR):
-                    values[v] = 0.0
-                if m < num_mixes:
-                    for v in T.vectorized(VECTOR):
-                        values[v] = weight[m, k + v]
-                split(values, parts, m, k, tf32)
-
-    @T.prim_func
-    def projection_norm_weight_kernel(
+    def projection_merge_kernel(
         weight: T.Tensor[(num_mixes, size), T.float32],
         norm_weight: T.Tensor[(size,), T.float32],
-        parts: T.Tensor[(2 * part_rows, size), T.bfloat16],
-        tf32: T.int32,
+        merged: T.Tensor[(num_mixes, size), T.float32],
     ):
-        with T.Kernel(T.ceildiv(size, THREADS * VECTOR), part_rows, threads=THREADS) as (block, m):
+        with T.Kernel(T.ceildiv(size, THREADS * vector), num_mixes, threads=THREADS) as (block, m):
             follow_previous()
-            k = (block * THREADS + T.get_thread_binding()) * VECTOR
-            values = T.alloc_local((VECTOR,), T.float32)
+            k = (block * THREADS + T.get_thread_binding()) * vector
             if k < size:
-                for v in T.unroll(VECTOR):
-                    values[v] = 0.0
-                if m < num_mixes:
-                    for v in T.vectorized(VECTOR):
-                        values[v] = weight[m, k + v] * norm_weight[k + v]
-                split(values, parts, m, k, tf32)
+                for v in T.vectorized(vector):
+                    merged[m, k + v] = weight[m, k + v] * norm_weight[k + v]
 
-    return projection_norm_weight_kernel if has_norm else projection_weight_kernel
+    return projection_merge_kernel
 
 
 @builder({})
@@ -114,21 +94,27 @@ def projection_fwd(num_mixes: int, size: int):
     part_rows = padded(num_mixes)
     num_blocks = size // BLOCK_K
     # One CTA an SM (its registers fill it): a deep pipeline keeps the memory busy.
-    stages = min(6, SHARED_BYTES // ((BLOCK_TOKENS + 2 * part_rows) * BLOCK_K * 2))
+    stage = (BLOCK_TOKENS * 2 + num_mixes * 4) * BLOCK_K
+    stages = min(6, (SHARED_BYTES - 4 * part_rows * BLOCK_K) // stage)
 
     @T.prim_func
     def projection_fwd_kernel(
         x: T.Tensor[(tokens, size), T.bfloat16],
-        parts: T.Tensor[(2 * part_rows, size), T.bfloat16],
+        weight: T.Tensor[(num_mixes, size), T.float32],
         products: T.Tensor[(splits, tokens, num_mixes), T.float32],
         squares: T.Tensor[(splits, tokens), T.float32],
         blocks: T.int32,
+        tf32: T.int32,
     ):
         # The split is the fastest index: the splits of one token tile run together.
         with T.Kernel(splits, T.ceildiv(tokens, BLOCK_TOKENS), threads=MATMUL_THREADS) as (s, tile):
             follow_previous()
             x_shared = T.alloc_shared((BLOCK_TOKENS, BLOCK_K), T.bfloat16)
-            w_shared = T.alloc_shared((2 * part_rows, BLOCK_K), T.bfloat16)
+            w_shared = T.alloc_shared((num_mixes, BLOCK_K), T.float32)
+            w_local = T.alloc_fragment((num_mixes, BLOCK_K), T.float32)
+            # Rows [high; low], split as they are read: no pass of its own over the weight. Rows of
+            # padding stay unwritten, and make columns of the product that nobody reads.
+            parts = T.alloc_shared((2 * part_rows, BLOCK_K), T.bfloat16)
             product = T.alloc_fragment((BLOCK_TOKENS, 2 * part_rows), T.float32)
             block_product = T.alloc_fragment((BLOCK_TOKENS, 2 * part_rows), T.float32)
             x_local = T.alloc_fragment((BLOCK_TOKENS, BLOCK_K), T.bfloat16)
@@ -136,13 +122,23 @@ def projection_fwd(num_mixes: int, size: int):
             square = T.alloc_fragment((BLOCK_TOKENS, 8), T.float32)
             square_sum = T.alloc_fragment((BLOCK_TOKENS,), T.float32)
             T.annotate_layout({x_shared: make_swizzled_layout(x_shared)})
-            t0 = tile * BLOCK_TOKENS
+            # The last tokens first: whoever reads x next begins with the first, still in L2.
+            t0 = (T.ceildiv(tokens, BLOCK_TOKENS) - 1 - tile) * BLOCK_TOKENS
             T.clear(product)
             T.clear(square)
             for b in T.Pipelined(T.min(blocks, num_blocks - s * blocks), num_stages=stages):
                 k0 = (s * blocks + b) * BLOCK_K
                 T.copy(x[t0, k0], x_shared)
-                T.copy(parts[0, k0], w_shared)
+                T.copy(weight[0, k0], w_shared)
+                T.copy(w_shared, w_local)
+                if tf32 != 0:
+                    for m, k in T.Parallel(num_mixes, BLOCK_K):
+                        w_local[m, k] = rounded_to_tf32(w_local[m, k])
+                for m, k in T.Parallel(num_mixes, BLOCK_K):
+                    parts[m, k] = high_part(w_local[m, k])
+                    parts[part_rows + m, k] = low_part(w_local[m, k])
+                # The tensor cores read these through another path than the threads that write them.
+                T.fence_proxy_async()
                 T.copy(x_shared, x_local)
                 # Eight columns at a time, as the tensor core's operand lies across the lanes: the
                 # registers that feed the product feed the statistic too.
@@ -154,7 +150,7 @@ def projection_fwd(num_mixes: int, size: int):
                 # The tensor cores truncate what they add up: only within a block.
                 T.gemm(
                     x_local,
-                    w_shared,
+                    parts,
                     block_product,
                     transpose_B=True,
                     clear_accum=True,
@@ -190,13 +186,13 @@ def token_mix(
     products: T.Tensor,
     squares: T.Tensor,
     x: T.Tensor,
-    parts: T.Tensor,
+    weight: T.Tensor,
     splits: T.int32,
     t: T.int32,
     m: T.int32,
-    part_rows: int,
     size: int,
     eps: T.float32,
+    tf32: T.int32,
     out: T.Buffer,
 ):
     """out = (mix m of token t, inv_rms of the token): every mix's arithmetic."""
@@ -211,11 +207,12 @@ def token_mix(
     if not sums[0] < LARGE_SQUARES:
         exact[0] = 0.0
         exact[1] = 0.0
-        for k in T.serial(size):
+        # Rolled up: unrolled it would take registers from the many that never come here.
+        for k in T.unroll(size, unroll_factor=1):
             value[0] = T.cast(x[t, k], T.float32) * RESCUE_SCALE
             exact[0] += T.cast(value[0] * value[0], T.float64)
-            exact[1] += T.cast(value[0], T.float64) * (
-                T.cast(parts[m, k], T.float64) + T.cast(parts[part_rows + m, k], T.float64)
+            exact[1] += T.cast(value[0], T.float64) * T.cast(
+                weight_value(weight[m, k], tf32), T.float64
             )
         sums[0] = T.cast(exact[0], T.float32)
         out[0] = T.cast(exact[1], T.float32)
@@ -230,7 +227,6 @@ def projection_norm(num_mixes: int, size: int):
     """Sum the splits and apply the RMS factor, one thread a mix."""
     tokens = T.dynamic("num_tokens")
     splits = T.dynamic("num_splits")
-    part_rows = padded(num_mixes)
     block = THREADS // num_mixes
 
     @T.prim_func
@@ -238,10 +234,11 @@ def projection_norm(num_mixes: int, size: int):
         products: T.Tensor[(splits, tokens, num_mixes), T.float32],
         squares: T.Tensor[(splits, tokens), T.float32],
         x: T.Tensor[(tokens, size), T.bfloat16],
-        parts: T.Tensor[(2 * part_rows, size), T.bfloat16],
+        weight: T.Tensor[(num_mixes, size), T.float32],
         mixes: T.Tensor[(tokens, num_mixes), T.float32],
         inv_rms: T.Tensor[(tokens,), T.float32],
         eps: T.float32,
+        tf32: T.int32,
     ):
         with T.Kernel(T.ceildiv(tokens, block), threads=block * num_mixes) as b:
             follow_previous()
@@ -250,7 +247,7 @@ def projection_norm(num_mixes: int, size: int):
             m = tid % num_mixes
             out = T.alloc_local((2,), T.float32)
             if t < tokens:
-                token_mix(products, squares, x, parts, splits, t, m, part_rows, size, eps, out)
+                token_mix(products, squares, x, weight, splits, t, m, size, eps, tf32, out)
                 mixes[t, m] = out[0]
                 if m == 0:
                     inv_rms[t] = out[1]
@@ -269,7 +266,6 @@ def projection_norm_bwd(num_mixes: int, size: int, n: int):
     tokens = T.dynamic("num_tokens")
     part_rows = padded(num_mixes)
     width = factors_width(n)
-    vector = 4 if num_mixes % 4 == 0 else 2
     tile_warps = BACKWARD_TOKENS // 32
 
     @T.macro
@@ -300,17 +296,14 @@ def projection_norm_bwd(num_mixes: int, size: int, n: int):
             for c in T.unroll(width):
                 per_token[c] = 0.0
             if t < tokens:
-                for m in T.unroll(num_mixes // vector):
-                    for v in T.vectorized(vector):
-                        values[m * vector + v] = grad[t, m * vector + v]
-                    for v in T.vectorized(vector):
-                        mixed[m * vector + v] = mixes[t, m * vector + v]
+                load_mixes(grad, t, 0, num_mixes, values)
+                load_mixes(mixes, t, 0, num_mixes, mixed)
                 per_token[0] = inv_rms[t]
                 for m in T.unroll(num_mixes):
                     per_token[1] += values[m] * mixed[m]
                     values[m] *= per_token[0]
                     if tf32 != 0:
-                        round_to_tf32(values, m)
+                        values[m] = rounded_to_tf32(values[m])
                     largest[0] = T.max(largest[0], T.abs(values[m]))
                 per_token[1] = -per_token[1] * per_token[0] / size
                 if n > 0:
@@ -330,12 +323,10 @@ def projection_norm_bwd(num_mixes: int, size: int, n: int):
                     values[m] *= largest[0]
                     row[m] = T.cast(values[m], T.bfloat16)
                     row[part_rows + m] = T.cast(values[m] - T.cast(row[m], T.float32), T.bfloat16)
-                for m in T.unroll(2 * part_rows // 8):
-                    for v in T.vectorized(8):
-                        grad_parts[t, m * 8 + v] = row[m * 8 + v]
-                for c in T.unroll(width // 4):
-                    for v in T.vectorized(4):
-                        factors[t, c * 4 + v] = per_token[c * 4 + v]
+                for m in T.unroll(2 * part_rows // VECTOR):
+                    for v in T.vectorized(VECTOR):
+                        grad_parts[t, m * VECTOR + v] = row[m * VECTOR + v]
+                store_mixes(per_token, width, factors, t, 0)
 
     if n == 0:
 
@@ -395,8 +386,6 @@ def projection_bwd(num_mixes: int, size: int, n: int, accumulates: bool):
         columns * 2 * (2 if accumulates else 1) + both * 2 + width * 4 + (PIECE * 2 if n else 0)
     )
     stages = min(4, (SHARED_BYTES - fixed) // stage)
-    # The products of a tile are issued together; the last one waits for all.
-    issue_only = {"wg_wait": -1}
 
     def start(column: T.int32, piece: int):
         """The column of x at which a piece of a CTA's columns starts."""
@@ -410,10 +399,11 @@ def projection_bwd(num_mixes: int, size: int, n: int, accumulates: bool):
         grad_parts: T.Tensor,
         factors: T.Tensor,
         x: T.Tensor,
-        parts: T.Tensor,
+        weight: T.Tensor,
         grad_x: T.Tensor,
         partials: T.Tensor,
         slice_tokens: T.int32,
+        tf32: T.int32,
         grad_input: T.Tensor,
         accumulated: T.Tensor,
     ):
@@ -438,9 +428,12 @@ def projection_bwd(num_mixes: int, size: int, n: int, accumulates: bool):
             for p in pieces:
                 for m, k in T.Parallel(part_rows, PIECE):
                     c = p * PIECE + k
-                    high_twice[m, c] = parts[m, start(column, p) + k]
-                    high_twice[part_rows + m, c] = parts[m, start(column, p) + k]
-                    low_then_zero[m, c] = parts[part_rows + m, start(column, p) + k]
+                    w = T.if_then_else(
+                        m < num_mixes, weight_value(weight[m, start(column, p) + k], tf32), 0.0
+                    )
+                    high_twice[m, c] = high_part(w)
+                    high_twice[part_rows + m, c] = high_part(w)
+                    low_then_zero[m, c] = low_part(w)
                     low_then_zero[part_rows + m, c] = T.cast(0, T.bfloat16)
             # The tensor cores read these through another path than the threads that wrote them.
             T.fence_proxy_async()
@@ -472,7 +465,6 @@ def projection_bwd(num_mixes: int, size: int, n: int, accumulates: bool):
                     transpose_A=True,
                     clear_accum=True,
                     policy=FULL_ROW,
-                    annotations=issue_only,
                 )
                 T.gemm(
                     g_shared,
@@ -480,11 +472,9 @@ def projection_bwd(num_mixes: int, size: int, n: int, accumulates: bool):
                     grad_local,
                     clear_accum=True,
                     policy=FULL_COLUMN,
-                    annotations=issue_only,
+                    annotations={"wg_wait": -1},
                 )
                 T.gemm(g_shared, low_then_zero, grad_local, policy=FULL_COLUMN)
-                # The wait above is for tile_weight too, which the compiler has to be told.
-                T.warpgroup_fence_operand(tile_weight, num_regs=columns * both // MATMUL_THREADS)
                 for k, m in T.Parallel(columns, both):
                     weight_local[k, m] += tile_weight[k, m] * factors_shared[0, 2]
                 for i, k in T.Parallel(block, columns):
@@ -526,12 +516,15 @@ def projection_bwd(num_mixes: int, size: int, n: int, accumulates: bool):
             grad_parts: T.Tensor[(tokens, both), T.bfloat16],
             factors: T.Tensor[(tokens, width), T.float32],
             x: T.Tensor[(tokens, size), T.bfloat16],
-            parts: T.Tensor[(both, size), T.bfloat16],
+            weight: T.Tensor[(num_mixes, size), T.float32],
             grad_x: T.Tensor[(tokens, size), T.bfloat16],
             partials: T.Tensor[(slices, num_mixes, size), T.float32],
             slice_tokens: T.int32,
+            tf32: T.int32,
         ):
-            backward(grad_parts, factors, x, parts, grad_x, partials, slice_tokens, None, None)
+            backward(
+                grad_parts, factors, x, weight, grad_x, partials, slice_tokens, tf32, None, None
+            )
 
         return projection_bwd_kernel
 
@@ -542,14 +535,24 @@ def projection_bwd(num_mixes: int, size: int, n: int, accumulates: bool):
             grad_parts: T.Tensor[(tokens, both), T.bfloat16],
             factors: T.Tensor[(tokens, width), T.float32],
             x: T.Tensor[(tokens, size), T.bfloat16],
-            parts: T.Tensor[(both, size), T.bfloat16],
+            weight: T.Tensor[(num_mixes, size), T.float32],
             grad_x: T.Tensor[(tokens, size), T.bfloat16],
             partials: T.Tensor[(slices, num_mixes, size), T.float32],
             slice_tokens: T.int32,
+            tf32: T.int32,
             grad_input: T.Tensor[(tokens, hidden_size), T.bfloat16],
         ):
             backward(
-                grad_parts, factors, x, parts, grad_x, partials, slice_tokens, grad_input, None
+                grad_parts,
+                factors,
+                x,
+                weight,
+                grad_x,
+                partials,
+                slice_tokens,
+                tf32,
+                grad_input,
+                None,
             )
 
         return projection_aggregate_bwd_kernel
@@ -559,15 +562,25 @@ def projection_bwd(num_mixes: int, size: int, n: int, accumulates: bool):
         grad_parts: T.Tensor[(tokens, both), T.bfloat16],
         factors: T.Tensor[(tokens, width), T.float32],
         x: T.Tensor[(tokens, size), T.bfloat16],
-        parts: T.Tensor[(both, size), T.bfloat16],
+        weight: T.Tensor[(num_mixes, size), T.float32],
         grad_x: T.Tensor[(tokens, size), T.bfloat16],
         partials: T.Tensor[(slices, num_mixes, size), T.float32],
         slice_tokens: T.int32,
+        tf32: T.int32,
         grad_input: T.Tensor[(tokens, hidden_size), T.bfloat16],
         accumulated: T.Tensor[(tokens, size), T.bfloat16],
     ):
         backward(
-            grad_parts, factors, x, parts, grad_x, partials, slice_tokens, grad_input, accumulated
+            grad_parts,
+            factors,
+            x,
+            weight,
+            grad_x,
+            partials,
+            slice_tokens,
+            tf32,
+            grad_input,
+            accumulated,
         )
 
     return projection_accumulate_bwd_kernel

@@ -469,7 +469,7 @@ def test_more_token_tiles_than_a_grid_axis(tiles, monkeypatch):
     monkeypatch.setattr(projection_op.config, "get_num_sms", lambda: 1)
     num_tokens, launched = tiles * projection_op.BLOCK_TOKENS - 5, []
 
-    def kernel(x, parts, products, squares, blocks):
+    def kernel(x, weight, products, squares, blocks, tf32):
         assert products.is_contiguous()
         assert squares.is_contiguous()
         assert products.shape[:2] == squares.shape == (1, len(x))
@@ -479,7 +479,8 @@ def test_more_token_tiles_than_a_grid_axis(tiles, monkeypatch):
 
     monkeypatch.setattr(projection_op.jit, "kernel", lambda *args: kernel)
     x = torch.randn(num_tokens, 128).bfloat16()
-    products, squares = projection_op.split_products(x, None, 8, None)
+    weight = torch.empty(8, 128)
+    products, squares = projection_op.split_products(x, weight, None, False)
     assert torch.equal(products[0], x.float()[:, :8])
     assert torch.equal(squares[0], x.float().square().sum(-1))
     assert max(launched) <= limit

@@ -35,6 +35,15 @@ def test_launches_pass_as_many_arguments_as_the_table():
         assert count == table[name], name
 
 
+@pytest.mark.parametrize("stem", sorted({spec.stem for spec in specs.SPECS}))
+def test_every_kernel_first_waits_for_the_one_before(stem):
+    """It may have been launched while that one still runs: an earlier access would be a race."""
+    path = ROOT / "kernels" / "mhc" / f"{stem}.py"
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.With) and "T.Kernel(" in ast.unparse(node.items[0]):
+            assert ast.unparse(node.body[0]) == "follow_previous()", f"line {node.lineno}"
+
+
 def test_names_are_unique():
     names = [spec.name for spec in specs.SPECS]
     assert len(names) == len(set(names))

@@ -115,8 +115,8 @@ def _cuda(
     if residual.numel():
         num_mixes, size = weight.shape
         x = residual.view(-1, size)
-        parts = projection_op.weight_parts(weight, norm_weight, tf32)
-        products, squares = projection_op.split_products(x, parts, num_mixes, num_splits)
+        merged = projection_op.merged_weight(weight, norm_weight)
+        products, squares = projection_op.split_products(x, merged, num_splits, tf32)
         layer_input, post_mix, comb_mix, mixes, inv_rms = outputs
         jit.kernel("fused_pre", n, hidden_size)(
             products,
@@ -125,7 +125,7 @@ def _cuda(
             bias.contiguous(),
             residual.view(-1, n, hidden_size),
             x,
-            parts,
+            merged,
             layer_input.view(-1, hidden_size),
             post_mix.view(-1, n),
             comb_mix.view(-1, n * n),
@@ -136,6 +136,7 @@ def _cuda(
             sinkhorn_eps,
             post_mult,
             sinkhorn_repeat,
+            tf32,
         )
     return outputs
 

@@ -18,7 +18,7 @@ from tile_mhc.kernels._shapes import (
 from tile_mhc.ops._library import register
 
 # What the start of the backward's pipeline costs a CTA, in tiles.
-START_TILES = 2
+START_TILES = 3
 
 # Token tiles are the second axis of a CUDA grid.
 MAX_TOKENS = 65535 * BLOCK_TOKENS
@@ -98,30 +98,30 @@ def blocks_per_split(num_tokens: int, size: int, num_splits: int | None) -> int:
     return max(4, -(-(size // BLOCK_K) // wanted))
 
 
-def weight_parts(weight: Tensor, norm_weight: Tensor | None, tf32: bool) -> Tensor:
-    """The merged weight as bfloat16 rows [high; low], (2 * padded, K): high + low is the weight."""
-    num_mixes, size = weight.shape
-    parts = weight.new_empty(2 * padded(num_mixes), size, dtype=torch.bfloat16)
-    kernel = jit.kernel("projection_weight", num_mixes, size, norm_weight is not None)
+def merged_weight(weight: Tensor, norm_weight: Tensor | None) -> Tensor:
+    """weight * norm_weight in float32: what the matmul kernels take for their weight."""
+    weight = weight.contiguous()
     if norm_weight is None:
-        kernel(weight.contiguous(), parts, tf32)
-    else:
-        kernel(weight.contiguous(), norm_weight.contiguous(), parts, tf32)
-    return parts
+        return weight
+    merged = torch.empty_like(weight)
+    num_mixes, size = weight.shape
+    jit.kernel("projection_merge", num_mixes, size)(weight, norm_weight.contiguous(), merged)
+    return merged
 
 
 def split_products(
-    x: Tensor, parts: Tensor, num_mixes: int, num_splits: int | None
+    x: Tensor, weight: Tensor, num_splits: int | None, tf32: bool
 ) -> tuple[Tensor, Tensor]:
     """The products (S, T, N) and sums of squares (S, T) of S slices of K."""
     num_tokens, size = x.shape
+    num_mixes = weight.shape[0]
     block = blocks_per_split(num_tokens, size, num_splits)
     splits = -(-(size // BLOCK_K) // block)
     products = x.new_empty(splits, num_tokens, num_mixes, dtype=torch.float32)
     squares = x.new_empty(splits, num_tokens, dtype=torch.float32)
     kernel = jit.kernel("projection_fwd", num_mixes, size)
     if num_tokens <= MAX_TOKENS:
-        kernel(x, parts, products, squares, block)
+        kernel(x, weight, products, squares, block, tf32)
         return products, squares
     # So many tokens have one split: its rows lie one after another.
     for rows, product, square in zip(
@@ -130,7 +130,7 @@ def split_products(
         squares[0].split(MAX_TOKENS),
         strict=True,
     ):
-        kernel(rows, parts, product.unsqueeze(0), square.unsqueeze(0), block)
+        kernel(rows, weight, product.unsqueeze(0), square.unsqueeze(0), block, tf32)
     return products, squares
 
 
@@ -146,10 +146,17 @@ def _cuda(
     if residual.numel():
         num_mixes, size = weight.shape
         x = residual.view(-1, size)
-        parts = weight_parts(weight, norm_weight, tf32)
-        products, squares = split_products(x, parts, num_mixes, num_splits)
+        merged = merged_weight(weight, norm_weight)
+        products, squares = split_products(x, merged, num_splits, tf32)
         jit.kernel("projection_norm", num_mixes, size)(
-            products, squares, x, parts, mixes.view(-1, num_mixes), inv_rms.view(-1), norm_eps
+            products,
+            squares,
+            x,
+            merged,
+            mixes.view(-1, num_mixes),
+            inv_rms.view(-1),
+            norm_eps,
+            tf32,
         )
     return mixes, inv_rms
 
@@ -203,7 +210,6 @@ def launch_backward(
     n, hidden_size = residual.shape[-2:]
     x = residual.view(-1, size)
     num_tokens = x.shape[0]
-    parts = weight_parts(weight, norm_weight, tf32)
     streams = 0
     extra: tuple[Tensor, ...] = ()
     pre_mix: tuple[Tensor, ...] = ()
@@ -215,7 +221,7 @@ def launch_backward(
         if accumulated is not None:
             extra = (*extra, accumulated.view(-1, size))
     # Per token: the gradient of the bare product in two bfloat16 parts, and a few factors.
-    grad_parts = parts.new_empty(num_tokens, parts.shape[0])
+    grad_parts = x.new_empty(num_tokens, 2 * padded(num_mixes))
     factors = inv_rms.new_empty(num_tokens, factors_width(streams))
     jit.kernel("projection_norm_bwd", num_mixes, size, streams)(
         grad.contiguous().view(-1, num_mixes),
@@ -234,7 +240,15 @@ def launch_backward(
     is_sum = slices > 1 or norm_weight is not None
     partials = weight.new_empty(slices, num_mixes, size) if is_sum else grad_weight.unsqueeze(0)
     jit.kernel("projection_bwd", num_mixes, size, streams, accumulates)(
-        grad_parts, factors, x, parts, grad_residual.view(-1, size), partials, slice_tokens, *extra
+        grad_parts,
+        factors,
+        x,
+        merged_weight(weight, norm_weight),
+        grad_residual.view(-1, size),
+        partials,
+        slice_tokens,
+        tf32,
+        *extra,
     )
     if norm_weight is not None:
         jit.kernel("projection_weight_bwd", num_mixes, size, True)(
