@@ -146,7 +146,7 @@ void load_matrix(emu::Address<T> row, void *registers, int line) {
       emu::Address<uint16_t> from;
       memcpy(&from, slots[8 * i + r], sizeof from);
       if ((from.at - emu::state.shared) % 16) emu::fail("ldmatrix row is not aligned to 16 bytes");
-      out[2 * i + k] = from[c];
+      out[2 * i + k] = from[c].load(true);
     }
 }
 template <bool transposed, typename T, typename... V>

@@ -86,7 +86,7 @@ def recorded(built_kernels):
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
     with emulated(num_sms=NUM_SMS), launch.settings(watch=watch):
-        for vary in (plain, few, huge_token, two_steps):
+        for vary in (plain, few, huge_token, tf32, two_steps):
             seen.clear()
             for op in OPS:
                 vary(op)
@@ -119,6 +119,14 @@ def huge_token(op):
     if "weight" in tensors:
         tensors["residual"][3] *= 1e18
         run(op, FEW, tensors, options)
+
+
+def tf32(op):
+    """Rounded weights, also on the way of the overflowed sum."""
+    tensors, options = op.inputs(*FEW.shape, "cpu")
+    if "weight" in tensors:
+        tensors["residual"][3] *= 1e18
+        run(op, FEW, tensors, options | {"tf32": True})
 
 
 def two_steps(op):
