@@ -21,6 +21,7 @@ from tile_mhc.kernels.mixes import THREADS, logit
 @builder(SIMT)
 def head_mix_fwd(n: int):
     tokens = T.dynamic("num_tokens")
+    block_tokens = THREADS // n
 
     @T.prim_func
     def head_mix_fwd_kernel(
@@ -30,17 +31,15 @@ def head_mix_fwd(n: int):
         out: T.Tensor[(tokens, n), T.float32],
         pre_eps: T.float32,
     ):
-        with T.Kernel(T.ceildiv(tokens, THREADS), threads=THREADS) as block:
+        # One thread a mix.
+        with T.Kernel(T.ceildiv(tokens, block_tokens), threads=block_tokens * n) as block:
             follow_previous()
-            t = block * THREADS + T.get_thread_binding()
-            z = T.alloc_local((n,), T.float32)
-            gate = T.alloc_local((1,), T.float32)
+            t = block * block_tokens + T.get_thread_binding() // n
+            k = T.get_thread_binding() % n
+            z = T.alloc_local((1,), T.float32)
             if t < tokens:
-                load_mixes(mixes, t, 0, n, z)
-                for k in T.unroll(n):
-                    logit(z[k], scale[0], bias[k], gate)
-                    z[k] = T.sigmoid(gate[0]) + pre_eps
-                store_mixes(z, n, out, t, 0)
+                logit(mixes[t, k], scale[0], bias[k], z)
+                out[t, k] = T.sigmoid(z[0]) + pre_eps
 
     return head_mix_fwd_kernel
 
