@@ -21,7 +21,7 @@ from typing import Any
 
 from tile_mhc import jit
 
-TABLE = Path(__file__).with_name("resources.json")
+TABLE = Path(__file__).resolve().with_name("resources.json")
 GROWTH = 1.1
 COUNTED = ("registers", "shared_memory")
 SPILLS = ("spill_stores", "spill_loads")

