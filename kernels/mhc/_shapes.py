@@ -19,17 +19,13 @@ HISTORY_STEP = 32
 TABLE_SLOTS = 48
 
 
-def backward_pieces(num_mixes: int, size: int, n: int, accumulates: bool) -> int:
+def backward_pieces(num_mixes: int, size: int, n: int) -> int:
     """projection: how many pieces of columns one CTA of the backward owns.
 
     Four fill shared memory. The weight gradient lies in registers, where 80 mixes leave room for
-    half of that; and a gradient to add to is a second tile of the size of x's.
+    half of that; so does what joins the gradient of x, which takes a tile of its own.
     """
-    if num_mixes > 24 or accumulates:
-        return 2
-    if n:
-        return min(n, 4)
-    return 4 if size % (4 * PIECE) == 0 else 2
+    return 2 if num_mixes > 24 or n or size % (4 * PIECE) else 4
 
 
 def factors_width(n: int) -> int:

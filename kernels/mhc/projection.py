@@ -375,7 +375,7 @@ def projection_bwd(num_mixes: int, size: int, n: int, accumulates: bool):
     width = factors_width(n)
     hidden_size = size // max(n, 1)
     block = BACKWARD_TOKENS
-    num_pieces = backward_pieces(num_mixes, size, n, accumulates)
+    num_pieces = backward_pieces(num_mixes, size, n)
     # A tuple is unrolled as the kernel is traced: TMA wants its pieces one by one.
     pieces = tuple(range(num_pieces))
     columns = num_pieces * PIECE

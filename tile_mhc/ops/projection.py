@@ -233,7 +233,7 @@ def launch_backward(
         *pre_mix,
     )
     accumulates = accumulated is not None
-    pieces = backward_pieces(num_mixes, size, streams, accumulates)
+    pieces = backward_pieces(num_mixes, size, streams)
     slice_tokens = backward_slice(num_tokens, size, num_mixes, pieces * PIECE)
     slices = -(-num_tokens // slice_tokens)
     # The gradient of a single slice is the gradient.
