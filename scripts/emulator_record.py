@@ -52,7 +52,7 @@ LIBM = 2.0**-19
 TENSOR_CORE = 2.0**-16
 # One bfloat16 rounding of such a value that goes the other way, or one above it.
 BFLOAT16 = 2.0**-7
-COPYING = {"expand_fwd", "recompute_table", "projection_weight"}
+COPYING = {"expand_fwd", "recompute_table"}
 MATMUL = {"projection_fwd", "projection_bwd"}
 MATMUL_OPS = {"projection", "contract", "fused_pre"}
 
