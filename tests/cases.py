@@ -197,6 +197,9 @@ def operator_calls(
     def leaves(op: Op) -> list[Tensor]:
         return [tensor.requires_grad_() for tensor in tensors(op)]
 
+    def head_norm() -> Tensor:
+        return torch.rand(n * hidden_size, device=device) + 0.5
+
     residual, weight, norm_weight = tensors(PROJECTION)
     saved = torch.ops.tile_mhc.projection(residual, weight, norm_weight, 1e-6, None, False)
     wide, narrow = residual, residual[..., 0, :].contiguous()
@@ -204,6 +207,8 @@ def operator_calls(
     pre, leaf_pre = tensors(FUSED_PRE), leaves(FUSED_PRE)
     pre, leaf_pre = ([*t[:2], *t[3:], t[2]] for t in (pre, leaf_pre))
     pre_outputs = torch.ops.tile_mhc.fused_pre(*pre, 1e-6, 1e-6, 1e-6, 2.0, 5, None, False)
+    head, leaf_head = [*tensors(CONTRACT), head_norm()], [*leaves(CONTRACT), head_norm()]
+    head_outputs = torch.ops.tile_mhc.contract(*head, 1e-6, 1e-6, None, False)
     initial, *lists = recompute_inputs(2, 1, lead, n, hidden_size, device)
     split = torch.ops.tile_mhc.split_mixes(*tensors(SPLIT_MIXES), n, 2.0, 1e-6)
     square = tensors(SINKHORN)[0]
@@ -225,6 +230,8 @@ def operator_calls(
         "post_backward": (wide, *tensors(POST)),
         "head_mix": (*leaves(HEAD_MIX), 1e-6),
         "head_mix_backward": (tensors(HEAD_MIX)[0], *tensors(HEAD_MIX)),
+        "contract": (*leaf_head, 1e-6, 1e-6, None, False),
+        "contract_backward": (narrow, *head, *head_outputs[1:], 1e-6, True),
         "fused_pre": (*leaf_pre, 1e-6, 1e-6, 1e-6, 2.0, 5, None, False),
         "fused_pre_backward": (
             *pre_outputs[:3],

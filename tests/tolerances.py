@@ -37,7 +37,6 @@ ATOL = {
 }
 # Tensors that an op's own tolerance does not fit.
 ATOL_OF = {
-    ("contract", "grad_residual"): BF16_SUM,
     ("mhc_sub_layer", "grad_residual"): BF16_SUM,
     ("mhc_sub_layer_passing", "grad_residual"): BF16_SUM,
     ("split_mixes", "grad_scale"): FLOAT32_SUM,

@@ -260,6 +260,52 @@ def contract(
     return aggregate(residual, head_mix(mixes, scale, bias, pre_eps=pre_eps))
 
 
+def contract_with_mixes(
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    pre_eps: float,
+    tf32: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, mixes, inv_rms)"""
+    mixes, inv_rms = projection_with_rms(residual, weight, norm_weight, norm_eps, tf32)
+    gate = head_mix(mixes, scale, bias, pre_eps=pre_eps)
+    return aggregate(residual, gate), mixes, inv_rms
+
+
+def contract_backward(
+    grad: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor | None,
+    mixes: Tensor,
+    inv_rms: Tensor,
+    pre_eps: float,
+    tf32: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of residual (both its uses, rounded once), weight, scale, bias and norm_weight."""
+    gate = head_mix(mixes, scale, bias, pre_eps=pre_eps)
+    wide = grad.to(mixes.dtype).unsqueeze(-2)
+    grad_gate = (wide * residual.to(mixes.dtype)).sum(-1)
+    grad_mixes, grad_scale, grad_bias = head_mix_backward(grad_gate, mixes, scale, bias)
+    grad_residual, grad_weight, grad_norm_weight = projection_backward(
+        grad_mixes,
+        residual,
+        weight,
+        norm_weight,
+        mixes,
+        inv_rms,
+        tf32,
+        added=gate.unsqueeze(-1) * wide,
+    )
+    return grad_residual, grad_weight, grad_scale, grad_bias, grad_norm_weight
+
+
 def fused_pre_with_mixes(
     residual: Tensor,
     weight: Tensor,

@@ -72,7 +72,7 @@ def _projections(s: Sizes) -> list[Arguments]:
 def _projection_norm_backwards(s: Sizes) -> list[Arguments]:
     # Alone, and with the aggregate of the same streams.
     size = s.n * s.hidden
-    return [(s.mixes, size, 0), (s.n, size, 0), (s.mixes, size, s.n)]
+    return [(s.mixes, size, 0), (s.n, size, 0), (s.mixes, size, s.n), (s.n, size, s.n)]
 
 
 def _projection_backwards(s: Sizes) -> list[Arguments]:
@@ -85,18 +85,17 @@ def _projections_with_norm(s: Sizes) -> list[Arguments]:
     return [(*sizes, norm) for sizes in _projections(s) for norm in (False, True)]
 
 
-_PROJECTION = ("projection", "contract")
-_PROJECTION_FUSED = (*_PROJECTION, "fused_pre")
+_PROJECTION = ("projection", "contract", "fused_pre")
 
 SPECS = (
     Spec("expand_fwd", "expand", ("expand",), _n_hidden),
     Spec("expand_bwd", "expand", ("expand",), _n_hidden),
-    Spec("projection_merge", "projection", _PROJECTION_FUSED, _projections),
-    Spec("projection_fwd", "projection", _PROJECTION_FUSED, _projections),
-    Spec("projection_norm", "projection", _PROJECTION, _projections),
-    Spec("projection_norm_bwd", "projection", _PROJECTION_FUSED, _projection_norm_backwards),
-    Spec("projection_bwd", "projection", _PROJECTION_FUSED, _projection_backwards),
-    Spec("projection_weight_bwd", "projection", _PROJECTION_FUSED, _projections_with_norm),
+    Spec("projection_merge", "projection", _PROJECTION, _projections),
+    Spec("projection_fwd", "projection", _PROJECTION, _projections),
+    Spec("projection_norm", "projection", ("projection",), _projections),
+    Spec("projection_norm_bwd", "projection", _PROJECTION, _projection_norm_backwards),
+    Spec("projection_bwd", "projection", _PROJECTION, _projection_backwards),
+    Spec("projection_weight_bwd", "projection", _PROJECTION, _projections_with_norm),
     Spec("split_mixes_fwd", "mixes", ("split_mixes", "fused_pre"), _n),
     Spec("split_mixes_bwd", "mixes", ("split_mixes", "fused_pre"), _n),
     # One column a bias and a scale.
@@ -108,13 +107,14 @@ SPECS = (
     ),
     Spec("sinkhorn_fwd", "sinkhorn", ("sinkhorn",), _n),
     Spec("sinkhorn_bwd", "sinkhorn", ("sinkhorn", "fused_pre"), lambda s: [(s.n, s.capacity)]),
-    Spec("aggregate_fwd", "aggregate", ("aggregate", "contract"), _n_hidden),
-    Spec("aggregate_bwd", "aggregate", ("aggregate", "contract"), _n_hidden),
-    Spec("aggregate_mix_bwd", "aggregate", ("fused_pre",), _n_hidden),
+    Spec("aggregate_fwd", "aggregate", ("aggregate",), _n_hidden),
+    Spec("aggregate_bwd", "aggregate", ("aggregate",), _n_hidden),
+    Spec("aggregate_mix_bwd", "aggregate", ("fused_pre", "contract"), _n_hidden),
     Spec("post_fwd", "post", ("post",), _n_hidden),
     Spec("post_bwd", "post", ("post",), _n_hidden),
     Spec("head_mix_fwd", "contract", ("head_mix", "contract"), _n),
     Spec("head_mix_bwd", "contract", ("head_mix", "contract"), _n),
+    Spec("contract_fwd", "contract", ("contract",), _n_hidden),
     Spec("fused_pre", "fused_pre", ("fused_pre",), _n_hidden),
     Spec("recompute", "recompute", ("recompute",), _n_hidden),
     Spec("recompute_table", "recompute", ("recompute",), lambda _: [(TABLE_SLOTS,)]),

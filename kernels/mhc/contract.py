@@ -1,6 +1,7 @@
-"""The gate of the learned n -> 1 readout: sigmoid(mixes * scale + bias) + pre_eps.
+"""The learned n -> 1 readout, and its gate: sigmoid(mixes * scale + bias) + pre_eps.
 
-The readout itself is `projection` with n rows, this gate, and `aggregate`.
+The readout is `projection` with n rows, this gate and `aggregate`; the last two, and the sum of the
+splits before them, are one kernel.
 """
 
 import tilelang.language as T
@@ -11,10 +12,12 @@ from tile_mhc.kernels._common import (
     builder,
     follow_previous,
     load_mixes,
+    row_threads,
     store_mixes,
     sum_lanes,
     sums_shape,
 )
+from tile_mhc.kernels.fused_pre import gated_aggregate
 from tile_mhc.kernels.mixes import THREADS, logit
 
 
@@ -89,3 +92,52 @@ def head_mix_bwd(n: int):
                 partials[row, tid // lanes] = partial[0]
 
     return head_mix_bwd_kernel
+
+
+@builder(SIMT)
+def contract_fwd(n: int, hidden_size: int):
+    tokens = T.dynamic("num_tokens")
+    splits = T.dynamic("num_splits")
+    size = n * hidden_size
+    threads = row_threads(hidden_size)
+
+    @T.prim_func
+    def contract_fwd_kernel(
+        products: T.Tensor[(splits, tokens, n), T.float32],
+        squares: T.Tensor[(splits, tokens), T.float32],
+        scale: T.Tensor[(1,), T.float32],
+        bias: T.Tensor[(n,), T.float32],
+        residual: T.Tensor[(tokens, n, hidden_size), T.bfloat16],
+        x: T.Tensor[(tokens, size), T.bfloat16],
+        weight: T.Tensor[(n, size), T.float32],
+        out: T.Tensor[(tokens, hidden_size), T.bfloat16],
+        mixes: T.Tensor[(tokens, n), T.float32],
+        inv_rms: T.Tensor[(tokens,), T.float32],
+        norm_eps: T.float32,
+        pre_eps: T.float32,
+        tf32: T.int32,
+    ):
+        with T.Kernel(tokens, threads=threads) as t:
+            follow_previous()
+            gated_aggregate(
+                products,
+                squares,
+                x,
+                weight,
+                splits,
+                t,
+                n,
+                hidden_size,
+                threads,
+                scale[0],
+                bias,
+                residual,
+                out,
+                mixes,
+                inv_rms,
+                norm_eps,
+                pre_eps,
+                tf32,
+            )
+
+    return contract_fwd_kernel

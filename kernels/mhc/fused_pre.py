@@ -20,6 +20,62 @@ from tile_mhc.kernels.mixes import logit
 from tile_mhc.kernels.projection import token_mix
 from tile_mhc.kernels.sinkhorn import sinkhorn_token
 
+# What Sinkhorn's CTAs need at n = 4; the others need less, and more of them hide latency better.
+REGISTERS = 48
+
+
+@T.macro
+def gated_aggregate(
+    products: T.Tensor,
+    squares: T.Tensor,
+    x: T.Tensor,
+    weight: T.Tensor,
+    splits: T.int32,
+    t: T.int32,
+    n: int,
+    hidden_size: int,
+    threads: int,
+    scale: T.float32,
+    bias: T.Tensor,
+    residual: T.Tensor,
+    out: T.Tensor,
+    mixes: T.Tensor,
+    inv_rms: T.Tensor,
+    norm_eps: T.float32,
+    pre_eps: T.float32,
+    tf32: T.int32,
+):
+    """What one CTA does for token t: its first n mixes, their gate, and the streams it weighs."""
+    tid = T.get_thread_binding()
+    mixed = T.alloc_local((2,), T.float32)
+    z = T.alloc_local((1,), T.float32)
+    gate = T.alloc_shared((n,), T.float32)
+    mix = T.alloc_local((n,), T.float32)
+    streams = T.alloc_local((n, VECTOR), T.bfloat16)
+    total = T.alloc_local((VECTOR,), T.float32)
+    # Asked for before the mixes are summed: the two latencies overlap.
+    if tid * VECTOR < hidden_size:
+        load_streams(residual, t, tid * VECTOR, n, streams)
+    if tid < n:
+        size = n * hidden_size
+        token_mix(products, squares, x, weight, splits, t, tid, size, norm_eps, tf32, mixed)
+        mixes[t, tid] = mixed[0]
+        if tid == 0:
+            inv_rms[t] = mixed[1]
+        logit(mixed[0], scale, bias[tid], z)
+        gate[tid] = T.sigmoid(z[0]) + pre_eps
+    T.sync_threads()
+    for i in T.unroll(n):
+        mix[i] = gate[i]
+    for c in T.serial(T.ceildiv(hidden_size, threads * VECTOR)):
+        h = (c * threads + tid) * VECTOR
+        if h < hidden_size:
+            if c > 0:
+                load_streams(residual, t, h, n, streams)
+            weighted_sum(mix, streams, n, total)
+            for v in T.vectorized(VECTOR):
+                out[t, h + v] = T.cast(total[v], T.bfloat16)
+
 
 @builder(SIMT)
 def fused_pre(n: int, hidden_size: int):
@@ -54,14 +110,13 @@ def fused_pre(n: int, hidden_size: int):
     ):
         with T.Kernel(T.ceildiv(tokens, group) + tokens, threads=threads) as block:
             follow_previous()
+            if n < 8:
+                T.annotate_min_blocks_per_sm(65536 // (REGISTERS * threads))
             tid = T.get_thread_binding()
             mix_blocks = T.ceildiv(tokens, group)
             mixed = T.alloc_local((2,), T.float32)
             z = T.alloc_local((1,), T.float32)
             comb = T.alloc_local((n, n), T.float32)
-            mix = T.alloc_local((n,), T.float32)
-            streams = T.alloc_local((n, VECTOR), T.bfloat16)
-            total = T.alloc_local((VECTOR,), T.float32)
             logits = T.alloc_shared((group, num_mixes), T.float32)
             if block < mix_blocks:
                 t = block * group + tid // num_mixes
@@ -75,31 +130,7 @@ def fused_pre(n: int, hidden_size: int):
                     if m < 2 * n:
                         post_mix[t, m - n] = T.sigmoid(z[0]) * post_mult
                     logits[tid // num_mixes, m] = z[0]
-            else:
-                # Asked for before the mixes are summed: the two latencies overlap.
-                if tid * VECTOR < hidden_size:
-                    load_streams(residual, block - mix_blocks, tid * VECTOR, n, streams)
-                if tid < n:
-                    token_mix(
-                        products,
-                        squares,
-                        x,
-                        weight,
-                        splits,
-                        block - mix_blocks,
-                        tid,
-                        size,
-                        norm_eps,
-                        tf32,
-                        mixed,
-                    )
-                    mixes[block - mix_blocks, tid] = mixed[0]
-                    if tid == 0:
-                        inv_rms[block - mix_blocks] = mixed[1]
-                    logit(mixed[0], scale[0], bias[tid], z)
-                    logits[0, tid] = T.sigmoid(z[0]) + pre_eps
-            T.sync_threads()
-            if block < mix_blocks:
+                T.sync_threads()
                 if tid < group and block * group + tid < tokens:
                     for i in T.unroll(n):
                         for j in T.unroll(n):
@@ -109,15 +140,25 @@ def fused_pre(n: int, hidden_size: int):
                         for j in T.vectorized(n):
                             comb_mix[block * group + tid, i * n + j] = comb[i, j]
             else:
-                for i in T.unroll(n):
-                    mix[i] = logits[0, i]
-                for c in T.serial(T.ceildiv(hidden_size, threads * VECTOR)):
-                    h = (c * threads + tid) * VECTOR
-                    if h < hidden_size:
-                        if c > 0:
-                            load_streams(residual, block - mix_blocks, h, n, streams)
-                        weighted_sum(mix, streams, n, total)
-                        for v in T.vectorized(VECTOR):
-                            layer_input[block - mix_blocks, h + v] = T.cast(total[v], T.bfloat16)
+                gated_aggregate(
+                    products,
+                    squares,
+                    x,
+                    weight,
+                    splits,
+                    block - mix_blocks,
+                    n,
+                    hidden_size,
+                    threads,
+                    scale[0],
+                    bias,
+                    residual,
+                    layer_input,
+                    mixes,
+                    inv_rms,
+                    norm_eps,
+                    pre_eps,
+                    tf32,
+                )
 
     return fused_pre_kernel

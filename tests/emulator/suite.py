@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import oracle
-from cases import CONTRACT, FUSED_PRE, OPS, Case, Op, recompute_inputs
+from cases import CONTRACT, FUSED_PRE, OPS, PROJECTION, Case, Inputs, Op, recompute_inputs
 from tile_mhc import fused_pre, recompute, reference
 
 PAIRS = ((2, 64), (4, 192), (8, 128))
@@ -40,7 +40,16 @@ PASSING = dataclasses.replace(
     reference=_passing_reference,
     outputs=(*FUSED_PRE.outputs, "residual"),
 )
-EVERY_OP = (*OPS, PASSING)
+
+
+def _head_inputs(*shape: Any) -> Inputs:
+    tensors, _ = CONTRACT.inputs(*shape)
+    return {name: tensors[name] for name in ("residual", "weight")}, {}
+
+
+# The projection of n rows, as TileKernels' readout calls it by itself.
+HEAD_PROJECTION = dataclasses.replace(PROJECTION, inputs=_head_inputs)
+EVERY_OP = (*OPS, PASSING, HEAD_PROJECTION)
 
 
 def run_recompute(case: Case, device: str = "cpu") -> dict[str, Tensor]:
@@ -55,7 +64,7 @@ def run_recompute(case: Case, device: str = "cpu") -> dict[str, Tensor]:
 
 def with_norm(op: Op, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inputs with a weight of the norm, where the op takes one, or without, where they have."""
-    if op is CONTRACT:
+    if op in (CONTRACT, HEAD_PROJECTION):
         residual = tensors["residual"]
         return tensors | {"norm_weight": torch.rand(residual.shape[-2:].numel()) + 0.5}
     return {name: tensor for name, tensor in tensors.items() if name != "norm_weight"}

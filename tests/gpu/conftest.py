@@ -16,6 +16,7 @@ WORTHWHILE = 20
 OPS_OF = {
     "fused_pre": ("fused_pre", "projection", "split_mixes", "sinkhorn", "aggregate"),
     "mixes": ("split_mixes", "contract"),
+    "contract": ("contract", "projection", "aggregate"),
     "recompute": ("recompute", "aggregate", "post"),
 }
 COMPAT_PAIRS = ((2, 128), (4, 128))

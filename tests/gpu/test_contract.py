@@ -5,12 +5,24 @@ import torch
 
 import oracle
 from cases import CONTRACT, Case, few_streams
-from tile_mhc import contract, reference
+from tile_mhc import aggregate, contract, head_mix, projection, reference
 
 
 @few_streams
 def test_contract(case):
     oracle.check(CONTRACT, case, *CONTRACT.inputs(*case.shape, "cuda"))
+
+
+@pytest.mark.parametrize("norm", [True, False], ids=["norm_weight", "plain"])
+@few_streams
+def test_bits_of_the_three_ops(case, norm):
+    tensors, _ = CONTRACT.inputs(*case.shape, "cuda")
+    residual, weight, scale, bias = tensors.values()
+    size = weight.shape[1]
+    norm_weight = torch.rand(size, device="cuda") + 0.5 if norm else None
+    mixes = projection(residual, weight, norm_weight=norm_weight)
+    expected = aggregate(residual, head_mix(mixes, scale, bias))
+    assert torch.equal(contract(**tensors, norm_weight=norm_weight), expected)
 
 
 def test_norm_weight():

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from tile_mhc import errors, jit, reference
+from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops._library import register
-from tile_mhc.ops.aggregate import aggregate
 from tile_mhc.ops.mixes import check_gates, column_sums, partial_rows
-from tile_mhc.ops.projection import check_projection, projection
 
 
 def contract(
@@ -28,6 +27,9 @@ def contract(
 
     gate = sigmoid(projection(residual, weight) * scale + bias) + pre_eps
     out[t, h] = sum_i gate[t, i] * residual[t, i, h]
+
+    The output is the bits of `projection`, `head_mix` and `aggregate` one after another, with the
+    same `num_splits`; the gradient of the residual is rounded once for both its uses.
 
     Args:
         residual: (..., n, H) bfloat16, contiguous; n in 2, 4, 8; H a multiple of 64.
@@ -51,18 +53,14 @@ def contract(
     """
     errors.check_streams("contract", "residual", residual)
     n = residual.shape[-2]
-    check_projection("contract", residual, weight, norm_weight, norm_eps, num_splits, tf32, (n,))
+    projection_op.check_projection(
+        "contract", residual, weight, norm_weight, norm_eps, num_splits, tf32, (n,)
+    )
     check_gates("contract", scale, bias, 1, n, ("residual", residual))
     errors.check_number("contract", "pre_eps", pre_eps)
-    mixes = projection(
-        residual,
-        weight,
-        norm_weight=norm_weight,
-        norm_eps=norm_eps,
-        num_splits=num_splits,
-        tf32=tf32,
-    )
-    return aggregate(residual, head_mix(mixes, scale, bias, pre_eps=pre_eps))
+    return _contract(
+        residual, weight, scale, bias, norm_weight, norm_eps, pre_eps, num_splits, tf32
+    )[0]
 
 
 def head_mix(mixes: Tensor, scale: Tensor, bias: Tensor, *, pre_eps: float = 1e-6) -> Tensor:
@@ -95,6 +93,128 @@ def head_mix(mixes: Tensor, scale: Tensor, bias: Tensor, *, pre_eps: float = 1e-
     check_gates("head_mix", scale, bias, 1, mixes.shape[-1], ("mixes", mixes))
     errors.check_number("head_mix", "pre_eps", pre_eps)
     return _head_mix(mixes, scale, bias, pre_eps)
+
+
+def _contract_cuda(
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    pre_eps: float,
+    num_splits: int | None,
+    tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _contract_fake(residual)
+    if residual.numel():
+        n, hidden_size = residual.shape[-2:]
+        x = residual.view(-1, n * hidden_size)
+        merged = projection_op.merged_weight(weight, norm_weight)
+        products, squares = projection_op.split_products(x, merged, num_splits, tf32)
+        out, mixes, inv_rms = outputs
+        jit.kernel("contract_fwd", n, hidden_size)(
+            products,
+            squares,
+            scale,
+            bias.contiguous(),
+            residual.view(-1, n, hidden_size),
+            x,
+            merged,
+            out.view(-1, hidden_size),
+            mixes.view(-1, n),
+            inv_rms.view(-1),
+            norm_eps,
+            pre_eps,
+            tf32,
+        )
+    return outputs
+
+
+def _contract_cpu(*args: Any) -> tuple[Tensor, ...]:
+    *arguments, _, tf32 = map(_contiguous, args)  # no num_splits: the reference sums K at once
+    return tuple(out.contiguous() for out in reference.contract_with_mixes(*arguments, tf32))
+
+
+def _contiguous(value: Any) -> Any:
+    """The same bits for any layout, as the kernels read contiguous copies."""
+    return value.contiguous() if isinstance(value, Tensor) else value
+
+
+def _contract_fake(residual: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *lead, n, hidden_size = residual.shape
+    return (
+        residual.new_empty((*lead, hidden_size)),
+        residual.new_empty((*lead, n), dtype=torch.float32),
+        residual.new_empty(lead, dtype=torch.float32),
+    )
+
+
+def _contract_backward_cuda(
+    grad: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor | None,
+    mixes: Tensor,
+    inv_rms: Tensor,
+    pre_eps: float,
+    tf32: bool,
+) -> tuple[Tensor, ...]:
+    n, hidden_size = residual.shape[-2:]
+    grad = grad.contiguous()
+    gate = _cuda(mixes, scale, bias, pre_eps)
+    grad_gate = torch.empty_like(gate)
+    if residual.numel():
+        jit.kernel("aggregate_mix_bwd", n, hidden_size)(
+            grad.view(-1, hidden_size), residual.view(-1, n, hidden_size), grad_gate.view(-1, n)
+        )
+    grad_mixes, grad_scale, grad_bias = _backward_cuda(grad_gate, mixes, scale, bias)
+    grad_residual, grad_weight, grad_norm_weight = projection_op.launch_backward(
+        grad_mixes, residual, weight, norm_weight, mixes, inv_rms, tf32, aggregated=(grad, gate)
+    )
+    return grad_residual, grad_weight, grad_scale, grad_bias, grad_norm_weight
+
+
+def _contract_backward_cpu(*args: Any) -> tuple[Tensor, ...]:
+    *grads, grad_norm_weight = reference.contract_backward(*map(_contiguous, args))
+    if grad_norm_weight is None:
+        grad_norm_weight = grads[1].new_empty(0)
+    return *(grad.contiguous() for grad in grads), grad_norm_weight
+
+
+def _contract_backward_fake(
+    grad: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    return (
+        residual.new_empty(residual.shape),
+        weight.new_empty(weight.shape),
+        scale.new_empty(scale.shape),
+        bias.new_empty(bias.shape),
+        weight.new_empty(0 if norm_weight is None else norm_weight.shape),
+    )
+
+
+def _contract_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, _, pre_eps, _, tf32 = inputs
+    mixes, inv_rms = output[1:]
+    ctx.save_for_backward(*tensors, mixes, inv_rms)
+    ctx.options = (pre_eps, tf32)
+    ctx.mark_non_differentiable(mixes, inv_rms)
+
+
+def _contract_gradients(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # once: checkpointing unpacks it only once
+    result = _contract_backward(grad, *saved, *ctx.options)
+    grad_norm_weight = None if saved[4] is None else result[4]
+    return *result[:4], grad_norm_weight, *[None] * 4
 
 
 def _cuda(mixes: Tensor, scale: Tensor, bias: Tensor, pre_eps: float) -> Tensor:
@@ -156,4 +276,21 @@ _head_mix = register(
     fake=lambda mixes, scale, bias, pre_eps: mixes.new_empty(mixes.shape),
     backward=_backward,
     setup_context=_setup_context,
+)
+_contract_backward = register(
+    "contract_backward(Tensor grad, Tensor residual, Tensor weight, Tensor scale, Tensor bias, "
+    "Tensor? norm_weight, Tensor mixes, Tensor inv_rms, float pre_eps, bool tf32) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    cuda=_contract_backward_cuda,
+    cpu=_contract_backward_cpu,
+    fake=_contract_backward_fake,
+)
+_contract = register(
+    "contract(Tensor residual, Tensor weight, Tensor scale, Tensor bias, Tensor? norm_weight, "
+    "float norm_eps, float pre_eps, int? num_splits, bool tf32) -> (Tensor, Tensor, Tensor)",
+    cuda=_contract_cuda,
+    cpu=_contract_cpu,
+    fake=_contract_fake,
+    backward=_contract_gradients,
+    setup_context=_contract_setup,
 )
