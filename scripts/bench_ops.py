@@ -92,6 +92,10 @@ def contract_bytes(T: int, H: int, n: int) -> int:
     return BF16 * T * H * (n + 1) + FP32 * (n * n * H + n + 1)
 
 
+def contract_bwd_bytes(T: int, H: int, n: int) -> int:
+    return BF16 * T * H * (2 * n + 1) + FP32 * (T * (n + 1) + 2 * (n * n * H + n + 1))
+
+
 def fused_pre_bytes(T: int, H: int, n: int) -> int:
     mixes = n * (n + 2)
     return BF16 * T * H * (n + 1) + FP32 * T * n * (n + 1) + FP32 * (mixes * n * H + mixes + 3)
@@ -354,6 +358,19 @@ def reference_projection_bwd(x: Inputs) -> Outputs:
     return reference.projection_backward(*arguments)[:2]
 
 
+def ours_contract_bwd(x: Inputs) -> Run:
+    op = torch.ops.tile_mhc
+    given = (x["residual"], x["head_weight"], x["head_scale"], x["head_bias"], None)
+    saved = op.contract(*given, EPS, EPS, None, False)[1:]
+    return lambda: op.contract_backward(x["grad_hidden"], *given, *saved, EPS, False)[:4]
+
+
+def reference_contract_bwd(x: Inputs) -> Outputs:
+    given = (x["residual"], x["head_weight"], x["head_scale"], x["head_bias"], None)
+    saved = reference.contract_with_mixes(*given, EPS, EPS)[1:]
+    return reference.contract_backward(x["grad_hidden"], *given, *saved, EPS)[:4]
+
+
 def ours_fused_pre_bwd(x: Inputs) -> Run:
     op = torch.ops.tile_mhc
     gates = (x["residual"], x["weight"], x["scale"], x["bias"], None)
@@ -572,6 +589,14 @@ def make_ops() -> list[Op]:
             lambda x: lambda: (tile_mhc.contract(*pick(x, *out)),),
             lambda x: (reference.contract(*pick(x, *out)),),
             None,
+        ),
+        Op(
+            "contract.bwd",
+            contract_bwd_bytes,
+            ours_contract_bwd,
+            reference_contract_bwd,
+            None,
+            summed=(1, 2, 3),
         ),
         Op(
             "fused_pre.fwd",

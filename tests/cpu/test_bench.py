@@ -36,6 +36,8 @@ BY_HAND = {
     "head_mix.fwd": 16 + 16 + 4 + 16,
     "head_mix.bwd": 16 + 16 + 20 + 16 + 20,
     "contract.fwd": 512 + 4096 + 20 + 128,
+    # x, grad, weight, gates, mixes, inv_rms; four gradients
+    "contract.bwd": 512 + 128 + 4096 + 20 + 16 + 4 + 512 + 4096 + 20,
     "fused_pre.fwd": 512 + 24576 + 108 + 128 + 16 + 64,
     # x, weight, gates, mixes, inv_rms, three gradients; four gradients
     "fused_pre.bwd": 512 + 24576 + 108 + 96 + 4 + 128 + 16 + 64 + 512 + 24576 + 108,
@@ -69,6 +71,7 @@ def test_every_op_is_counted_by_hand():
         ("aggregate.bwd", lambda H: 18 * H + 32, lambda H: 0 * H),
         ("post.fwd", lambda H: 18 * H + 80, lambda H: 0 * H),
         ("post.bwd", lambda H: 28 * H + 160, lambda H: 0 * H),
+        ("contract.bwd", lambda H: 18 * H + 20, lambda H: 128 * H + 40),
         ("fused_pre.fwd", lambda H: 10 * H + 80, lambda H: 384 * H + 108),
         ("fused_pre.bwd", lambda H: 18 * H + 180, lambda H: 768 * H + 216),
         ("recompute.fwd", lambda H: 8 * H + 10 * (2 * H + 16) + 10 * (10 * H + 80), lambda H: 0),
