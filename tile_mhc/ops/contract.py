@@ -132,8 +132,9 @@ def _contract_cuda(
 
 
 def _contract_cpu(*args: Any) -> tuple[Tensor, ...]:
-    *arguments, _, tf32 = map(_contiguous, args)  # no num_splits: the reference sums K at once
-    return tuple(out.contiguous() for out in reference.contract_with_mixes(*arguments, tf32))
+    arguments = [_contiguous(arg) for arg in args]
+    del arguments[-2]  # num_splits: the reference sums K at once
+    return tuple(out.contiguous() for out in reference.contract_with_mixes(*arguments))
 
 
 def _contiguous(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """Everything before a sub-layer: projection, mixes, Sinkhorn and aggregate in one op."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,7 +79,9 @@ def fused_pre(
     errors.check_number(op, "post_mult", post_mult)
     errors.check_number(op, "pre_eps", pre_eps)
     errors.check_bool(op, "passes_residual", passes_residual)
-    run = _FusedPreAndResidual.apply if passes_residual else _fused_pre
+    run: Callable[..., tuple[Tensor, ...]] = (
+        _FusedPreAndResidual.apply if passes_residual else _fused_pre
+    )
     outputs = run(
         residual,
         weight,
@@ -93,7 +96,7 @@ def fused_pre(
         num_splits,
         tf32,
     )
-    return outputs if passes_residual else outputs[:3]  # type: ignore[no-any-return]
+    return outputs if passes_residual else outputs[:3]
 
 
 def _cuda(
