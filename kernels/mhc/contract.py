@@ -18,13 +18,13 @@ from tile_mhc.kernels._common import (
     sums_shape,
 )
 from tile_mhc.kernels.fused_pre import gated_aggregate
-from tile_mhc.kernels.mixes import THREADS, logit
+from tile_mhc.kernels.mixes import THREADS, logit, tokens_per_block
 
 
 @builder(SIMT)
 def head_mix_fwd(n: int):
     tokens = T.dynamic("num_tokens")
-    block_tokens = THREADS // n
+    block_tokens = tokens_per_block(n)
 
     @T.prim_func
     def head_mix_fwd_kernel(

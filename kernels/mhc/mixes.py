@@ -24,7 +24,7 @@ THREADS = TOKENS_PER_PARTIAL
 
 
 def tokens_per_block(rows: int) -> int:
-    """Whole tokens of a CTA with a thread a row of n mixes: indices stay 32 bits wide."""
+    """Whole tokens of a CTA that takes `rows` threads a token: indices stay 32 bits wide."""
     return 256 // rows
 
 
