@@ -36,6 +36,14 @@ def register(
     return getattr(torch.ops.tile_mhc, name)
 
 
+def empty_gradients(*inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """Room for the gradient of each input; of a None no element, in the dtype of the one before."""
+    grads: list[Tensor] = []
+    for value in inputs:
+        grads.append(grads[-1].new_empty(0) if value is None else value.new_empty(value.shape))
+    return tuple(grads)
+
+
 def _no_gradient_of(name: str) -> Callable[..., Any]:
     """A backward op's own backward: torch would leave out its terms in silence."""
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tile_mhc import errors, jit, reference
 from tile_mhc.ops import projection as projection_op
-from tile_mhc.ops._library import register
+from tile_mhc.ops._library import empty_gradients, register
 from tile_mhc.ops.mixes import check_gates, column_sums, partial_rows
 
 
@@ -185,22 +185,8 @@ def _contract_backward_cpu(*args: Any) -> tuple[Tensor, ...]:
     return *(grad.contiguous() for grad in grads), grad_norm_weight
 
 
-def _contract_backward_fake(
-    grad: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    norm_weight: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    return (
-        residual.new_empty(residual.shape),
-        weight.new_empty(weight.shape),
-        scale.new_empty(scale.shape),
-        bias.new_empty(bias.shape),
-        weight.new_empty(0 if norm_weight is None else norm_weight.shape),
-    )
+def _contract_backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    return empty_gradients(*args[1:6])  # residual to norm_weight
 
 
 def _contract_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -10,7 +10,7 @@ from tile_mhc import errors, jit, reference
 from tile_mhc.ops import mixes as mixes_op
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops import sinkhorn as sinkhorn_op
-from tile_mhc.ops._library import register
+from tile_mhc.ops._library import empty_gradients, register
 
 
 def fused_pre(
@@ -210,24 +210,8 @@ def _backward_cpu(*args: Any) -> tuple[Tensor, ...]:
     return *(grad.contiguous() for grad in grads), grad_norm_weight
 
 
-def _backward_fake(
-    grad_input: Tensor,
-    grad_post: Tensor,
-    grad_comb: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    norm_weight: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    return (
-        residual.new_empty(residual.shape),
-        weight.new_empty(weight.shape),
-        scale.new_empty(scale.shape),
-        bias.new_empty(bias.shape),
-        weight.new_empty(0 if norm_weight is None else norm_weight.shape),
-    )
+def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    return empty_gradients(*args[3:8])  # residual to norm_weight
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
