@@ -87,6 +87,10 @@ def _weight(rows: int, size: int, device: str) -> dict[str, Tensor]:
     return {"weight": normal(rows, size, device=device) * size**-0.5}
 
 
+def norm_weight(size: int, device: str) -> Tensor:
+    return torch.rand(size, device=device) + 0.5
+
+
 def expand_inputs(lead: Sequence[int], n: int, hidden_size: int, device: str) -> Inputs:
     return {"hidden": stream(*lead, hidden_size, device=device)}, {"num_streams": n}
 
@@ -94,7 +98,7 @@ def expand_inputs(lead: Sequence[int], n: int, hidden_size: int, device: str) ->
 def projection_inputs(lead: Sequence[int], n: int, hidden_size: int, device: str) -> Inputs:
     size = n * hidden_size
     tensors = _residual(lead, n, hidden_size, device) | _weight(n * (n + 2), size, device)
-    return tensors | {"norm_weight": torch.rand(size, device=device) + 0.5}, {}
+    return tensors | {"norm_weight": norm_weight(size, device)}, {}
 
 
 def split_mixes_inputs(lead: Sequence[int], n: int, hidden_size: int, device: str) -> Inputs:
@@ -197,17 +201,15 @@ def operator_calls(
     def leaves(op: Op) -> list[Tensor]:
         return [tensor.requires_grad_() for tensor in tensors(op)]
 
-    def head_norm() -> Tensor:
-        return torch.rand(n * hidden_size, device=device) + 0.5
-
-    residual, weight, norm_weight = tensors(PROJECTION)
-    saved = torch.ops.tile_mhc.projection(residual, weight, norm_weight, 1e-6, None, False)
+    residual, weight, norm_of_block = tensors(PROJECTION)
+    saved = torch.ops.tile_mhc.projection(residual, weight, norm_of_block, 1e-6, None, False)
     wide, narrow = residual, residual[..., 0, :].contiguous()
     # The operator takes the norm weight last.
     pre, leaf_pre = tensors(FUSED_PRE), leaves(FUSED_PRE)
     pre, leaf_pre = ([*t[:2], *t[3:], t[2]] for t in (pre, leaf_pre))
     pre_outputs = torch.ops.tile_mhc.fused_pre(*pre, 1e-6, 1e-6, 1e-6, 2.0, 5, None, False)
-    head, leaf_head = [*tensors(CONTRACT), head_norm()], [*leaves(CONTRACT), head_norm()]
+    norm = norm_weight(n * hidden_size, device)
+    head, leaf_head = [*tensors(CONTRACT), norm], [*leaves(CONTRACT), norm.clone()]
     head_outputs = torch.ops.tile_mhc.contract(*head, 1e-6, 1e-6, None, False)
     initial, *lists = recompute_inputs(2, 1, lead, n, hidden_size, device)
     split = torch.ops.tile_mhc.split_mixes(*tensors(SPLIT_MIXES), n, 2.0, 1e-6)
@@ -217,7 +219,7 @@ def operator_calls(
         "expand_out": (narrow, torch.zeros_like(wide)),
         "expand_backward": (wide,),
         "projection": (*leaves(PROJECTION), 1e-6, None, False),
-        "projection_backward": (saved[0], residual, weight, norm_weight, *saved, True),
+        "projection_backward": (saved[0], residual, weight, norm_of_block, *saved, True),
         "split_mixes": (*leaves(SPLIT_MIXES), n, 2.0, 1e-6),
         "split_mixes_backward": (*split, *tensors(SPLIT_MIXES), n, 2.0),
         "sinkhorn": (*leaves(SINKHORN), 5, 1e-6),

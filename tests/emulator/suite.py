@@ -3,11 +3,20 @@
 import dataclasses
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import oracle
-from cases import CONTRACT, FUSED_PRE, OPS, PROJECTION, Case, Inputs, Op, recompute_inputs
+from cases import (
+    CONTRACT,
+    FUSED_PRE,
+    OPS,
+    PROJECTION,
+    Case,
+    Inputs,
+    Op,
+    norm_weight,
+    recompute_inputs,
+)
 from tile_mhc import fused_pre, recompute, reference
 
 PAIRS = ((2, 64), (4, 192), (8, 128))
@@ -65,8 +74,8 @@ def run_recompute(case: Case, device: str = "cpu") -> dict[str, Tensor]:
 def with_norm(op: Op, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inputs with a weight of the norm, where the op takes one, or without, where they have."""
     if op in (CONTRACT, HEAD_PROJECTION):
-        residual = tensors["residual"]
-        return tensors | {"norm_weight": torch.rand(residual.shape[-2:].numel()) + 0.5}
+        size = tensors["residual"].shape[-2:].numel()
+        return tensors | {"norm_weight": norm_weight(size, "cpu")}
     return {name: tensor for name, tensor in tensors.items() if name != "norm_weight"}
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import oracle
-from cases import CONTRACT, Case, few_streams
+from cases import CONTRACT, Case, few_streams, norm_weight
 from tile_mhc import aggregate, contract, head_mix, projection, reference
 
 
@@ -19,15 +19,15 @@ def test_bits_of_the_three_ops(case, norm):
     tensors, _ = CONTRACT.inputs(*case.shape, "cuda")
     residual, weight, scale, bias = tensors.values()
     size = weight.shape[1]
-    norm_weight = torch.rand(size, device="cuda") + 0.5 if norm else None
-    mixes = projection(residual, weight, norm_weight=norm_weight)
+    given = norm_weight(size, "cuda") if norm else None
+    mixes = projection(residual, weight, norm_weight=given)
     expected = aggregate(residual, head_mix(mixes, scale, bias))
-    assert torch.equal(contract(**tensors, norm_weight=norm_weight), expected)
+    assert torch.equal(contract(**tensors, norm_weight=given), expected)
 
 
 def test_norm_weight():
     tensors, options = CONTRACT.inputs((130,), 4, 1280, "cuda")
-    tensors["norm_weight"] = torch.rand(4 * 1280, device="cuda") + 0.5
+    tensors["norm_weight"] = norm_weight(4 * 1280, "cuda")
     oracle.check(CONTRACT, Case(130, 4, 1280, "a weight of the norm"), tensors, options)
 
 

@@ -50,9 +50,10 @@ def specified(**arguments):
 
 SUB_LAYER = Op("mhc_sub_layer", ours, specified, inputs, ("layer_input", "out"))
 PASSING = Op("mhc_sub_layer_passing", passing, specified, inputs, ("layer_input", "out"))
+BOTH = pytest.mark.parametrize("op", [SUB_LAYER, PASSING], ids=str)
 
 
-@pytest.mark.parametrize("op", [SUB_LAYER, PASSING], ids=str)
+@BOTH
 @CASES
 def test_sub_layer(op, case):
     oracle.check(op, case, *inputs(*case.shape, "cuda"))
@@ -88,17 +89,17 @@ def test_residual_gradient_beside_three_roundings_in_place():
     assert oracle.relative_error(found, sum(parts)) <= 1.02 * theirs
 
 
-@pytest.mark.parametrize("op", [SUB_LAYER, PASSING], ids=str)
+@BOTH
 def test_same_bits_every_run(op):
     oracle.check_repeatable(op, *inputs((130,), 4, 1280, "cuda"))
 
 
-@pytest.mark.parametrize("op", [SUB_LAYER, PASSING], ids=str)
+@BOTH
 def test_nonfinite_stays_in_its_token(op):
     oracle.check_isolation(op, *inputs((130,), 4, 1280, "cuda"), "residual")
 
 
-@pytest.mark.parametrize("op", [SUB_LAYER, PASSING], ids=str)
+@BOTH
 @pytest.mark.parametrize("wanted", ["layer_output", "residual", *PARAMETERS])
 def test_one_gradient_alone(op, wanted):
     tensors, options = inputs((65,), 4, 192, "cuda")

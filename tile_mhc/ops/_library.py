@@ -27,7 +27,7 @@ def register(
     qualified = f"tile_mhc::{name}"
     torch.library.define(qualified, schema[len(name) :])
     torch.library.impl(qualified, "CUDA", _prepared(schema, cuda))
-    torch.library.impl(qualified, "CPU", _without_autocast_or_grad(cpu))
+    torch.library.impl(qualified, "CPU", _reference(schema, cpu))
     torch.library.register_fake(qualified, fake)
     if backward is None and not schema.endswith("-> ()"):
         backward = _no_gradient_of(name)
@@ -56,14 +56,28 @@ def _no_gradient_of(name: str) -> Callable[..., Any]:
     return refuse
 
 
-def _without_autocast_or_grad(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The reference keeps its dtypes and records no gradient, whatever region it is called in."""
+def _reference(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference keeps its dtypes and records no gradient, whatever region it is called in.
+
+    It reads contiguous copies, as the kernels do: the same bits for any layout.
+    """
+    has_out = _has_out(schema)
 
     def compute(*args: Any) -> Any:
+        inputs = args[:-1] if has_out else args
+        args = (*map(_contiguous, inputs), *args[len(inputs) :])
         with torch.autocast("cpu", enabled=False), torch.no_grad():
             return function(*args)
 
     return compute
+
+
+def _contiguous(value: Any) -> Any:
+    return value.contiguous() if isinstance(value, Tensor) else value
+
+
+def _has_out(schema: str) -> bool:
+    return schema.endswith("(a!) out) -> ()")
 
 
 def _prepared(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,7 +86,7 @@ def _prepared(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
     Its kernels trust the alignment of an allocation: an input that starts elsewhere is copied.
     """
     name = schema.partition("(")[0]
-    has_out = schema.endswith("(a!) out) -> ()")
+    has_out = _has_out(schema)
 
     def launch(*args: Any) -> Any:
         inputs = args[:-1] if has_out else args

@@ -132,14 +132,9 @@ def _contract_cuda(
 
 
 def _contract_cpu(*args: Any) -> tuple[Tensor, ...]:
-    arguments = [_contiguous(arg) for arg in args]
+    arguments = list(args)
     del arguments[-2]  # num_splits: the reference sums K at once
     return tuple(out.contiguous() for out in reference.contract_with_mixes(*arguments))
-
-
-def _contiguous(value: Any) -> Any:
-    """The same bits for any layout, as the kernels read contiguous copies."""
-    return value.contiguous() if isinstance(value, Tensor) else value
 
 
 def _contract_fake(residual: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,7 +174,7 @@ def _contract_backward_cuda(
 
 
 def _contract_backward_cpu(*args: Any) -> tuple[Tensor, ...]:
-    *grads, grad_norm_weight = reference.contract_backward(*map(_contiguous, args))
+    *grads, grad_norm_weight = reference.contract_backward(*args)
     if grad_norm_weight is None:
         grad_norm_weight = grads[1].new_empty(0)
     return *(grad.contiguous() for grad in grads), grad_norm_weight

@@ -1,6 +1,6 @@
 """Everything before a sub-layer: projection, mixes, Sinkhorn and aggregate in one op."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -215,16 +215,28 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _save(ctx, inputs, output)
+    ctx.mark_non_differentiable(*output[3:])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     residual, weight, scale, bias, norm_weight, _, *options, _, tf32 = inputs
-    mixes, inv_rms = output[3:]
-    ctx.save_for_backward(residual, weight, scale, bias, norm_weight, mixes, inv_rms)
+    ctx.save_for_backward(residual, weight, scale, bias, norm_weight, *output[3:])
     ctx.options = (*options, tf32)
-    ctx.mark_non_differentiable(mixes, inv_rms)
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # once: checkpointing unpacks it only once
-    result = _fused_pre_backward(*grads[:3], *saved, *ctx.options, None)
+    # The saved tensors once: checkpointing unpacks them only once.
+    return _gradients(ctx.saved_tensors, grads[:3], ctx.options, None)
+
+
+def _gradients(
+    saved: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    options: tuple[Any, ...],
+    accumulated: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    result = _fused_pre_backward(*grads, *saved, *options, accumulated)
     grad_norm_weight = None if saved[4] is None else result[4]
     return *result[:4], grad_norm_weight, *[None] * 7
 
@@ -257,13 +269,12 @@ class _FusedPreAndResidual(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, residual: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-        *outputs, mixes, inv_rms = _fused_pre(residual, *inputs)
-        weight, scale, bias, norm_weight, _, *options, _, tf32 = inputs
-        ctx.save_for_backward(residual, weight, scale, bias, norm_weight, mixes, inv_rms)
-        ctx.options = (*options, tf32)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _fused_pre(*inputs)
+        _save(ctx, inputs, output)
         ctx.set_materialize_grads(False)
-        return *outputs, residual.view_as(residual)
+        residual = inputs[0]
+        return *output[:3], residual.view_as(residual)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -275,6 +286,4 @@ class _FusedPreAndResidual(torch.autograd.Function):
             outputs = _empty(saved[0])[:3]
             pairs = zip(given, outputs, strict=True)
             given = [out.zero_() if grad is None else grad for grad, out in pairs]
-        result = _fused_pre_backward(*given, *saved, *ctx.options, through)
-        grad_norm_weight = None if saved[4] is None else result[4]
-        return *result[:4], grad_norm_weight, *[None] * 7
+        return _gradients(saved, given, ctx.options, through)
