@@ -8,6 +8,9 @@ BLOCK_K = 128
 BACKWARD_TOKENS = 64
 PIECE = 64
 
+# The running sums over splits of K, and the threads that may share them.
+SUM_LANES = 8
+
 # mixes, contract: tokens summed by one CTA into one row of partial sums.
 TOKENS_PER_PARTIAL = 128
 

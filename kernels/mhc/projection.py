@@ -27,6 +27,7 @@ from tile_mhc.kernels._shapes import (
     BLOCK_K,
     BLOCK_TOKENS,
     PIECE,
+    SUM_LANES,
     backward_pieces,
     factors_width,
     padded,
@@ -176,6 +177,45 @@ def projection_fwd(num_mixes: int, size: int, weight_dtype: str = "float32", nor
 
 
 @T.macro
+def split_sums(
+    products: T.Tensor,
+    squares: T.Tensor,
+    splits: T.int32,
+    t: T.int32,
+    m: T.int32,
+    lane: T.int32,
+    lanes: int,
+    out: T.Buffer,
+):
+    """out = (product m of token t, its sum of squares), summed over the splits.
+
+    SUM_LANES running sums, one a remainder of the split, then a tree of them: the same bits whether
+    one thread makes all of them or `lanes` neighbours share, which is for few tokens: there the
+    splits are many, and their loads one after another would be most of the time.
+    """
+    each = SUM_LANES // lanes
+    part = T.alloc_local((2, each), T.float32)
+    for c in T.unroll(each):
+        part[0, c] = 0.0
+        part[1, c] = 0.0
+    for step in T.unroll(T.ceildiv(splits, SUM_LANES), unroll_factor=8 // each):
+        for c in T.unroll(each):
+            s = step * SUM_LANES + lane * each + c
+            if s < splits:
+                part[0, c] += products[s, t, m]
+                part[1, c] += squares[s, t]
+    for level in T.unroll(each.bit_length() - 1):
+        for c in T.unroll(each >> (level + 1)):
+            for k in T.unroll(2):
+                part[k, c << (level + 1)] += part[k, (2 * c + 1) << level]
+    for level in T.unroll(lanes.bit_length() - 1):
+        for k in T.unroll(2):
+            part[k, 0] += T.shfl_xor(part[k, 0], 1 << level)
+    out[0] = part[0, 0]
+    out[1] = part[1, 0]
+
+
+@T.macro
 def token_mix(
     products: T.Tensor,
     squares: T.Tensor,
@@ -186,24 +226,22 @@ def token_mix(
     splits: T.int32,
     t: T.int32,
     m: T.int32,
+    lane: T.int32,
+    lanes: int,
     size: int,
     eps: T.float32,
     tf32: T.int32,
     out: T.Buffer,
 ):
-    """out = (mix m of token t, inv_rms of the token): every mix's arithmetic; splits in order."""
+    """out = (mix m of token t, inv_rms of the token), in each of `lanes` threads: every mix's
+    arithmetic."""
     sums = T.alloc_local((2,), T.float32)
     exact = T.alloc_local((2,), T.float64)
     value = T.alloc_local((1,), T.float32)
-    out[0] = 0.0
-    sums[0] = 0.0
-    # Both sums in one loop: what a few tokens wait for is the latency of its rounds of loads.
-    for s in T.unroll(splits, unroll_factor=8):
-        out[0] += products[s, t, m]
-        sums[0] += squares[s, t]
-    sums[1] = T.rsqrt(sums[0] / size + eps)
-    out[1] = sums[1]
-    if not sums[0] < LARGE_SQUARES:
+    split_sums(products, squares, splits, t, m, lane, lanes, sums)
+    out[0] = sums[0]
+    out[1] = T.rsqrt(sums[1] / size + eps)
+    if not sums[1] < LARGE_SQUARES:
         exact[0] = 0.0
         exact[1] = 0.0
         # Rolled up: unrolled it would take registers from the many that never come here.
@@ -213,20 +251,21 @@ def token_mix(
             exact[1] += T.cast(value[0], T.float64) * T.cast(
                 weight_value(weight, norm_weight, norm_dtype, m, k, tf32), T.float64
             )
-        sums[0] = T.cast(exact[0], T.float32)
-        out[0] = T.cast(exact[1], T.float32)
         # eps is far below the mean square here, and its scaled value below float32.
-        sums[1] = T.rsqrt(sums[0] / size)
-        out[1] = sums[1] * RESCUE_SCALE
-    out[0] = out[0] * sums[1]
+        value[0] = T.rsqrt(T.cast(exact[0], T.float32) / size)
+        out[0] = T.cast(exact[1], T.float32) * value[0]
+        out[1] = value[0] * RESCUE_SCALE
+    else:
+        out[0] = out[0] * out[1]
 
 
 @builder(SIMT)
-def projection_norm(num_mixes: int, size: int, weight_dtype: str = "float32", norm_dtype: str = ""):
-    """Sum the splits and apply the RMS factor, one thread a mix."""
+def projection_norm(
+    num_mixes: int, size: int, weight_dtype: str = "float32", norm_dtype: str = ""
+):
+    """Sum the splits and apply the RMS factor, SUM_LANES threads a mix where there are many."""
     tokens = T.dynamic("num_tokens")
     splits = T.dynamic("num_splits")
-    block = THREADS // num_mixes
 
     @T.prim_func
     def projection_norm_kernel(
@@ -240,28 +279,23 @@ def projection_norm(num_mixes: int, size: int, weight_dtype: str = "float32", no
         eps: T.float32,
         tf32: T.int32,
     ):
-        with T.Kernel(T.ceildiv(tokens, block), threads=block * num_mixes) as b:
+        lanes = T.Select(splits > SUM_LANES, SUM_LANES, 1)
+        with T.Kernel(T.ceildiv(tokens * num_mixes * lanes, THREADS), threads=THREADS) as block:
             follow_previous()
-            tid = T.get_thread_binding()
-            t = b * block + tid // num_mixes
-            m = tid % num_mixes
+            index = (block * THREADS + T.get_thread_binding()) // lanes
+            lane = T.get_thread_binding() % SUM_LANES
+            # A thread past the end does the last mix again: its neighbours may need its shuffles.
+            t = T.min(index // num_mixes, tokens - 1)
+            m = index % num_mixes
             out = T.alloc_local((2,), T.float32)
-            if t < tokens:
+            rest = (x, weight, norm_weight, norm_dtype, splits, t, m)
+            if splits > SUM_LANES:
                 token_mix(
-                    products,
-                    squares,
-                    x,
-                    weight,
-                    norm_weight,
-                    norm_dtype,
-                    splits,
-                    t,
-                    m,
-                    size,
-                    eps,
-                    tf32,
-                    out,
+                    products, squares, *rest, lane, SUM_LANES, size, eps, tf32, out
                 )
+            else:
+                token_mix(products, squares, *rest, 0, 1, size, eps, tf32, out)
+            if index < tokens * num_mixes and (lanes == 1 or lane == 0):
                 mixes[t, m] = out[0]
                 if m == 0:
                     inv_rms[t] = out[1]
