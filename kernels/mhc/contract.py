@@ -20,6 +20,7 @@ from tile_mhc.kernels._common import (
 )
 from tile_mhc.kernels.fused_pre import gated_aggregate
 from tile_mhc.kernels.mixes import THREADS, logit, tokens_per_block
+from tile_mhc.kernels.projection import norm_shape
 
 
 @builder(SIMT)
@@ -99,6 +100,8 @@ def head_mix_bwd(n: int, scale_dtype: str = "float32", bias_dtype: str = "float3
 def contract_fwd(
     n: int,
     hidden_size: int,
+    weight_dtype: str = "float32",
+    norm_dtype: str = "",
     dtype: str = "bfloat16",
     scale_dtype: str = "float32",
     bias_dtype: str = "float32",
@@ -117,7 +120,8 @@ def contract_fwd(
         bias: T.Tensor[(n,), bias_dtype],
         residual: T.Tensor[(tokens, n, hidden_size), dtype],
         x: T.Tensor[(tokens, size), dtype],
-        weight: T.Tensor[(n, size), T.float32],
+        weight: T.Tensor[(n, size), weight_dtype],
+        norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
         out: T.Tensor[(tokens, hidden_size), dtype],
         mixes: T.Tensor[(tokens, n), T.float32],
         inv_rms: T.Tensor[(tokens,), T.float32],
@@ -132,6 +136,8 @@ def contract_fwd(
                 squares,
                 x,
                 weight,
+                norm_weight,
+                norm_dtype,
                 splits,
                 t,
                 n,

@@ -17,7 +17,7 @@ from tile_mhc.kernels._common import (
     weighted_sum,
 )
 from tile_mhc.kernels.mixes import logit
-from tile_mhc.kernels.projection import token_mix
+from tile_mhc.kernels.projection import norm_shape, token_mix
 from tile_mhc.kernels.sinkhorn import sinkhorn_token
 
 # What Sinkhorn's CTAs need at n = 4; the others need less, and more of them hide latency better.
@@ -30,6 +30,8 @@ def gated_aggregate(
     squares: T.Tensor,
     x: T.Tensor,
     weight: T.Tensor,
+    norm_weight: T.Tensor,
+    norm_dtype: str,
     splits: T.int32,
     t: T.int32,
     n: int,
@@ -59,7 +61,21 @@ def gated_aggregate(
         load_streams(residual, t, tid * vector, n, streams)
     if tid < n:
         size = n * hidden_size
-        token_mix(products, squares, x, weight, splits, t, tid, size, norm_eps, tf32, mixed)
+        token_mix(
+            products,
+            squares,
+            x,
+            weight,
+            norm_weight,
+            norm_dtype,
+            splits,
+            t,
+            tid,
+            size,
+            norm_eps,
+            tf32,
+            mixed,
+        )
         mixes[t, tid] = mixed[0]
         if tid == 0:
             inv_rms[t] = mixed[1]
@@ -82,6 +98,8 @@ def gated_aggregate(
 def fused_pre(
     n: int,
     hidden_size: int,
+    weight_dtype: str = "float32",
+    norm_dtype: str = "",
     dtype: str = "bfloat16",
     scale_dtype: str = "float32",
     bias_dtype: str = "float32",
@@ -103,7 +121,8 @@ def fused_pre(
         bias: T.Tensor[(num_mixes,), bias_dtype],
         residual: T.Tensor[(tokens, n, hidden_size), dtype],
         x: T.Tensor[(tokens, size), dtype],
-        weight: T.Tensor[(num_mixes, size), T.float32],
+        weight: T.Tensor[(num_mixes, size), weight_dtype],
+        norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
         layer_input: T.Tensor[(tokens, hidden_size), dtype],
         post_mix: T.Tensor[(tokens, n), T.float32],
         comb_mix: T.Tensor[(tokens, n * n), T.float32],
@@ -131,7 +150,19 @@ def fused_pre(
                 m = tid % num_mixes
                 if tid < group * num_mixes and t < tokens and m >= n:
                     token_mix(
-                        products, squares, x, weight, splits, t, m, size, norm_eps, tf32, mixed
+                        products,
+                        squares,
+                        x,
+                        weight,
+                        norm_weight,
+                        norm_dtype,
+                        splits,
+                        t,
+                        m,
+                        size,
+                        norm_eps,
+                        tf32,
+                        mixed,
                     )
                     mixes[t, m] = mixed[0]
                     logit(mixed[0], scale[T.min(m // n, 2)], bias[m], z)
@@ -153,6 +184,8 @@ def fused_pre(
                     squares,
                     x,
                     weight,
+                    norm_weight,
+                    norm_dtype,
                     splits,
                     block - mix_blocks,
                     n,

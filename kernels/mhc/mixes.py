@@ -147,7 +147,7 @@ def split_mixes_bwd(n: int, scale_dtype: str = "float32", bias_dtype: str = "flo
 
 @builder(SIMT)
 def column_sums(
-    biases: int, scales: int, bias_dtype: str = "float32", scale_dtype: str = "float32"
+    biases: int, scales: int, scale_dtype: str = "float32", bias_dtype: str = "float32"
 ):
     """Sums over the rows of partials: the bias gradients, then the scale gradients."""
     rows = T.dynamic("num_partials")

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tile_mhc import specs
-from tile_mhc.errors import MAX_HIDDEN, PARAMETER_DTYPES, STREAM_DTYPES, SUPPORTED_STREAMS
+from tile_mhc.errors import MAX_HIDDEN, SUPPORTED_STREAMS
 from tile_mhc.kernels._shapes import HISTORY_STEP
 from tile_mhc.ops.sinkhorn import MAX_REPEAT
 
@@ -100,7 +100,7 @@ def kernel_options(hidden_required: bool) -> Callable[[Command], Command]:
             click.option(
                 "--param-dtype",
                 "parameters",
-                type=Words(tuple(PARAMETER_DTYPES.values())),
+                type=Words(specs.EVERY_PARAMETER),
                 default=specs.PARAMETERS,
                 show_default=",".join(specs.PARAMETERS),
                 help="Dtypes that each of the parameters may have, comma-separated.",
@@ -108,7 +108,7 @@ def kernel_options(hidden_required: bool) -> Callable[[Command], Command]:
             click.option(
                 "--dtype",
                 "dtypes",
-                type=Words(tuple(STREAM_DTYPES.values())),
+                type=Words(specs.STREAMS),
                 default=(specs.DTYPE,),
                 show_default=specs.DTYPE,
                 help="Dtypes of the streams, comma-separated.",

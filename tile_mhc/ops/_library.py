@@ -1,5 +1,6 @@
 """One way to make a torch.library operator: TileLang behind CUDA, the reference behind CPU."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,20 @@ def empty_gradients(*inputs: Tensor | None) -> tuple[Tensor, ...]:
     for value in inputs:
         grads.append(grads[-1].new_empty(0) if value is None else value.new_empty(value.shape))
     return tuple(grads)
+
+
+@functools.cache
+def absent(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What a kernel gets in place of a tensor that it does not read."""
+    return torch.empty(1, device=device, dtype=dtype)
+
+
+def dtype_of(tensor: Tensor | None) -> str:
+    """What builders call the dtype of a tensor: empty for one that is not there."""
+    return "" if tensor is None else _DTYPES[tensor.dtype]
+
+
+_DTYPES = {dtype: errors.dtype_name(dtype) for dtype in (*errors.STREAMS, *errors.PARAMETERS)}
 
 
 def _no_gradient_of(name: str) -> Callable[..., Any]:

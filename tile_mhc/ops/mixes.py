@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import errors, jit, reference
+from tile_mhc import errors, jit, reference, specs
 from tile_mhc.kernels._shapes import TOKENS_PER_PARTIAL
-from tile_mhc.ops._library import register
+from tile_mhc.ops._library import dtype_of, register
 
 
 def split_mixes(
@@ -56,19 +56,19 @@ def split_mixes(
 def check_gates(
     op: str, scale: Tensor, bias: Tensor, scales: int, biases: int, like: tuple[str, Tensor]
 ) -> None:
-    errors.check_tensor(op, "scale", scale, [(scales,)], errors.PARAMETER, like)
-    errors.check_tensor(op, "bias", bias, [(biases,)], errors.PARAMETER, like)
+    errors.check_tensor(op, "scale", scale, [(scales,)], errors.PARAMETERS, like)
+    errors.check_tensor(op, "bias", bias, [(biases,)], errors.PARAMETERS, like)
 
 
-def gate_dtypes(scale: Tensor, bias: Tensor) -> tuple[str, str]:
-    return errors.PARAMETER_DTYPES[scale.dtype], errors.PARAMETER_DTYPES[bias.dtype]
+def gate_dtypes(scale: Tensor, bias: Tensor) -> tuple[str, ...]:
+    return specs.gate_dtypes(dtype_of(scale), dtype_of(bias))
 
 
 def column_sums(partials: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of scale and bias from rows of partial sums: bias columns, then scale columns."""
     grad_scale, grad_bias = torch.empty_like(scale), torch.empty_like(bias)
-    scale_dtype, bias_dtype = gate_dtypes(scale, bias)
-    kernel = jit.kernel("column_sums", bias.numel(), scale.numel(), bias_dtype, scale_dtype)
+    dtypes = gate_dtypes(scale, bias)
+    kernel = jit.kernel("column_sums", bias.numel(), scale.numel(), *dtypes)
     kernel(partials, grad_bias, grad_scale)
     return grad_scale, grad_bias
 
@@ -91,8 +91,7 @@ def launch(
     outputs = _fake(mixes, scale, bias, num_streams, post_mult, pre_eps)
     n = num_streams
     if mixes.numel():
-        scale_dtype, bias_dtype = gate_dtypes(scale, bias)
-        jit.kernel("split_mixes_fwd", n, scale_dtype, bias_dtype)(
+        jit.kernel("split_mixes_fwd", n, *gate_dtypes(scale, bias))(
             mixes.contiguous().view(-1, n * (n + 2)),
             scale.contiguous(),
             bias.contiguous(),
@@ -131,8 +130,7 @@ def launch_backward(
         return grad_mixes, torch.zeros_like(scale), torch.zeros_like(bias)
     # One row of partial sums a CTA: the bias gradients, then the three scale gradients.
     partials = mixes.new_empty(partial_rows(num_tokens), num_mixes + 3)
-    scale_dtype, bias_dtype = gate_dtypes(scale, bias)
-    jit.kernel("split_mixes_bwd", n, scale_dtype, bias_dtype)(
+    jit.kernel("split_mixes_bwd", n, *gate_dtypes(scale, bias))(
         grad_pre.contiguous().view(-1, n),
         grad_post.contiguous().view(-1, n),
         grad_comb.contiguous().view(-1, n * n),

@@ -5,9 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import config, errors, jit, reference
-from tile_mhc.kernels._shapes import NO_TENSOR
-from tile_mhc.ops._library import empty_gradients, register
+from tile_mhc import config, errors, jit, reference, specs
+from tile_mhc.ops._library import dtype_of, empty_gradients, register
 from tile_mhc.ops.aggregate import check_mix
 
 # CTAs of the backward that fit an SM, by their registers.
@@ -61,7 +60,7 @@ def post(
     comb_shape = (*residual.shape[:-1], num_streams)
     errors.check_tensor("post", "comb_mix", comb_mix, [comb_shape], torch.float32, like)
     if bias is not None:
-        errors.check_tensor("post", "bias", bias, [(hidden_size,)], errors.PARAMETER, like)
+        errors.check_tensor("post", "bias", bias, [(hidden_size,)], errors.PARAMETERS, like)
     if out is None:
         return _post(layer_output, residual, post_mix, comb_mix, bias)
     errors.check_tensor("post", "out", out, [residual.shape], residual.dtype, like)
@@ -83,8 +82,7 @@ def _launch(
 ) -> None:
     n, hidden_size = residual.shape[-2:]
     if out.numel():
-        dtype = errors.STREAM_DTYPES[residual.dtype]
-        jit.kernel("post_fwd", n, hidden_size, dtype, _dtype_of(bias))(
+        jit.kernel("post_fwd", n, hidden_size, *_dtypes(residual, bias))(
             layer_output.view(-1, hidden_size),
             residual.view(-1, n, hidden_size),
             post_mix.contiguous().view(-1, n),
@@ -94,8 +92,8 @@ def _launch(
         )
 
 
-def _dtype_of(bias: Tensor | None) -> str:
-    return NO_TENSOR if bias is None else errors.PARAMETER_DTYPES[bias.dtype]
+def _dtypes(residual: Tensor, bias: Tensor | None) -> tuple[str, ...]:
+    return specs.post_dtypes(dtype_of(residual), dtype_of(bias))
 
 
 def _cuda(
@@ -143,8 +141,7 @@ def _backward_cuda(
         num_tokens = residual.numel() // (n * hidden_size)
         partials = post_mix.new_empty(bias_slices(num_tokens), hidden_size)
         of_bias = [bias.contiguous(), partials]
-    dtype = errors.STREAM_DTYPES[residual.dtype]
-    jit.kernel("post_bwd", n, hidden_size, dtype, _dtype_of(bias))(
+    jit.kernel("post_bwd", n, hidden_size, *_dtypes(residual, bias))(
         grad.contiguous().view(-1, n, hidden_size),
         layer_output.view(-1, hidden_size),
         residual.view(-1, n, hidden_size),
@@ -157,7 +154,8 @@ def _backward_cuda(
         *of_bias,
     )
     if bias is not None:
-        jit.kernel("post_bias_bwd", hidden_size, _dtype_of(bias))(partials, grad_bias)
+        dtypes = specs.parameter_dtypes(dtype_of(bias))
+        jit.kernel("post_bias_bwd", hidden_size, *dtypes)(partials, grad_bias)
     return grads
 
 
