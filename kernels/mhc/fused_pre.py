@@ -9,19 +9,22 @@ import tilelang.language as T
 
 from tile_mhc.kernels._common import (
     SIMT,
-    VECTOR,
     builder,
     follow_previous,
     load_streams,
     row_threads,
+    row_vector,
     weighted_sum,
 )
+from tile_mhc.kernels._shapes import SUM_LANES
 from tile_mhc.kernels.mixes import logit
 from tile_mhc.kernels.projection import norm_shape, token_mix
 from tile_mhc.kernels.sinkhorn import sinkhorn_token
 
-# What Sinkhorn's CTAs need at n = 4; the others need less, and more of them hide latency better.
+# What Sinkhorn's CTAs need at n = 4; the others need less, and more of them hide latency better. So
+# many warps fit an SM then, each of whose four parts has its own 16384 registers.
 REGISTERS = 48
+WARPS = 4 * (16384 // (32 * REGISTERS))
 
 
 @T.macro
@@ -37,7 +40,8 @@ def gated_aggregate(
     n: int,
     hidden_size: int,
     threads: int,
-    scale: T.float32,
+    vector: int,
+    scale: T.PrimExpr,
     bias: T.Tensor,
     residual: T.Tensor,
     out: T.Tensor,
@@ -53,13 +57,15 @@ def gated_aggregate(
     z = T.alloc_local((1,), T.float32)
     gate = T.alloc_shared((n,), T.float32)
     mix = T.alloc_local((n,), T.float32)
-    streams = T.alloc_local((n, VECTOR), T.bfloat16)
-    total = T.alloc_local((VECTOR,), T.float32)
+    streams = T.alloc_local((n, vector), residual.dtype)
+    total = T.alloc_local((vector,), T.float32)
     # Asked for before the mixes are summed: the two latencies overlap.
-    if tid * VECTOR < hidden_size:
-        load_streams(residual, t, tid * VECTOR, n, streams)
-    if tid < n:
+    if tid * vector < hidden_size:
+        load_streams(residual, t, tid * vector, n, streams)
+    # Whole warps, as neighbours share a mix.
+    if tid < max(32, n * SUM_LANES):
         size = n * hidden_size
+        m = T.min(tid // SUM_LANES, n - 1)
         token_mix(
             products,
             squares,
@@ -69,51 +75,65 @@ def gated_aggregate(
             norm_dtype,
             splits,
             t,
-            tid,
+            m,
+            tid % SUM_LANES,
+            SUM_LANES,
             size,
             norm_eps,
             tf32,
             mixed,
         )
-        mixes[t, tid] = mixed[0]
-        if tid == 0:
-            inv_rms[t] = mixed[1]
-        logit(mixed[0], scale, bias[tid], z)
-        gate[tid] = T.sigmoid(z[0]) + pre_eps
+        if tid % SUM_LANES == 0 and tid < n * SUM_LANES:
+            mixes[t, m] = mixed[0]
+            if tid == 0:
+                inv_rms[t] = mixed[1]
+            logit(mixed[0], scale, bias[m], z)
+            gate[m] = T.sigmoid(z[0]) + pre_eps
     T.sync_threads()
     for i in T.unroll(n):
         mix[i] = gate[i]
-    for c in T.serial(T.ceildiv(hidden_size, threads * VECTOR)):
-        h = (c * threads + tid) * VECTOR
+    for c in T.serial(T.ceildiv(hidden_size, threads * vector)):
+        h = (c * threads + tid) * vector
         if h < hidden_size:
             if c > 0:
                 load_streams(residual, t, h, n, streams)
             weighted_sum(mix, streams, n, total)
-            for v in T.vectorized(VECTOR):
-                out[t, h + v] = T.cast(total[v], T.bfloat16)
+            for v in T.vectorized(vector):
+                out[t, h + v] = T.cast(total[v], out.dtype)
 
 
 @builder(SIMT)
-def fused_pre(n: int, hidden_size: int, weight_dtype: str = "float32", norm_dtype: str = ""):
+def fused_pre(
+    n: int,
+    hidden_size: int,
+    weight_dtype: str = "float32",
+    norm_dtype: str = "",
+    dtype: str = "bfloat16",
+    scale_dtype: str = "float32",
+    bias_dtype: str = "float32",
+):
     tokens = T.dynamic("num_tokens")
     splits = T.dynamic("num_splits")
     num_mixes = n * (n + 2)
     size = n * hidden_size
-    threads = max(row_threads(hidden_size), -(-num_mixes // 32) * 32)
-    # Tokens whose mixes one CTA sums at once, a thread a mix.
+    vector = row_vector(hidden_size, dtype)
+    threads = max(row_threads(hidden_size, vector), -(-num_mixes // 32) * 32, n * SUM_LANES)
+    # Tokens whose mixes one CTA sums at once, a thread a mix; with many splits, which there are for
+    # few tokens, as many threads a mix as it has.
     group = threads // num_mixes
+    lanes = max(k for k in (1, 2, 4, SUM_LANES) if k * num_mixes <= threads)
 
     @T.prim_func
     def fused_pre_kernel(
         products: T.Tensor[(splits, tokens, num_mixes), T.float32],
         squares: T.Tensor[(splits, tokens), T.float32],
-        scale: T.Tensor[(3,), T.float32],
-        bias: T.Tensor[(num_mixes,), T.float32],
-        residual: T.Tensor[(tokens, n, hidden_size), T.bfloat16],
-        x: T.Tensor[(tokens, size), T.bfloat16],
+        scale: T.Tensor[(3,), scale_dtype],
+        bias: T.Tensor[(num_mixes,), bias_dtype],
+        residual: T.Tensor[(tokens, n, hidden_size), dtype],
+        x: T.Tensor[(tokens, size), dtype],
         weight: T.Tensor[(num_mixes, size), weight_dtype],
         norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
-        layer_input: T.Tensor[(tokens, hidden_size), T.bfloat16],
+        layer_input: T.Tensor[(tokens, hidden_size), dtype],
         post_mix: T.Tensor[(tokens, n), T.float32],
         comb_mix: T.Tensor[(tokens, n * n), T.float32],
         mixes: T.Tensor[(tokens, num_mixes), T.float32],
@@ -125,20 +145,24 @@ def fused_pre(n: int, hidden_size: int, weight_dtype: str = "float32", norm_dtyp
         repeat: T.int32,
         tf32: T.int32,
     ):
-        with T.Kernel(T.ceildiv(tokens, group) + tokens, threads=threads) as block:
+        sharing = T.Select(splits > SUM_LANES, lanes, 1)
+        tokens_here = threads // (num_mixes * sharing)
+        mix_blocks = T.ceildiv(tokens, tokens_here)
+        with T.Kernel(mix_blocks + tokens, threads=threads) as block:
             follow_previous()
             if n < 8:
-                T.annotate_min_blocks_per_sm(65536 // (REGISTERS * threads))
+                T.annotate_min_blocks_per_sm(WARPS // (threads // 32))
             tid = T.get_thread_binding()
-            mix_blocks = T.ceildiv(tokens, group)
-            mixed = T.alloc_local((2,), T.float32)
             z = T.alloc_local((1,), T.float32)
+            mixed = T.alloc_local((2,), T.float32)
             comb = T.alloc_local((n, n), T.float32)
             logits = T.alloc_shared((group, num_mixes), T.float32)
             if block < mix_blocks:
-                t = block * group + tid // num_mixes
-                m = tid % num_mixes
-                if tid < group * num_mixes and t < tokens and m >= n:
+                # A thread past the end does the last mix again: its neighbours may need it.
+                slot = T.min(tid // (num_mixes * sharing), tokens_here - 1)
+                t = T.min(block * tokens_here + slot, tokens - 1)
+                m = tid // sharing % num_mixes
+                if splits > SUM_LANES:
                     token_mix(
                         products,
                         squares,
@@ -149,25 +173,47 @@ def fused_pre(n: int, hidden_size: int, weight_dtype: str = "float32", norm_dtyp
                         splits,
                         t,
                         m,
+                        tid % lanes,
+                        lanes,
                         size,
                         norm_eps,
                         tf32,
                         mixed,
                     )
-                    mixes[t, m] = mixed[0]
+                elif m >= n:
+                    token_mix(
+                        products,
+                        squares,
+                        x,
+                        weight,
+                        norm_weight,
+                        norm_dtype,
+                        splits,
+                        t,
+                        m,
+                        0,
+                        1,
+                        size,
+                        norm_eps,
+                        tf32,
+                        mixed,
+                    )
+                if m >= n and tid % sharing == 0 and tid < tokens_here * num_mixes * sharing:
                     logit(mixed[0], scale[T.min(m // n, 2)], bias[m], z)
-                    if m < 2 * n:
-                        post_mix[t, m - n] = T.sigmoid(z[0]) * post_mult
-                    logits[tid // num_mixes, m] = z[0]
+                    logits[slot, m] = z[0]
+                    if block * tokens_here + slot < tokens:
+                        mixes[t, m] = mixed[0]
+                        if m < 2 * n:
+                            post_mix[t, m - n] = T.sigmoid(z[0]) * post_mult
                 T.sync_threads()
-                if tid < group and block * group + tid < tokens:
+                if tid < tokens_here and block * tokens_here + tid < tokens:
                     for i in T.unroll(n):
                         for j in T.unroll(n):
                             comb[i, j] = logits[tid, 2 * n + i * n + j]
                     sinkhorn_token(comb, n, repeat, sinkhorn_eps)
                     for i in T.unroll(n):
                         for j in T.vectorized(n):
-                            comb_mix[block * group + tid, i * n + j] = comb[i, j]
+                            comb_mix[block * tokens_here + tid, i * n + j] = comb[i, j]
             else:
                 gated_aggregate(
                     products,
@@ -181,6 +227,7 @@ def fused_pre(n: int, hidden_size: int, weight_dtype: str = "float32", norm_dtyp
                     n,
                     hidden_size,
                     threads,
+                    vector,
                     scale[0],
                     bias,
                     residual,

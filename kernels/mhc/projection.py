@@ -261,7 +261,11 @@ def token_mix(
 
 @builder(SIMT)
 def projection_norm(
-    num_mixes: int, size: int, weight_dtype: str = "float32", norm_dtype: str = ""
+    num_mixes: int,
+    size: int,
+    weight_dtype: str = "float32",
+    norm_dtype: str = "",
+    dtype: str = "bfloat16",
 ):
     """Sum the splits and apply the RMS factor, SUM_LANES threads a mix where there are many."""
     tokens = T.dynamic("num_tokens")
@@ -271,7 +275,7 @@ def projection_norm(
     def projection_norm_kernel(
         products: T.Tensor[(splits, tokens, num_mixes), T.float32],
         squares: T.Tensor[(splits, tokens), T.float32],
-        x: T.Tensor[(tokens, size), T.bfloat16],
+        x: T.Tensor[(tokens, size), dtype],
         weight: T.Tensor[(num_mixes, size), weight_dtype],
         norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
         mixes: T.Tensor[(tokens, num_mixes), T.float32],
@@ -290,9 +294,7 @@ def projection_norm(
             out = T.alloc_local((2,), T.float32)
             rest = (x, weight, norm_weight, norm_dtype, splits, t, m)
             if splits > SUM_LANES:
-                token_mix(
-                    products, squares, *rest, lane, SUM_LANES, size, eps, tf32, out
-                )
+                token_mix(products, squares, *rest, lane, SUM_LANES, size, eps, tf32, out)
             else:
                 token_mix(products, squares, *rest, 0, 1, size, eps, tf32, out)
             if index < tokens * num_mixes and (lanes == 1 or lane == 0):
