@@ -8,7 +8,7 @@ BLOCK_K = 128
 BACKWARD_TOKENS = 64
 PIECE = 64
 
-# The running sums over splits of K, and the threads that may share them.
+# With more splits of K than this, so many threads share the sum over them.
 SUM_LANES = 8
 # Its fast kernels take bfloat16 streams of a width in whole pieces; `projection_any` the others.
 FAST_HIDDEN = PIECE

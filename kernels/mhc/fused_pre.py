@@ -62,10 +62,11 @@ def gated_aggregate(
     # Asked for before the mixes are summed: the two latencies overlap.
     if tid * vector < hidden_size:
         load_streams(residual, t, tid * vector, n, streams)
-    # Whole warps, as neighbours share a mix.
+    sharing = T.Select(splits > SUM_LANES, SUM_LANES, 1)
+    # Whole warps, as neighbours may share a mix.
     if tid < max(32, n * SUM_LANES):
         size = n * hidden_size
-        m = T.min(tid // SUM_LANES, n - 1)
+        m = T.min(tid // sharing, n - 1)
         token_mix(
             products,
             squares,
@@ -76,14 +77,13 @@ def gated_aggregate(
             splits,
             t,
             m,
-            tid % SUM_LANES,
-            SUM_LANES,
+            tid % sharing,
             size,
             norm_eps,
             tf32,
             mixed,
         )
-        if tid % SUM_LANES == 0 and tid < n * SUM_LANES:
+        if tid % sharing == 0 and tid < n * sharing:
             mixes[t, m] = mixed[0]
             if tid == 0:
                 inv_rms[t] = mixed[1]
@@ -118,10 +118,9 @@ def fused_pre(
     size = n * hidden_size
     vector = row_vector(hidden_size, dtype)
     threads = max(row_threads(hidden_size, vector), -(-num_mixes // 32) * 32, n * SUM_LANES)
-    # Tokens whose mixes one CTA sums at once, a thread a mix; with many splits, which there are for
-    # few tokens, as many threads a mix as it has.
+    # Tokens whose mixes one CTA sums, a thread a mix; with many splits one token, in turns.
     group = threads // num_mixes
-    lanes = max(k for k in (1, 2, 4, SUM_LANES) if k * num_mixes <= threads)
+    turns = -(-num_mixes * SUM_LANES // threads)
 
     @T.prim_func
     def fused_pre_kernel(
@@ -145,8 +144,8 @@ def fused_pre(
         repeat: T.int32,
         tf32: T.int32,
     ):
-        sharing = T.Select(splits > SUM_LANES, lanes, 1)
-        tokens_here = threads // (num_mixes * sharing)
+        sharing = T.Select(splits > SUM_LANES, SUM_LANES, 1)
+        tokens_here = T.Select(splits > SUM_LANES, 1, group)
         mix_blocks = T.ceildiv(tokens, tokens_here)
         with T.Kernel(mix_blocks + tokens, threads=threads) as block:
             follow_previous()
@@ -158,53 +157,36 @@ def fused_pre(
             comb = T.alloc_local((n, n), T.float32)
             logits = T.alloc_shared((group, num_mixes), T.float32)
             if block < mix_blocks:
-                # A thread past the end does the last mix again: its neighbours may need it.
-                slot = T.min(tid // (num_mixes * sharing), tokens_here - 1)
-                t = T.min(block * tokens_here + slot, tokens - 1)
-                m = tid // sharing % num_mixes
-                if splits > SUM_LANES:
-                    token_mix(
-                        products,
-                        squares,
-                        x,
-                        weight,
-                        norm_weight,
-                        norm_dtype,
-                        splits,
-                        t,
-                        m,
-                        tid % lanes,
-                        lanes,
-                        size,
-                        norm_eps,
-                        tf32,
-                        mixed,
-                    )
-                elif m >= n:
-                    token_mix(
-                        products,
-                        squares,
-                        x,
-                        weight,
-                        norm_weight,
-                        norm_dtype,
-                        splits,
-                        t,
-                        m,
-                        0,
-                        1,
-                        size,
-                        norm_eps,
-                        tf32,
-                        mixed,
-                    )
-                if m >= n and tid % sharing == 0 and tid < tokens_here * num_mixes * sharing:
-                    logit(mixed[0], scale[T.min(m // n, 2)], bias[m], z)
-                    logits[slot, m] = z[0]
-                    if block * tokens_here + slot < tokens:
-                        mixes[t, m] = mixed[0]
-                        if m < 2 * n:
-                            post_mix[t, m - n] = T.sigmoid(z[0]) * post_mult
+                for turn in T.serial(T.Select(splits > SUM_LANES, turns, 1)):
+                    index = (turn * threads + tid) // sharing
+                    # A thread past the end does a mix again: its neighbours may need its sums.
+                    slot = T.min(index // num_mixes, tokens_here - 1)
+                    t = T.min(block * tokens_here + slot, tokens - 1)
+                    m = index % num_mixes
+                    if splits > SUM_LANES or m >= n:
+                        token_mix(
+                            products,
+                            squares,
+                            x,
+                            weight,
+                            norm_weight,
+                            norm_dtype,
+                            splits,
+                            t,
+                            m,
+                            tid % sharing,
+                            size,
+                            norm_eps,
+                            tf32,
+                            mixed,
+                        )
+                    if m >= n and tid % sharing == 0 and index < tokens_here * num_mixes:
+                        logit(mixed[0], scale[T.min(m // n, 2)], bias[m], z)
+                        logits[slot, m] = z[0]
+                        if block * tokens_here + slot < tokens:
+                            mixes[t, m] = mixed[0]
+                            if m < 2 * n:
+                                post_mix[t, m - n] = T.sigmoid(z[0]) * post_mult
                 T.sync_threads()
                 if tid < tokens_here and block * tokens_here + tid < tokens:
                     for i in T.unroll(n):

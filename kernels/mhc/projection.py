@@ -184,35 +184,28 @@ def split_sums(
     t: T.int32,
     m: T.int32,
     lane: T.int32,
-    lanes: int,
     out: T.Buffer,
 ):
     """out = (product m of token t, its sum of squares), summed over the splits.
 
-    SUM_LANES running sums, one a remainder of the split, then a tree of them: the same bits whether
-    one thread makes all of them or `lanes` neighbours share, which is for few tokens: there the
-    splits are many, and their loads one after another would be most of the time.
+    Where there are many, which is where tokens are few, SUM_LANES neighbours share a mix, each with
+    its own `lane`: the rounds of loads of one thread would be most of the time. The number of
+    splits alone decides the order, in every kernel.
     """
-    each = SUM_LANES // lanes
-    part = T.alloc_local((2, each), T.float32)
-    for c in T.unroll(each):
-        part[0, c] = 0.0
-        part[1, c] = 0.0
-    for step in T.unroll(T.ceildiv(splits, SUM_LANES), unroll_factor=8 // each):
-        for c in T.unroll(each):
-            s = step * SUM_LANES + lane * each + c
-            if s < splits:
-                part[0, c] += products[s, t, m]
-                part[1, c] += squares[s, t]
-    for level in T.unroll(each.bit_length() - 1):
-        for c in T.unroll(each >> (level + 1)):
+    out[0] = 0.0
+    out[1] = 0.0
+    if splits > SUM_LANES:
+        for step in T.unroll(T.ceildiv(splits - lane, SUM_LANES), unroll_factor=8):
+            out[0] += products[step * SUM_LANES + lane, t, m]
+            out[1] += squares[step * SUM_LANES + lane, t]
+        for level in T.unroll(SUM_LANES.bit_length() - 1):
             for k in T.unroll(2):
-                part[k, c << (level + 1)] += part[k, (2 * c + 1) << level]
-    for level in T.unroll(lanes.bit_length() - 1):
-        for k in T.unroll(2):
-            part[k, 0] += T.shfl_xor(part[k, 0], 1 << level)
-    out[0] = part[0, 0]
-    out[1] = part[1, 0]
+                out[k] += T.shfl_xor(out[k], 1 << level)
+    else:
+        for s in T.unroll(splits, unroll_factor=SUM_LANES):
+            out[0] += products[s, t, m]
+        for s in T.unroll(splits, unroll_factor=SUM_LANES):
+            out[1] += squares[s, t]
 
 
 @T.macro
@@ -227,18 +220,16 @@ def token_mix(
     t: T.int32,
     m: T.int32,
     lane: T.int32,
-    lanes: int,
     size: int,
     eps: T.float32,
     tf32: T.int32,
     out: T.Buffer,
 ):
-    """out = (mix m of token t, inv_rms of the token), in each of `lanes` threads: every mix's
-    arithmetic."""
+    """out = (mix m of token t, inv_rms of the token): every mix's arithmetic. See `split_sums`."""
     sums = T.alloc_local((2,), T.float32)
     exact = T.alloc_local((2,), T.float64)
     value = T.alloc_local((1,), T.float32)
-    split_sums(products, squares, splits, t, m, lane, lanes, sums)
+    split_sums(products, squares, splits, t, m, lane, sums)
     out[0] = sums[0]
     out[1] = T.rsqrt(sums[1] / size + eps)
     if not sums[1] < LARGE_SQUARES:
@@ -267,7 +258,7 @@ def projection_norm(
     norm_dtype: str = "",
     dtype: str = "bfloat16",
 ):
-    """Sum the splits and apply the RMS factor, SUM_LANES threads a mix where there are many."""
+    """Sum the splits and apply the RMS factor."""
     tokens = T.dynamic("num_tokens")
     splits = T.dynamic("num_splits")
 
@@ -283,21 +274,32 @@ def projection_norm(
         eps: T.float32,
         tf32: T.int32,
     ):
-        lanes = T.Select(splits > SUM_LANES, SUM_LANES, 1)
-        with T.Kernel(T.ceildiv(tokens * num_mixes * lanes, THREADS), threads=THREADS) as block:
+        sharing = T.Select(splits > SUM_LANES, SUM_LANES, 1)
+        with T.Kernel(T.ceildiv(tokens * num_mixes * sharing, THREADS), threads=THREADS) as block:
             follow_previous()
-            index = (block * THREADS + T.get_thread_binding()) // lanes
-            lane = T.get_thread_binding() % SUM_LANES
-            # A thread past the end does the last mix again: its neighbours may need its shuffles.
+            index = (block * THREADS + T.get_thread_binding()) // sharing
+            # A thread past the end does the last token again: its neighbours may need its sums.
             t = T.min(index // num_mixes, tokens - 1)
             m = index % num_mixes
+            lane = T.get_thread_binding() % sharing
             out = T.alloc_local((2,), T.float32)
-            rest = (x, weight, norm_weight, norm_dtype, splits, t, m)
-            if splits > SUM_LANES:
-                token_mix(products, squares, *rest, lane, SUM_LANES, size, eps, tf32, out)
-            else:
-                token_mix(products, squares, *rest, 0, 1, size, eps, tf32, out)
-            if index < tokens * num_mixes and (lanes == 1 or lane == 0):
+            token_mix(
+                products,
+                squares,
+                x,
+                weight,
+                norm_weight,
+                norm_dtype,
+                splits,
+                t,
+                m,
+                lane,
+                size,
+                eps,
+                tf32,
+                out,
+            )
+            if index < tokens * num_mixes and lane == 0:
                 mixes[t, m] = out[0]
                 if m == 0:
                     inv_rms[t] = out[1]
