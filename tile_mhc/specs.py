@@ -96,6 +96,11 @@ def weight_dtypes(weight: str, norm_weight: str) -> tuple[str, ...]:
 
 
 @functools.cache
+def norm_dtypes(weight: str, norm_weight: str, dtype: str) -> tuple[str, ...]:
+    return dtypes((weight, PARAMETER), (norm_weight, ""), (dtype, DTYPE))
+
+
+@functools.cache
 def pre_dtypes(dtype: str, weight: str, norm_weight: str, scale: str, bias: str) -> tuple[str, ...]:
     return dtypes(
         (weight, PARAMETER),
@@ -158,12 +163,23 @@ def _pres(s: Sizes) -> list[Arguments]:
     """What reads the streams, the weight without and with a norm weight, scale and bias."""
     norms = ("", *s.parameters)
     choices = itertools.product(s.parameters, norms, s.parameters, s.parameters)
-    return [(s.n, s.hidden, *pre_dtypes(s.dtype, *choice)) for choice in choices]
+    sizes = [(s.n, s.hidden, many_splits) for many_splits in (False, True)]
+    dtypes_of = [pre_dtypes(s.dtype, *choice) for choice in choices]
+    return [(*size, *given) for size in sizes for given in dtypes_of]
 
 
 def _projections(s: Sizes) -> list[Arguments]:
     # n(n+2) mixes before a sub-layer, and the n mixes of the readout.
     return [(s.mixes, s.n * s.hidden), (s.n, s.n * s.hidden)]
+
+
+def _projection_norms(s: Sizes) -> list[Arguments]:
+    """With few splits of K, and with so many that threads share the sum over them."""
+    choices = itertools.product(_projections(s), (False, True), s.parameters, ("", *s.parameters))
+    return [
+        (*sizes, many_splits, *norm_dtypes(weight, norm, s.dtype))
+        for sizes, many_splits, weight, norm in choices
+    ]
 
 
 def _projection_norm_backwards(s: Sizes) -> list[Arguments]:
@@ -211,12 +227,11 @@ SPECS = (
     Spec("expand_fwd", "expand", ("expand",), _streams),
     Spec("expand_bwd", "expand", ("expand",), _streams),
     Spec("projection_fwd", "projection", _PROJECTION, _fast(_projections)),
-    Spec("projection_norm", "projection", ("projection",), _fast(_projections)),
+    Spec("projection_norm", "projection", ("projection",), _projection_norms),
     Spec("projection_norm_bwd", "projection", _PROJECTION, _projection_norm_backwards),
     Spec("projection_bwd", "projection", _PROJECTION, _fast(_projection_backwards)),
     Spec("projection_weight_bwd", "projection", _PROJECTION, _fast(_projections)),
     Spec("projection_any_fwd", "projection_any", _PROJECTION, _any(_projections)),
-    Spec("projection_any_norm", "projection_any", ("projection",), _any(_projections)),
     Spec("projection_any_bwd", "projection_any", _PROJECTION, _any(_projection_backwards)),
     Spec(
         "projection_any_weight_bwd",
@@ -303,7 +318,7 @@ def compile_command(name: str, args: Arguments, arch: str) -> str | None:
 
 def _sizes_of(name: str, args: Arguments) -> Iterator[Sizes]:
     """Every choice that may give these arguments, the defaults first."""
-    numbers = [arg for arg in args if isinstance(arg, int)]
+    numbers = [arg for arg in args if type(arg) is int]  # a flag is none
     words = [arg for arg in args if isinstance(arg, str)]
     repeats = {HISTORY_STEP, numbers[-1]} if name == "sinkhorn_bwd" else {HISTORY_STEP}
     streams = [DTYPE, *(word for word in words if word in STREAMS)]

@@ -101,6 +101,7 @@ def head_mix_bwd(n: int, scale_dtype: str = "float32", bias_dtype: str = "float3
 def contract_fwd(
     n: int,
     hidden_size: int,
+    many_splits: bool,
     weight_dtype: str = "float32",
     norm_dtype: str = "",
     dtype: str = "bfloat16",
@@ -140,6 +141,7 @@ def contract_fwd(
                 norm_weight,
                 norm_dtype,
                 splits,
+                SUM_LANES if many_splits else 1,
                 t,
                 n,
                 hidden_size,

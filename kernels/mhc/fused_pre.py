@@ -36,6 +36,7 @@ def gated_aggregate(
     norm_weight: T.Tensor,
     norm_dtype: str,
     splits: T.int32,
+    sharing: int,
     t: T.int32,
     n: int,
     hidden_size: int,
@@ -62,9 +63,8 @@ def gated_aggregate(
     # Asked for before the mixes are summed: the two latencies overlap.
     if tid * vector < hidden_size:
         load_streams(residual, t, tid * vector, n, streams)
-    sharing = T.Select(splits > SUM_LANES, SUM_LANES, 1)
-    # Whole warps, as neighbours may share a mix.
-    if tid < max(32, n * SUM_LANES):
+    # Whole warps where neighbours share a mix.
+    if tid < (max(32, n * sharing) if sharing > 1 else n):
         size = n * hidden_size
         m = T.min(tid // sharing, n - 1)
         token_mix(
@@ -78,6 +78,7 @@ def gated_aggregate(
             t,
             m,
             tid % sharing,
+            sharing,
             size,
             norm_eps,
             tf32,
@@ -106,6 +107,7 @@ def gated_aggregate(
 def fused_pre(
     n: int,
     hidden_size: int,
+    many_splits: bool,
     weight_dtype: str = "float32",
     norm_dtype: str = "",
     dtype: str = "bfloat16",
@@ -119,8 +121,9 @@ def fused_pre(
     vector = row_vector(hidden_size, dtype)
     threads = max(row_threads(hidden_size, vector), -(-num_mixes // 32) * 32, n * SUM_LANES)
     # Tokens whose mixes one CTA sums, a thread a mix; with many splits one token, in turns.
-    group = threads // num_mixes
-    turns = -(-num_mixes * SUM_LANES // threads)
+    sharing = SUM_LANES if many_splits else 1
+    group = 1 if many_splits else threads // num_mixes
+    turns = -(-num_mixes * sharing // threads) if many_splits else 1
 
     @T.prim_func
     def fused_pre_kernel(
@@ -144,9 +147,7 @@ def fused_pre(
         repeat: T.int32,
         tf32: T.int32,
     ):
-        sharing = T.Select(splits > SUM_LANES, SUM_LANES, 1)
-        tokens_here = T.Select(splits > SUM_LANES, 1, group)
-        mix_blocks = T.ceildiv(tokens, tokens_here)
+        mix_blocks = T.ceildiv(tokens, group)
         with T.Kernel(mix_blocks + tokens, threads=threads) as block:
             follow_previous()
             if n < 8:
@@ -157,13 +158,13 @@ def fused_pre(
             comb = T.alloc_local((n, n), T.float32)
             logits = T.alloc_shared((group, num_mixes), T.float32)
             if block < mix_blocks:
-                for turn in T.serial(T.Select(splits > SUM_LANES, turns, 1)):
+                for turn in T.serial(turns):
                     index = (turn * threads + tid) // sharing
                     # A thread past the end does a mix again: its neighbours may need its sums.
-                    slot = T.min(index // num_mixes, tokens_here - 1)
-                    t = T.min(block * tokens_here + slot, tokens - 1)
+                    slot = T.min(index // num_mixes, group - 1)
+                    t = T.min(block * group + slot, tokens - 1)
                     m = index % num_mixes
-                    if splits > SUM_LANES or m >= n:
+                    if many_splits or m >= n:
                         token_mix(
                             products,
                             squares,
@@ -175,27 +176,28 @@ def fused_pre(
                             t,
                             m,
                             tid % sharing,
+                            sharing,
                             size,
                             norm_eps,
                             tf32,
                             mixed,
                         )
-                    if m >= n and tid % sharing == 0 and index < tokens_here * num_mixes:
+                    if m >= n and tid % sharing == 0 and index < group * num_mixes:
                         logit(mixed[0], scale[T.min(m // n, 2)], bias[m], z)
                         logits[slot, m] = z[0]
-                        if block * tokens_here + slot < tokens:
+                        if block * group + slot < tokens:
                             mixes[t, m] = mixed[0]
                             if m < 2 * n:
                                 post_mix[t, m - n] = T.sigmoid(z[0]) * post_mult
                 T.sync_threads()
-                if tid < tokens_here and block * tokens_here + tid < tokens:
+                if tid < group and block * group + tid < tokens:
                     for i in T.unroll(n):
                         for j in T.unroll(n):
                             comb[i, j] = logits[tid, 2 * n + i * n + j]
                     sinkhorn_token(comb, n, repeat, sinkhorn_eps)
                     for i in T.unroll(n):
                         for j in T.vectorized(n):
-                            comb_mix[block * tokens_here + tid, i * n + j] = comb[i, j]
+                            comb_mix[block * group + tid, i * n + j] = comb[i, j]
             else:
                 gated_aggregate(
                     products,
@@ -205,6 +207,7 @@ def fused_pre(
                     norm_weight,
                     norm_dtype,
                     splits,
+                    sharing,
                     block - mix_blocks,
                     n,
                     hidden_size,

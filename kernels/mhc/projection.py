@@ -184,28 +184,29 @@ def split_sums(
     t: T.int32,
     m: T.int32,
     lane: T.int32,
+    sharing: int,
     out: T.Buffer,
 ):
     """out = (product m of token t, its sum of squares), summed over the splits.
 
     Where there are many, which is where tokens are few, SUM_LANES neighbours share a mix, each with
     its own `lane`: the rounds of loads of one thread would be most of the time. The number of
-    splits alone decides the order, in every kernel.
+    splits alone decides, so that every kernel adds in the same order.
     """
     out[0] = 0.0
     out[1] = 0.0
-    if splits > SUM_LANES:
-        for step in T.unroll(T.ceildiv(splits - lane, SUM_LANES), unroll_factor=8):
-            out[0] += products[step * SUM_LANES + lane, t, m]
-            out[1] += squares[step * SUM_LANES + lane, t]
-        for level in T.unroll(SUM_LANES.bit_length() - 1):
+    if sharing == 1:
+        for s in T.unroll(splits, unroll_factor=8):
+            out[0] += products[s, t, m]
+        for s in T.unroll(splits, unroll_factor=8):
+            out[1] += squares[s, t]
+    else:
+        for step in T.unroll(T.ceildiv(splits - lane, sharing), unroll_factor=8):
+            out[0] += products[step * sharing + lane, t, m]
+            out[1] += squares[step * sharing + lane, t]
+        for level in T.unroll(sharing.bit_length() - 1):
             for k in T.unroll(2):
                 out[k] += T.shfl_xor(out[k], 1 << level)
-    else:
-        for s in T.unroll(splits, unroll_factor=SUM_LANES):
-            out[0] += products[s, t, m]
-        for s in T.unroll(splits, unroll_factor=SUM_LANES):
-            out[1] += squares[s, t]
 
 
 @T.macro
@@ -220,6 +221,7 @@ def token_mix(
     t: T.int32,
     m: T.int32,
     lane: T.int32,
+    sharing: int,
     size: int,
     eps: T.float32,
     tf32: T.int32,
@@ -229,7 +231,7 @@ def token_mix(
     sums = T.alloc_local((2,), T.float32)
     exact = T.alloc_local((2,), T.float64)
     value = T.alloc_local((1,), T.float32)
-    split_sums(products, squares, splits, t, m, lane, sums)
+    split_sums(products, squares, splits, t, m, lane, sharing, sums)
     out[0] = sums[0]
     out[1] = T.rsqrt(sums[1] / size + eps)
     if not sums[1] < LARGE_SQUARES:
@@ -254,6 +256,7 @@ def token_mix(
 def projection_norm(
     num_mixes: int,
     size: int,
+    many_splits: bool,
     weight_dtype: str = "float32",
     norm_dtype: str = "",
     dtype: str = "bfloat16",
@@ -261,6 +264,7 @@ def projection_norm(
     """Sum the splits and apply the RMS factor."""
     tokens = T.dynamic("num_tokens")
     splits = T.dynamic("num_splits")
+    sharing = SUM_LANES if many_splits else 1
 
     @T.prim_func
     def projection_norm_kernel(
@@ -274,7 +278,6 @@ def projection_norm(
         eps: T.float32,
         tf32: T.int32,
     ):
-        sharing = T.Select(splits > SUM_LANES, SUM_LANES, 1)
         with T.Kernel(T.ceildiv(tokens * num_mixes * sharing, THREADS), threads=THREADS) as block:
             follow_previous()
             index = (block * THREADS + T.get_thread_binding()) // sharing
@@ -294,6 +297,7 @@ def projection_norm(
                 t,
                 m,
                 lane,
+                sharing,
                 size,
                 eps,
                 tf32,

@@ -116,7 +116,8 @@ def _contract_cuda(
         )
         dtypes = projection_op.pre_dtypes(residual, weight, norm_weight, scale, bias)
         out, mixes, inv_rms = outputs
-        jit.kernel("contract_fwd", n, hidden_size, *dtypes)(
+        many_splits = projection_op.has_many_splits(products)
+        jit.kernel("contract_fwd", n, hidden_size, many_splits, *dtypes)(
             products,
             squares,
             scale,

@@ -124,7 +124,8 @@ def _cuda(
         )
         dtypes = projection_op.pre_dtypes(residual, weight, norm_weight, scale, bias)
         layer_input, post_mix, comb_mix, mixes, inv_rms = outputs
-        jit.kernel("fused_pre", n, hidden_size, *dtypes)(
+        many_splits = projection_op.has_many_splits(products)
+        jit.kernel("fused_pre", n, hidden_size, many_splits, *dtypes)(
             products,
             squares,
             scale.contiguous(),

@@ -12,6 +12,7 @@ from tile_mhc.kernels._shapes import (
     BLOCK_TOKENS,
     FAST_HIDDEN,
     PIECE,
+    SUM_LANES,
     backward_pieces,
     factors_width,
     padded,
@@ -111,6 +112,11 @@ def parameter_dtypes(weight: Tensor, norm_weight: Tensor | None) -> tuple[str, .
     return specs.weight_dtypes(dtype_of(weight), dtype_of(norm_weight))
 
 
+def norm_dtypes(*tensors: Tensor | None) -> tuple[str, ...]:
+    """Those of `projection_norm`, of weight, norm_weight and residual."""
+    return specs.norm_dtypes(*map(dtype_of, tensors))
+
+
 def pre_dtypes(*tensors: Tensor | None) -> tuple[str, ...]:
     """Those of the builders that read residual, weight, norm_weight, scale and bias."""
     return specs.pre_dtypes(*map(dtype_of, tensors))
@@ -126,6 +132,11 @@ def parameters(weight: Tensor, norm_weight: Tensor | None) -> tuple[Tensor, Tens
     if norm_weight is None:
         return weight.contiguous(), absent(weight.device)
     return weight.contiguous(), norm_weight.contiguous()
+
+
+def has_many_splits(products: Tensor) -> bool:
+    """Whether several threads share the sum over the splits; see `split_sums` of the kernels."""
+    return products.shape[0] > SUM_LANES
 
 
 def split_products(
@@ -167,10 +178,8 @@ def _cuda(
         num_mixes, size = weight.shape
         x = residual.view(-1, size)
         products, squares = split_products(residual, weight, norm_weight, num_splits, tf32)
-        dtypes = parameter_dtypes(weight, norm_weight)
-        if x.dtype != torch.bfloat16:
-            dtypes = (*(dtypes or ("float32", "")), errors.dtype_name(x.dtype))
-        jit.kernel("projection_norm", num_mixes, size, *dtypes)(
+        dtypes = norm_dtypes(weight, norm_weight, residual)
+        jit.kernel("projection_norm", num_mixes, size, has_many_splits(products), *dtypes)(
             products,
             squares,
             x,
