@@ -29,7 +29,19 @@ from emulator.suite import (
     run_recompute,
     with_norm,
 )
-from tile_mhc import ShapeError, aggregate, projection, reference, specs
+from tile_mhc import (
+    ShapeError,
+    aggregate,
+    contract,
+    fused_pre,
+    head_mix,
+    projection,
+    reference,
+    sinkhorn,
+    specs,
+    split_mixes,
+)
+from tile_mhc.kernels._shapes import SUM_LANES
 from tile_mhc.ops.projection import blocks_per_split
 
 pytestmark = pytest.mark.usefixtures("built_kernels", "emulator")
@@ -123,6 +135,27 @@ def test_several_splits_and_a_ragged_one():
     size = 4 * 192
     assert -(-(size // 128) // blocks_per_split(130, size, None)) == 2, "what test_op relies on"
     assert NUM_SMS > 2
+
+
+@pytest.mark.parametrize(("n", "hidden_size"), [(2, 2560), (4, 1280), (8, 640)])
+def test_many_splits_are_summed_by_several_threads(n, hidden_size):
+    """In the fused kernels as in those of the separate ops: the same bits."""
+    num_tokens, size = 5, n * hidden_size
+    assert size // 128 // blocks_per_split(num_tokens, size, None) > SUM_LANES
+    tensors, _ = FUSED_PRE.inputs((num_tokens,), n, hidden_size, "cpu")
+    residual, weight = tensors["residual"], tensors["weight"]
+    scale, bias = tensors["scale"], tensors["bias"]
+    mixes = projection(residual, weight)
+    want = reference.projection(residual.double(), weight.double())
+    assert (mixes - want).abs().max() < 1e-4
+    pre, post, logits = split_mixes(mixes, scale, bias, num_streams=n)
+    layer_input, post_mix, comb_mix = fused_pre(residual, weight, scale, bias)
+    assert torch.equal(layer_input, aggregate(residual, pre))
+    assert torch.equal(post_mix, post)
+    assert torch.equal(comb_mix, sinkhorn(logits))
+    head = (weight[:n].contiguous(), scale[:1].contiguous(), bias[:n].contiguous())
+    gate = head_mix(projection(residual, head[0]), *head[1:])
+    assert torch.equal(contract(residual, *head), aggregate(residual, gate))
 
 
 @pytest.mark.parametrize("scale", [1e18, 3e-38], ids=str)
