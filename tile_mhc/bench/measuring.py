@@ -37,6 +37,10 @@ class Side:
     def us(self) -> float | None:
         return self.device.median if self.device else None
 
+    @property
+    def host_us(self) -> float | None:
+        return self.host.median if self.host else None
+
 
 @dataclass(frozen=True)
 class Result:
@@ -110,8 +114,8 @@ def measure(
     try:
         device = clock.time(list(graphs.values()))
         host = clock.time_host(list(calls.values()))
-        for index, *times in zip(graphs, device, host, strict=True):
-            sides[index] = Side(*times)
+        for index, on_device, on_host in zip(graphs, device, host, strict=True):
+            sides[index] = Side(on_device, on_host)
     except Exception as failure:
         for index in graphs:
             sides[index] = Side(problem=f"timing: {describe(failure)}")

@@ -6,6 +6,7 @@ on what its forward saved. `sub_layer` goes through autograd, forward and backwa
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +24,9 @@ EPS = 1e-6
 POST_MULT = 2.0
 SINKHORN_STEPS = 20
 
-SPLIT = {"post_mult": POST_MULT, "pre_eps": EPS}
-SINKHORN = {"repeat": SINKHORN_STEPS, "eps": EPS}
-PRE = {"post_mult": POST_MULT, "sinkhorn_repeat": SINKHORN_STEPS}
+SPLIT: dict[str, Any] = {"post_mult": POST_MULT, "pre_eps": EPS}
+SINKHORN: dict[str, Any] = {"repeat": SINKHORN_STEPS, "eps": EPS}
+PRE: dict[str, Any] = {"post_mult": POST_MULT, "sinkhorn_repeat": SINKHORN_STEPS}
 # The same, in the order in which the operators take them.
 PRE_OPTIONS = (EPS, EPS, POST_MULT, SINKHORN_STEPS)
 
@@ -211,16 +212,14 @@ def make_ops() -> list[Op]:
         Op(
             "sinkhorn.fwd",
             floors.sinkhorn_fwd,
-            lambda x: lambda: [tile_mhc.sinkhorn(x.logits, repeat=SINKHORN_STEPS, eps=EPS)],
-            lambda x: [reference.sinkhorn(x.logits, repeat=SINKHORN_STEPS, eps=EPS)],
+            lambda x: lambda: [tile_mhc.sinkhorn(x.logits, **SINKHORN)],
+            lambda x: [reference.sinkhorn(x.logits, **SINKHORN)],
         ),
         Op(
             "sinkhorn.bwd",
             floors.sinkhorn_bwd,
-            lambda x: lambda: [op.sinkhorn_backward(x.grad_comb, x.logits, SINKHORN_STEPS, EPS)],
-            lambda x: [
-                reference.sinkhorn_backward(x.grad_comb, x.logits, repeat=SINKHORN_STEPS, eps=EPS)
-            ],
+            lambda x: lambda: [op.sinkhorn_backward(x.grad_comb, x.logits, **SINKHORN)],
+            lambda x: [reference.sinkhorn_backward(x.grad_comb, x.logits, **SINKHORN)],
         ),
         Op(
             "aggregate.fwd",

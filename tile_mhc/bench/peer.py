@@ -174,7 +174,8 @@ class TileKernels:
 
         def call() -> Outputs:
             results = function.backward(context, *grads)
-            return ((results,) if isinstance(results, Tensor) else results)[kept]
+            outputs: tuple[Tensor, ...] = (results,) if isinstance(results, Tensor) else results
+            return outputs[kept]
 
         return call
 

@@ -87,7 +87,8 @@ class Graph:
 
     def microseconds(self) -> float:
         """Of the last replay, once it has ended."""
-        return 1e3 * self.start.elapsed_time(self.end)
+        milliseconds: float = self.start.elapsed_time(self.end)
+        return 1e3 * milliseconds
 
 
 class Clock:

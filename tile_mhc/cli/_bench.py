@@ -152,7 +152,7 @@ def bench_command(
     setting = records.make_setting(clock, bandwidth, empty, commit)
     if not as_json:
         print_setting(setting, empty)
-    results = []
+    results: list[Result] = []
     measured = measuring.measure_all(chosen, wanted, clock, bandwidth, tile_kernels)
     for shape, group in itertools.groupby(measured, key=lambda result: result.shape):
         block = list(report(group, len(chosen) * len(wanted), len(results), setting, record))
@@ -195,9 +195,8 @@ def find_peer() -> TileKernels:
     try:
         found = peer.find()
     except Exception as error:
-        raise click.ClickException(
-            f"{peer.NAME} does not import: {measuring.describe(error)}"
-        ) from error
+        text = f"--vs {peer.NAME} does not import: {measuring.describe(error)}"
+        raise click.UsageError(text) from error
     if found is None:
         raise click.UsageError(f"--vs {peer.NAME} needs it installed")
     return found
@@ -263,14 +262,14 @@ def make_table(shape: Shape, results: Sequence[Result], with_peer: bool) -> Tabl
             spread(ours.device),
             number(result.gigabytes, ".0f"),
             number(result.over_floor, ".2f"),
-            number(ours.host and ours.host.median, ".1f"),
+            number(ours.host_us, ".1f"),
         ]
         if with_peer:
             cells += [
                 number(theirs.us, ".1f"),
                 spread(theirs.device),
                 number(result.ratio, ".2f"),
-                number(theirs.host and theirs.host.median, ".1f"),
+                number(theirs.host_us, ".1f"),
             ]
         table.add_row(result.op, *cells)
     return table
