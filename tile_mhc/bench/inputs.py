@@ -1,6 +1,7 @@
 """What the timed ops read: one set of random tensors a shape."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ class Inputs:
         """Some of the tokens in float64, with all of the parameters: for the reference."""
         parameters = ("weight", "scale", "bias", "head_weight", "head_scale", "head_bias")
 
-        def part(name: str, value: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        def part(name: str, value: Any) -> Any:
             if isinstance(value, tuple):
                 return tuple(tensor[:, tokens].double() for tensor in value)
             return (value if name in parameters else value[:, tokens]).double()
