@@ -96,7 +96,7 @@ def make_record(setting: Setting, result: Result) -> Record | None:
         n=shape.n,
         us=round(result.ours.us, 2),
         quartiles=quartiles(ours.device),
-        floor_us=round(result.floor_us, 2),
+        floor_us=round(result.floor_us, 4),
         peer_us=microseconds(peer.device),
         peer_quartiles=quartiles(peer.device),
         host_us=microseconds(ours.host),
