@@ -15,11 +15,6 @@ from tile_mhc.bench.measuring import measure
 from tile_mhc.bench.timing import Clock
 from tile_mhc.cli import main
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
 
 @pytest.fixture(scope="module", params=["inside", "around"])
 def clock(request):

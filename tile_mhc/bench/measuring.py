@@ -64,7 +64,7 @@ class Result:
         return self.ours.us / self.floor_us if self.ours.us else None
 
     @property
-    def gigabytes(self) -> float | None:
+    def gbs(self) -> float | None:
         """The fewest bytes by our time, in GB/s."""
         return self.floor_bytes / self.ours.us * 1e-3 if self.ours.us else None
 
@@ -152,6 +152,11 @@ def reset(call: Call) -> None:
 
 
 def describe(failure: BaseException) -> str:
-    """One line; a compiler's message carries its whole source."""
+    """One line; a compiler's message carries its whole source.
+
+    With the error that it hides: what fails in a capture makes the capture's end fail, too.
+    """
     lines = str(failure).strip().splitlines()
-    return f"{type(failure).__name__}: {lines[0][:300] if lines else ''}"
+    text = f"{type(failure).__name__}: {lines[0][:300] if lines else ''}"
+    hidden = None if failure.__suppress_context__ else failure.__context__
+    return f"{text}, after {describe(hidden)}" if hidden else text

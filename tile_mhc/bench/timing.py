@@ -9,7 +9,8 @@ an H200. Either way `empty_kernel` says what nothing takes by the same clock.
 
 Calls that are compared take turns, a sample each, so that a change of the card's clock rate meets
 all of them. Everything runs on one stream, the one that captures: autograd runs a backward on the
-stream of its forward, and a capture fails that meets another one.
+stream of its forward, and a capture that meets another stream fails. (torch then leaves the stream
+of that capture current, so that the next one works: the first shape alone seemed to be at fault.)
 """
 
 import contextlib
@@ -153,7 +154,10 @@ class Clock:
         return [Times.of(own) for own in samples]
 
     def copy_bandwidth(self) -> float:
-        """Bytes per microsecond of a copy of COPY_BYTES, reads and writes counted."""
+        """Bytes per microsecond of a copy of COPY_BYTES, reads and writes counted.
+
+        The last of what is written may stay in L2, as it may after an op.
+        """
         source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         return 2 * COPY_BYTES / self.time_alone(lambda: target.copy_(source)).median

@@ -16,7 +16,7 @@ from tile_mhc.bench.measuring import Result, Shape, Side
 from tile_mhc.bench.ops import Op, make_ops
 from tile_mhc.bench.peer import TileKernels
 from tile_mhc.bench.records import Setting
-from tile_mhc.bench.timing import COPY_BYTES, Clock, Times
+from tile_mhc.bench.timing import COPY_BYTES, Clock, Events, Times
 from tile_mhc.cli._options import (
     HIDDEN,
     STREAMS,
@@ -40,9 +40,8 @@ class OpNames(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         ops = make_ops()
         if value not in {op.name for op in ops} | {op.stem for op in ops}:
-            self.fail(
-                f"must be among {', '.join(op.name for op in ops)}; got {value!r}", param, ctx
-            )
+            names = ", ".join(op.name for op in ops)
+            self.fail(f"must be among {names}; got {value!r}", param, ctx)
         return str(value)
 
 
@@ -115,7 +114,7 @@ def bench_command(
     looks_for_cliffs: bool,
     streams: tuple[int, ...],
     vs: str | None,
-    events: Any,
+    events: Events | None,
     record: Path | None,
     commit: str | None,
     max_ratio: float | None,
@@ -145,6 +144,8 @@ def bench_command(
             raise click.ClickException("; ".join(problems))
         return
 
+    if record:
+        check_appendable(record)
     compile_before(chosen, wanted, tile_kernels, jobs)
     clock = Clock(device, events)
     bandwidth = clock.copy_bandwidth()
@@ -202,6 +203,14 @@ def find_peer() -> TileKernels:
     return found
 
 
+def check_appendable(file: Path) -> None:
+    """Before the run, as it takes minutes."""
+    try:
+        file.open("a").close()
+    except OSError as error:
+        raise click.UsageError(f"--record must be writable; got {file} ({error})") from error
+
+
 def compile_before(
     ops: list[Op], shapes: list[Shape], tile_kernels: TileKernels | None, jobs: int
 ) -> None:
@@ -216,7 +225,7 @@ def compile_before(
 def report(
     results: Iterator[Result], total: int, done: int, setting: Setting, file: Path | None
 ) -> Iterator[Result]:
-    """Record each as it comes, and say on stderr what went wrong: a run may be cut off."""
+    """Record each as it comes, and say on stderr how it went: a run may be cut off."""
     for number, result in enumerate(results, done + 1):
         time = "failed" if result.ours.us is None else f"{result.ours.us:.1f} us"
         note(f"[{number}/{total}] {result.shape} {result.op} {time}")
@@ -260,7 +269,7 @@ def make_table(shape: Shape, results: Sequence[Result], with_peer: bool) -> Tabl
         cells = [
             number(ours.us, ".1f"),
             spread(ours.device),
-            number(result.gigabytes, ".0f"),
+            number(result.gbs, ".0f"),
             number(result.over_floor, ".2f"),
             number(ours.host_us, ".1f"),
         ]
@@ -288,18 +297,17 @@ def as_dict(result: Result) -> dict[str, Any]:
     return asdict(result) | {
         "ratio": result.ratio,
         "over_floor": result.over_floor,
-        "gbs": result.gigabytes,
+        "gbs": result.gbs,
     }
 
 
 def verdict(compared: Sequence[cliffs.Comparison]) -> str:
     """One line, and one for each cliff."""
     found = cliffs.find_cliffs(compared)
-    count = f"{len(compared)} comparisons with neighbouring shapes"
-    if not found:
-        worst = max(compared, key=lambda comparison: comparison.factor, default=None)
-        return f"no cliff in {count}; worst: {worst}"
-    return "\n".join([f"{len(found)} cliffs in {count}:", *(f"  {cliff}" for cliff in found)])
+    text = f"cliffs: {len(found)} in {len(compared)} comparisons with neighbouring shapes"
+    if compared and not found:
+        text += f"; worst: {max(compared, key=lambda comparison: comparison.factor)}"
+    return "\n".join([text, *(f"  {cliff}" for cliff in found)])
 
 
 def raise_if_bad(
@@ -319,6 +327,6 @@ def raise_if_bad(
     if slow := [result for result in results if (result.ratio or 0) > limit]:
         complaints.append(f"above --max-ratio {max_ratio:g}: {names(slow)}")
     if found := cliffs.find_cliffs(compared):
-        complaints.append(f"{len(found)} cliffs, the worst: {found[0]}")
+        complaints.append(f"cliffs: {len(found)}, the worst: {found[0]}")
     if complaints:
         raise click.ClickException("; ".join(complaints))
