@@ -1,5 +1,6 @@
 """The benchmark without a GPU: its floors, its refusal of wrong results, its clock by the book."""
 
+import contextlib
 import dataclasses
 import subprocess
 import sys
@@ -203,6 +204,35 @@ def test_host_time_leaves_the_device_out(clock, monkeypatch):
     turn = [*calls_then_wait[0], "wait", *calls_then_wait[1], "wait"]
     assert clock.log == turn * (timing.WARM_ROUNDS + 2)
     assert ours.median == theirs.median == 7.0
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "events"),
+    [
+        (1.5, "inside"),
+        (0.0, "around"),
+        (TypeError("unexpected keyword argument 'external'"), "around"),
+        (ValueError("Both events must be recorded"), "around"),
+        (RuntimeError("operation not permitted when stream is capturing"), "around"),
+    ],
+)
+def test_events_are_in_the_graph_where_they_can_be(behaviour, events, clock, monkeypatch):
+    class Graph:
+        def __init__(self, call, where):
+            assert where == "inside"
+
+        def replay(self):
+            pass
+
+        def microseconds(self):
+            if isinstance(behaviour, Exception):
+                raise behaviour
+            return behaviour
+
+    monkeypatch.setattr(timing, "Graph", Graph)
+    monkeypatch.setattr(timing.Clock, "running", lambda self: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    assert clock._find_events() == events
 
 
 @pytest.mark.parametrize("broken", ["ours", "peer"])
