@@ -4,8 +4,9 @@
 #   scripts/gpu.sh OUT [TILEKERNELS]
 #
 # tests/gpu and tests/parity, TileKernels' own tests where TILEKERNELS is a checkout of it, the first
-# step of a fresh process with an empty and with a filled cache, then bench.py, alone on the GPU.
-# BENCH_ARGS goes to bench.py. Exits non-zero if anything failed.
+# step of a fresh process with an empty and with a filled cache, then `tile-mhc bench`, alone on the
+# GPU, beside TileKernels where it is installed. BENCH_ARGS goes to it. Exits non-zero if anything
+# failed.
 set -uo pipefail
 [ $# -ge 1 ] || { echo "usage: scripts/gpu.sh OUT [TILEKERNELS]" >&2; exit 2; }
 mkdir -p "$1" || exit 1
@@ -39,7 +40,11 @@ TILELANG_CACHE_DIR="$cold" "$PYTHON" scripts/first_call.py --hidden 4096 >"$OUT/
     failed+=(first_cold)
 "$PYTHON" scripts/first_call.py --hidden 4096 >"$OUT/first_warm.log" 2>&1 || failed+=(first_warm)
 for log in "$OUT"/*.log; do say "$(basename "$log" .log): $(tail -n 1 "$log" | cut -c1-200)"; done
+vs=()
+# Found, not imported: its own __init__ does not import on tilelang 0.1.15.
+"$PYTHON" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("tile_kernels"))' &&
+    vs=(--vs tile_kernels)
 # shellcheck disable=SC2086
-"$PYTHON" scripts/bench.py --record "$OUT/bench.jsonl" ${BENCH_ARGS:-} | tee "$OUT/bench.log" ||
-    failed+=(bench)
+"$PYTHON" -m tile_mhc.cli bench ${vs[@]+"${vs[@]}"} --record "$OUT/bench.jsonl" ${BENCH_ARGS:-} |
+    tee "$OUT/bench.log" || failed+=(bench)
 [ ${#failed[@]} -eq 0 ] || die "failed: ${failed[*]}"

@@ -1,7 +1,7 @@
-"""The benchmark's byte counts and its refusal of wrong results; the timing itself needs a GPU."""
+"""The benchmark without a GPU: its floors, its refusal of wrong results, its clock by the book."""
 
+import contextlib
 import dataclasses
-import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -10,172 +10,363 @@ import pytest
 import torch
 
 import tile_mhc
-from tile_mhc import jit, specs
+from tile_mhc import jit, reference, specs
+from tile_mhc.bench import checking, compiling, floors, measuring, ops, peer, timing
+from tile_mhc.bench.inputs import LAYERS, make_inputs
+from tile_mhc.bench.measuring import Shape
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))  # the two files import each other as scripts do
-
-bench = importlib.import_module("bench")
-bench_ops = importlib.import_module("bench_ops")
-
-# One token of n = 4 streams of H = 64, by hand: bfloat16 is 2 bytes, float32 4, 24 mixes, a weight
-# of 24 * 256 float32 = 24576 bytes.
-BY_HAND = {
-    "expand.fwd": 128 + 512,
-    "expand.bwd": 512 + 128,
-    "projection.fwd": 512 + 24576 + 96 + 4,  # x, weight; mixes, inv_rms
-    "projection.bwd": 512 + 96 + 96 + 4 + 24576 + 512 + 24576,
-    "split_mixes.fwd": 96 + 96 + 12 + 96,  # mixes, bias, scale; the three groups
-    "split_mixes.bwd": 3 * 96 + 2 * (96 + 12),
-    "sinkhorn.fwd": 64 + 64,
-    "sinkhorn.bwd": 64 + 64 + 64,
-    "aggregate.fwd": 512 + 16 + 128,
-    "aggregate.bwd": 128 + 512 + 16 + 512 + 16,
-    "post.fwd": 128 + 512 + 16 + 64 + 512,
-    "post.bwd": 512 + 128 + 512 + 16 + 64 + 128 + 512 + 16 + 64,
-    "head_mix.fwd": 16 + 16 + 4 + 16,
-    "head_mix.bwd": 16 + 16 + 20 + 16 + 20,
-    "contract.fwd": 512 + 4096 + 20 + 128,
-    # x, grad, weight, gates, mixes, inv_rms; four gradients
-    "contract.bwd": 512 + 128 + 4096 + 20 + 16 + 4 + 512 + 4096 + 20,
-    "fused_pre.fwd": 512 + 24576 + 108 + 128 + 16 + 64,
-    # x, weight, gates, mixes, inv_rms, three gradients; four gradients
-    "fused_pre.bwd": 512 + 24576 + 108 + 96 + 4 + 128 + 16 + 64 + 512 + 24576 + 108,
-    # the first residual; by layer: three mixes, the output, the input, the residual
-    "recompute.fwd": 512 + 10 * (16 + 16 + 64 + 128 + 128 + 512),
-    # pre: x, layer input; post; its backward: g, x, y, two gradients; that of pre
-    "sub_layer.fwd+bwd": (512 + 128)
-    + (128 + 512 + 512)
-    + (512 + 512 + 128 + 128 + 512)
-    + (512 + 128 + 512 + 512)
-    + 3 * 24576,
+# What each op reads, by the names of Inputs and of what a forward saves; a name again is a read
+# again. What it writes is what it returns.
+READS = {
+    "expand.fwd": "hidden",
+    "expand.bwd": "grad_residual",
+    "projection.fwd": "residual weight",
+    "projection.bwd": "residual weight mixes inv_rms grad_mixes",
+    "split_mixes.fwd": "mixes scale bias",
+    "split_mixes.bwd": "mixes scale bias grad_pre grad_post grad_comb",
+    "sinkhorn.fwd": "logits",
+    "sinkhorn.bwd": "logits grad_comb",
+    "aggregate.fwd": "residual pre_mix",
+    "aggregate.bwd": "residual pre_mix grad_hidden",
+    "post.fwd": "hidden residual post_mix comb_mix",
+    "post.bwd": "hidden residual post_mix comb_mix grad_residual",
+    "head_mix.fwd": "head_mixes head_scale head_bias",
+    "head_mix.bwd": "head_mixes head_scale head_bias grad_head_mix",
+    "contract.fwd": "residual head_weight head_scale head_bias",
+    "contract.bwd": "residual head_weight head_scale head_bias head_mixes inv_rms grad_hidden",
+    "fused_pre.fwd": "residual weight scale bias",
+    "fused_pre.bwd": "residual weight scale bias mixes inv_rms grad_hidden grad_post grad_comb",
+    "fused_pre.bwd_add": "residual weight scale bias mixes inv_rms grad_hidden grad_post grad_comb "
+    "grad_residual",
+    "recompute.fwd": "residual pre_mixes post_mixes comb_mixes layer_outputs",
 }
+# Forward and backward are passes of their own: read and written by each, and the weight by both.
+SUB_LAYER = (
+    "residual hidden",  # pre: the streams; the layer input
+    "residual hidden residual",  # post: the streams, the layer's output; the new streams
+    "grad_residual residual hidden residual hidden",  # its backward: two gradients of these
+    "residual grad_hidden grad_residual residual",  # that of pre: one
+    "weight weight weight",
+)
 
 
-def make_ops():
-    return {op.name: op for op in bench_ops.make_ops()}
+def table():
+    return {op.name: op for op in ops.make_ops()}
 
 
-def test_every_op_is_counted_by_hand():
-    assert {name: op.floor(1, 64, 4) for name, op in make_ops().items()} == BY_HAND
+def size(value):
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    return sum(map(size, value))
+
+
+@pytest.fixture(scope="module", params=[2, 4, 8])
+def inputs(request):
+    return make_inputs(5, 64, request.param, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", list(READS))
+def test_floor_is_the_bytes_of_the_tensors(name, inputs):
+    op = table()[name]
+    x = inputs.with_layers() if op.layers else inputs
+    _, inv_rms = reference.projection_with_rms(x.residual, x.weight, None, ops.EPS)
+    tensors = vars(x) | {"inv_rms": inv_rms.float()}
+    read = sum(size(tensors[operand]) for operand in READS[name].split())
+    written = size(op.ours(x)())
+    assert op.floor(x.tokens, 64, x.n) == read + written
+
+
+def test_floor_of_the_sub_layer_is_that_of_its_passes(inputs):
+    names = " ".join(SUB_LAYER).split()
+    floor = table()["sub_layer.fwd+bwd"].floor(5, 64, inputs.n)
+    assert floor == sum(size(getattr(inputs, name)) for name in names)
+
+
+def test_every_op_has_a_floor_of_its_own():
+    assert set(table()) == {*READS, "sub_layer.fwd+bwd"}
+    used = [op.floor for op in ops.make_ops()]
+    assert len(set(used)) == len(used)
+    written = {f for f in vars(floors).values() if callable(f)}
+    assert written == set(used)
 
 
 @pytest.mark.parametrize(
     ("name", "per_token", "once"),
     [
-        # Bytes a token at n = 4 with H left open, as the notes of several libraries give them.
-        ("expand.fwd", lambda H: 10 * H, lambda H: 0 * H),
-        ("projection.fwd", lambda H: 8 * H + 100, lambda H: 384 * H),
+        # Bytes at n = 4 with T and H left open, as the papers and threads of several libraries have
+        # them: streams of 8H bytes a token, a weight of 384H.
+        ("expand.fwd", lambda H: 10 * H, lambda H: 0),
+        ("projection.fwd", lambda H: 8 * H + 96, lambda H: 384 * H),
         ("projection.bwd", lambda H: 16 * H + 196, lambda H: 768 * H),
-        ("aggregate.fwd", lambda H: 10 * H + 16, lambda H: 0 * H),
-        ("aggregate.bwd", lambda H: 18 * H + 32, lambda H: 0 * H),
-        ("post.fwd", lambda H: 18 * H + 80, lambda H: 0 * H),
-        ("post.bwd", lambda H: 28 * H + 160, lambda H: 0 * H),
-        ("contract.bwd", lambda H: 18 * H + 20, lambda H: 128 * H + 40),
+        ("split_mixes.fwd", lambda H: 192, lambda H: 108),
+        ("sinkhorn.fwd", lambda H: 128, lambda H: 0),
+        ("sinkhorn.bwd", lambda H: 192, lambda H: 0),
+        ("aggregate.fwd", lambda H: 10 * H + 16, lambda H: 0),
+        ("aggregate.bwd", lambda H: 18 * H + 32, lambda H: 0),
+        ("post.fwd", lambda H: 18 * H + 80, lambda H: 0),
+        ("post.bwd", lambda H: 28 * H + 160, lambda H: 0),
+        ("contract.fwd", lambda H: 10 * H, lambda H: 64 * H + 20),
         ("fused_pre.fwd", lambda H: 10 * H + 80, lambda H: 384 * H + 108),
-        ("fused_pre.bwd", lambda H: 18 * H + 180, lambda H: 768 * H + 216),
         ("recompute.fwd", lambda H: 8 * H + 10 * (2 * H + 16) + 10 * (10 * H + 80), lambda H: 0),
         ("sub_layer.fwd+bwd", lambda H: 82 * H, lambda H: 1152 * H),
     ],
 )
-def test_bytes_scale_with_tokens_and_width(name, per_token, once):
-    floor = make_ops()[name].floor
+def test_floors_are_those_of_the_notes(name, per_token, once):
     for tokens, hidden in ((8192, 7168), (16, 7168), (4096, 2560)):
-        assert floor(tokens, hidden, 4) == tokens * per_token(hidden) + once(hidden)
+        assert table()[name].floor(tokens, hidden, 4) == tokens * per_token(hidden) + once(hidden)
+    assert LAYERS == 10
 
 
-def test_bytes_at_two_and_eight_streams():
-    # n = 2: 8 mixes; n = 8: 80.
-    floor = {name: op.floor for name, op in make_ops().items()}
-    assert floor["expand.fwd"](3, 64, 2) == 3 * 64 * 2 * 3
-    assert floor["projection.fwd"](3, 64, 2) == 3 * (256 + 36) + 8 * 128 * 4
-    assert floor["post.bwd"](3, 64, 8) == 3 * (64 * 2 * 26 + 4 * 144)
-    assert floor["sinkhorn.bwd"](3, 64, 8) == 3 * 3 * 64 * 4
-
-
-@pytest.fixture(scope="module")
-def inputs():
-    return bench_ops.make_inputs(37, 128, torch.device("cpu"))
-
-
-@pytest.mark.parametrize("name", list(BY_HAND))
-def test_right_results_pass_and_one_wrong_element_does_not(name, inputs, monkeypatch):
-    monkeypatch.setattr(bench, "CHUNK", 16)  # 37 tokens: two whole chunks and a ragged one
-    op = make_ops()[name]
-    prepared = op.prepare(inputs)
-    outputs = op.ours(prepared)()
-    assert bench.check(op, prepared, outputs) is None
+@pytest.mark.parametrize("name", [*READS, "sub_layer.fwd+bwd"])
+def test_right_results_pass_and_one_wrong_element_does_not(name, monkeypatch):
+    monkeypatch.setattr(checking, "CHUNK", 16)  # 37 tokens: two whole chunks and a ragged one
+    op = table()[name]
+    x = make_inputs(37, 128, 4, torch.device("cpu"))
+    x = x.with_layers() if op.layers else x
+    outputs = op.ours(x)()
+    assert checking.check(op, x, outputs) is None
     for index, output in enumerate(outputs):
         for wrong in (float("nan"), float("inf"), 9 * float(output.abs().max()) + 1):
             spoiled = output.clone()
             spoiled.view(-1)[-1] = wrong
-            results = (*outputs[:index], spoiled, *outputs[index + 1 :])
-            error = bench.check(op, prepared, results)
+            error = checking.check(op, x, [*outputs[:index], spoiled, *outputs[index + 1 :]])
             assert error is not None
             assert error.startswith(f"output {index}")
 
 
 def test_a_missing_token_is_an_error():
     want = torch.randn(1, 8, 4, dtype=torch.float64)
-    assert bench.find_error(want.float(), want) is None
-    assert "for (1, 8, 4)" in bench.find_error(want[:, :7].float(), want)
-    assert bench.find_error(torch.zeros(1, 8, 4), want) is not None
+    assert checking.find_error(want.float(), want) is None
+    assert "for (1, 8, 4)" in checking.find_error(want[:, :7].float(), want)
+    assert checking.find_error(torch.zeros(1, 8, 4), want) is not None
 
 
 def test_tolerances_are_tighter_than_the_next_smaller_format():
     want = torch.randn(1, 4096, 4, dtype=torch.float64)
-    assert bench.find_error(want.bfloat16(), want) is None
-    assert bench.find_error(want.to(torch.float8_e4m3fn).bfloat16(), want) is not None
-    assert bench.find_error(want.to(torch.float8_e4m3fn).float(), want) is not None
+    assert checking.find_error(want.bfloat16(), want) is None
+    assert checking.find_error(want.to(torch.float8_e4m3fn).bfloat16(), want) is not None
+    assert checking.find_error(want.to(torch.float8_e4m3fn).float(), want) is not None
 
 
-def test_select_ops_by_name_and_by_stem():
-    assert [op.name for op in bench.select_ops("post,sinkhorn.bwd")] == [
-        "sinkhorn.bwd",
-        "post.fwd",
-        "post.bwd",
-    ]
-    assert len(bench.select_ops(None)) == len(BY_HAND)
+def test_poisoned_memory_is_nan():
+    with checking.poisoned_memory():
+        assert torch.empty(100).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_times_are_median_and_quartiles():
+    times = timing.Times.of([5.0, 1.0, 2.0, 4.0, 3.0])
+    assert (times.lower, times.median, times.upper) == (2, 3, 4)
+    assert times.spread == pytest.approx(2 / 3)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock without a device, which writes down what it would do there."""
+    clock = object.__new__(timing.Clock)
+    clock.log = []
+    clock.events = "inside"
+
+    class Stream:
+        def synchronize(self):
+            clock.log.append("wait")
+
+    clock.stream = Stream()
+    monkeypatch.setattr(timing.Clock, "flush", lambda self: self.log.append("flush"))
+    return clock
+
+
+def test_graphs_are_replayed_in_turn_from_a_flushed_cache(clock):
+    class Graph:
+        def __init__(self, name):
+            self.name, self.replays = name, 0
+
+        def replay(self):
+            clock.log.append(self.name)
+            self.replays += 1
+
+        def microseconds(self):
+            return float(self.replays)
+
+    ours, theirs = clock.time([Graph("ours"), Graph("peer")], rounds=5)
+    turn = ["flush", "ours", "wait", "flush", "peer", "wait"]
+    assert clock.log == turn * (timing.WARM_ROUNDS + 5)
+    # The first replays are not samples.
+    assert ours == theirs == timing.Times.of([timing.WARM_ROUNDS + 1.0 + i for i in range(5)])
+
+
+def test_host_time_leaves_the_device_out(clock, monkeypatch):
+    ticks = iter(range(0, 10**9, 7000))
+    monkeypatch.setattr(timing.time, "perf_counter_ns", lambda: next(ticks))
+    calls = [lambda: clock.log.append("ours"), lambda: clock.log.append("peer")]
+    ours, theirs = clock.time_host(calls, rounds=2)
+    calls_then_wait = [["ours"] * timing.HOST_CALLS, ["peer"] * timing.HOST_CALLS]
+    turn = [*calls_then_wait[0], "wait", *calls_then_wait[1], "wait"]
+    assert clock.log == turn * (timing.WARM_ROUNDS + 2)
+    assert ours.median == theirs.median == 7.0
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("behaviour", "events"),
     [
-        (["--ops", "projection,nonsense"], r"--ops must name some of expand.fwd"),
-        (["--ops", ","], "--ops must name some of"),
-        (["--shapes", "128"], "--shapes must be TxH,TxH"),
-        (["--jobs", "0"], "--jobs must be at least 1; got 0"),
-        (["--shapes", "0x64"], "--shapes must be TxH,TxH"),
+        (1.5, "inside"),
+        (0.0, "around"),
+        (TypeError("unexpected keyword argument 'external'"), "around"),
+        (ValueError("Both events must be recorded"), "around"),
+        (RuntimeError("operation not permitted when stream is capturing"), "around"),
     ],
 )
-def test_bad_usage(capsys, arguments, message):
-    with pytest.raises(SystemExit) as stop:
-        bench.main(arguments)
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+def test_events_are_in_the_graph_where_they_can_be(behaviour, events, clock, monkeypatch):
+    class Graph:
+        def __init__(self, call, where):
+            assert where == "inside"
+
+        def replay(self):
+            pass
+
+        def microseconds(self):
+            if isinstance(behaviour, Exception):
+                raise behaviour
+            return behaviour
+
+    monkeypatch.setattr(timing, "Graph", Graph)
+    monkeypatch.setattr(timing.Clock, "running", lambda self: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    assert clock._find_events() == events
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
-def test_without_a_gpu(capsys):
-    with pytest.raises(SystemExit) as stop:
-        bench.main([])
-    assert stop.value.code == 2
-    assert "a CUDA device is needed" in capsys.readouterr().err
+@pytest.mark.parametrize("broken", ["ours", "peer"])
+def test_a_failure_of_one_side_keeps_the_other(broken, clock, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("CUDA said no\nand then a page of source")
+
+    five = timing.Times(5.0, 4.0, 6.0)
+    monkeypatch.setattr(measuring, "capture", lambda op, x, call, clock: call())
+    monkeypatch.setattr(clock, "time", lambda graphs: [five for _ in graphs], raising=False)
+    monkeypatch.setattr(clock, "time_host", lambda calls: [five for _ in calls], raising=False)
+    x = make_inputs(3, 64, 4, torch.device("cpu"))
+    good = table()["expand.fwd"]
+    tile_kernels = object.__new__(peer.TileKernels)
+    tile_kernels.calls = {"expand.fwd": fails if broken == "peer" else good.ours}
+    op = dataclasses.replace(good, ours=fails) if broken == "ours" else good
+    sides = dict(zip(("ours", "peer"), measuring.measure(op, x, clock, tile_kernels), strict=True))
+    assert sides.pop(broken) == measuring.Side(problem="RuntimeError: CUDA said no")
+    assert list(sides.values()) == [measuring.Side(five, five)]
+
+    monkeypatch.setattr(clock, "time_host", fails)
+    ours, theirs = measuring.measure(good, x, clock)
+    assert ours == measuring.Side(problem="timing: RuntimeError: CUDA said no")
+    assert theirs is None
 
 
-def test_every_stem_is_compiled_before():
-    for op in bench.select_ops(None):
-        stem = op.name.partition(".")[0]
-        assert set(bench.OPS_OF.get(stem, (stem,))) <= set(specs.OPS), stem
-    stems = bench.peer_stems(bench.select_ops(None))
-    assert "post" in stems
-    assert not {"contract", "sub_layer"} & set(stems), "no peer, and covered by the others"
-    assert bench.peer_stems(bench.select_ops("sub_layer,post")) == ["post", "sub_layer"]
-    command = bench.warm_command("post", bench.select_ops("post,expand"), [(16, 64), (8, 128)])
-    assert command[-4:] == ["16x64,8x128", "--warm-peer", "--ops", "post.fwd,post.bwd"]
+def test_an_error_that_hides_another_names_both():
+    def capture():
+        try:
+            raise ValueError("no such stride")
+        finally:
+            raise RuntimeError("failed due to a previous error")
+
+    with pytest.raises(RuntimeError) as failure:
+        capture()
+    assert measuring.describe(failure.value) == (
+        "RuntimeError: failed due to a previous error, after ValueError: no such stride"
+    )
 
 
-def test_what_fails_to_compile_is_named_and_stops_nothing(monkeypatch, capsys):
+def test_a_peer_for_four_streams_is_not_asked_for_two(clock, monkeypatch):
+    monkeypatch.setattr(measuring, "capture", lambda *_: None)
+    monkeypatch.setattr(clock, "time", lambda graphs: [None for _ in graphs], raising=False)
+    monkeypatch.setattr(clock, "time_host", lambda calls: [None for _ in calls], raising=False)
+    tile_kernels = object.__new__(peer.TileKernels)
+    tile_kernels.calls = {"expand.fwd": table()["expand.fwd"].ours}
+    for n, has_peer in ((4, True), (2, False)):
+        x = make_inputs(3, 64, n, torch.device("cpu"))
+        _, theirs = measuring.measure(table()["expand.fwd"], x, clock, tile_kernels)
+        assert (theirs is not None) == has_peer
+
+
+class Replay:
+    """In place of a captured graph: replaying it computes again what `then` says, or nothing."""
+
+    def __init__(self, outputs, then):
+        self.outputs, self.then = outputs, then
+
+    def replay(self):
+        if self.then is not None:
+            for out, value in zip(self.outputs, self.then, strict=True):
+                out.copy_(value)
+
+
+@pytest.mark.parametrize("case", ["right", "eager wrong", "replay wrong", "replay writes nothing"])
+def test_a_wrong_result_is_not_captured(case):
+    op = table()["aggregate.fwd"]
+    x = make_inputs(3, 64, 4, torch.device("cpu"))
+    call = op.ours(x)
+    right, wrong = call(), [-call()[0]]
+    then = {"replay wrong": wrong, "replay writes nothing": None}.get(case, right)
+
+    class Clock:
+        def capture(self, call):
+            return Replay([out.clone() for out in call()], then)
+
+    if case == "right":
+        assert measuring.capture(op, x, call, Clock()).outputs[0].equal(right[0])
+        return
+    with pytest.raises(measuring.WrongResultError, match=r"output 0, tokens from 0") as failure:
+        measuring.capture(op, x, (lambda: wrong) if case == "eager wrong" else call, Clock())
+    assert str(failure.value).startswith("replayed: ") == case.startswith("replay")
+
+
+def test_what_adds_up_is_reset_before_it_is_checked():
+    op = table()["aggregate.bwd"]
+    x = make_inputs(3, 64, 4, torch.device("cpu"))
+    grads = op.ours(x)()
+    grad_mix = torch.empty_like(grads[1])
+
+    def backward():
+        x.residual.untyped_storage().grad_from_mhc_post.add_(grads[0])
+        return [grad_mix.copy_(grads[1])]
+
+    call = peer.Accumulating(x.residual, backward)
+
+    class Clock:
+        def capture(self, call):
+            class Graph:
+                outputs = call()
+                replay = call
+
+            return Graph
+
+    assert measuring.capture(op, x, call, Clock()) is not None
+    call()
+    assert checking.check(op, x, call()) is not None, "the third sum is not the gradient"
+
+
+SHAPES = [Shape(16, 64, 4), Shape(8, 64, 4), Shape(16, 128, 4), Shape(2, 64, 2)]
+
+
+def test_every_op_is_compiled_before():
+    parts = {part for op in ops.make_ops() for part in compiling.PARTS.get(op.stem, (op.stem,))}
+    assert parts == set(specs.OPS)
+    post = [op for op in ops.make_ops() if op.stem == "post"]
+    wanted = compiling.kernels(post, SHAPES)
+    assert {name for name, _ in wanted} == {"post_fwd", "post_bwd"}
+    assert {args for _, args in wanted} == {(4, 64), (4, 128), (2, 64)}
+
+
+def test_the_peer_runs_each_stem_once_before():
+    tile_kernels = object.__new__(peer.TileKernels)
+    tile_kernels.calls = dict.fromkeys(set(table()) - {"contract.fwd", "contract.bwd"})
+    commands = compiling.peer_commands(ops.make_ops(), SHAPES, tile_kernels)
+    assert "fused_pre" in commands
+    assert not {"contract", "sub_layer"} & set(commands), "no peer, and covered by the others"
+    assert commands["post"][-3:] == ["--shapes", "8x64,16x128", "post"]
+    some = [op for op in ops.make_ops() if op.stem in ("sub_layer", "post")]
+    assert list(compiling.peer_commands(some, SHAPES, tile_kernels)) == ["post", "sub_layer"]
+    assert compiling.peer_commands(some, SHAPES[-1:], tile_kernels) == {}
+
+
+def test_what_fails_to_compile_is_named_and_stops_nothing(monkeypatch):
     asked = []
 
     def compile_kernel(name, args, arch):
@@ -187,59 +378,21 @@ def test_what_fails_to_compile_is_named_and_stops_nothing(monkeypatch, capsys):
     monkeypatch.setattr(jit, "device_arch", lambda device: "sm_90a")
     monkeypatch.setattr(jit, "import_tilelang", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(
-        bench, "warm_command", lambda *_: [sys.executable, "-c", "raise OSError(7)"]
-    )
-    bench.precompile(bench.select_ops("post"), [(16, 64), (8, 64), (16, 128)], object(), 2)
-    names = [(name, args) for name in ("post_fwd", "post_bwd") for args in ((4, 64), (4, 128))]
-    assert sorted(asked) == sorted((*kernel, "sm_90a") for kernel in names)
-    printed = capsys.readouterr().out
-    assert printed.count("CompileError: nvcc said no") == 2
-    assert "OSError: 7" in printed
-    assert "source" not in printed
-
-
-@pytest.mark.parametrize("broken", ["ours", "peer"])
-def test_a_failure_of_one_side_keeps_the_other(broken, inputs, monkeypatch):
-    class Graph:
-        replay = None
-
-    def fails(*_):
-        raise RuntimeError("CUDA said no")
-
-    monkeypatch.setattr(
-        bench, "capture", lambda op, inputs, run: (run() and None) or (Graph(), None)
-    )
-    monkeypatch.setattr(bench, "time_replays", lambda graphs, flush: [5.0 for _ in graphs])
-    good = make_ops()["expand.fwd"]
-    sides = {"ours": good.ours, "peer": lambda peer, x: good.ours(x)}
-    sides[broken] = fails
-    op = dataclasses.replace(good, **sides)
-    ours, theirs, problems = bench.measure(op, inputs, object(), None)
-    assert (ours, theirs) == ((None, 5.0) if broken == "ours" else (5.0, None))
-    assert problems == [f"{broken}: RuntimeError: CUDA said no"]
-    monkeypatch.setattr(bench, "time_replays", fails)
-    ours, theirs, problems = bench.measure(good, inputs, None, None)
-    assert (ours, theirs, problems) == (None, None, ["timing: RuntimeError: CUDA said no"])
-
-
-def test_shapes():
-    assert bench.parse_shapes("8192x7168, 16x64") == [(8192, 7168), (16, 64)]
-
-
-def test_row_leaves_out_what_was_not_measured():
-    full = bench.row("post.fwd", [8192, 7168, 258.04, 4111.0, 1.04, 250.0, 1.03])
-    assert full.split() == ["post.fwd", "8192", "7168", "258.0", "4111", "1.04", "250.0", "1.03"]
-    empty = bench.row("contract.fwd", [16, 7168, None, None, None, None, None])
-    assert empty.split() == ["contract.fwd", "16", "7168", "-", "-", "-", "-", "-"]
-    assert len(full) == len(empty)
+    wanted = [("post_fwd", (4, 64)), ("post_bwd", (4, 64))]
+    commands = {"post": [sys.executable, "-c", "raise OSError(7)"]}
+    problems = compiling.compile_all(wanted, commands, 2)
+    assert sorted(asked) == sorted((*kernel, "sm_90a") for kernel in wanted)
+    assert problems == [
+        "tile_kernels, post: OSError: 7",
+        "post_bwd(4, 64): CompileError: nvcc said no",
+    ]
 
 
 def test_peer_is_found_without_running_its_packages(tmp_path):
     """TileKernels' __init__ files import what does not compile: they must not run."""
     package = tmp_path / "tile_kernels"
-    ops = package / "modeling" / "mhc" / "ops"
-    ops.mkdir(parents=True)
+    modules = package / "modeling" / "mhc" / "ops"
+    modules.mkdir(parents=True)
     (package / "mhc").mkdir()
     for path in (package, package / "modeling"):
         (path / "__init__.py").write_text("raise RuntimeError('must not run')")
@@ -247,31 +400,20 @@ def test_peer_is_found_without_running_its_packages(tmp_path):
     (package / "mhc" / "multilayer_recompute_kernel.py").write_text("")
     (package / "modeling" / "mhc" / "__init__.py").write_text("")
     (package / "modeling" / "mhc" / "functional.py").write_text("")
-    (ops / "__init__.py").write_text("")
-    for module, function in (
-        ("expand", "ExpandToMHCFn"),
-        ("norm_fn", "MHCPreNormFn"),
-        ("pre_split_mixes", "MHCPreSplitMixes"),
-        ("sinkhorn", "_SinkhornNormalize"),
-        ("pre_apply_mix", "MHCPreApplyMix"),
-        ("post", "MHCPost"),
-        ("head_compute_mix", "MHCHeadComputeMix"),
-    ):
-        (ops / f"{module}.py").write_text(f"class {function}: pass")
+    (modules / "__init__.py").write_text("")
+    for module, function in peer.FUNCTIONS.values():
+        (modules / f"{module}.py").write_text(f"class {function}: pass")
     code = (
         "import sys; sys.path[:0] = sys.argv[1:]\n"
-        "import bench_ops\n"
-        "peer = bench_ops.find_peer()\n"
-        "sys.exit(sorted(peer.functions)[0] != 'aggregate')"
+        "from tile_mhc.bench import ops, peer\n"
+        "found = peer.find()\n"
+        "if found is None: sys.exit(3)\n"
+        "sys.exit(set(found.calls) - {op.name for op in ops.make_ops()} != set())"
     )
-    arguments = [sys.executable, "-c", code, str(SCRIPTS), str(Path(tile_mhc.__path__[0]).parent)]
-    found = subprocess.run([*arguments, str(tmp_path)], capture_output=True, text=True)
+    arguments = [sys.executable, "-c", code, str(Path(tile_mhc.__path__[0]).parent)]
+    found = subprocess.run([*arguments, str(tmp_path)], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
-    absent = "import sys; sys.path[:0] = sys.argv[1:]; import bench_ops\n" + (
-        "sys.exit(bench_ops.find_peer() is not None)"
-    )
-    arguments[2] = absent
-    assert subprocess.run(arguments).returncode == 0
+    assert subprocess.run(arguments, check=False).returncode == 3, "not installed"
 
 
 def test_backward_alone_uses_what_forward_saved():
@@ -287,7 +429,8 @@ def test_backward_alone_uses_what_forward_saved():
             (x,) = ctx.saved_tensors
             return grad * ctx.factor + 0 * x, None
 
-    peer = object.__new__(bench_ops.Peer)
-    peer.functions = {"double": Double}
-    run = bench_ops.first(peer.backward("double", (torch.ones(3), 2.0), (torch.ones(3),)), 1)
-    assert torch.equal(run()[0], torch.full((3,), 2.0))
+    tile_kernels = object.__new__(peer.TileKernels)
+    tile_kernels.functions = {"double": Double}
+    call = tile_kernels.backward("double", (torch.ones(3), 2.0), (torch.ones(3),), slice(1))
+    (grad,) = call()
+    assert torch.equal(grad, torch.full((3,), 2.0))

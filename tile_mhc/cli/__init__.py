@@ -1,4 +1,4 @@
-"""The `tile-mhc` command: compile kernels ahead of time, list them, examine and clean the cache."""
+"""The `tile-mhc` command: compile kernels ahead of time, time them, examine and clean the cache."""
 
 import os
 import sys
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import click
 
 from tile_mhc import __version__
+from tile_mhc.cli._bench import bench_command
 from tile_mhc.cli._clean import clean_command
 from tile_mhc.cli._compile import compile_command
 from tile_mhc.cli._doctor import doctor_command
@@ -16,12 +17,13 @@ from tile_mhc.cli._list import list_command
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="tile-mhc")
 def app() -> None:
-    """Compile tile_mhc's kernels ahead of time, and look after their cache."""
+    """Compile tile_mhc's kernels ahead of time, time them, and look after their cache."""
 
 
 app.add_command(compile_command)
 app.add_command(list_command)
 app.add_command(doctor_command)
+app.add_command(bench_command)
 app.add_command(clean_command)
 
 

@@ -1,0 +1,99 @@
+"""Compile what a run needs before it, on many cores: one after another it would take minutes.
+
+Our kernels in threads; the peer's by running its calls once, a process a stem, as its JIT holds the
+interpreter. Both leave them in TileLang's cache. What fails here fails again where it is measured.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from tile_mhc import jit, specs
+from tile_mhc.bench.inputs import make_inputs
+from tile_mhc.bench.measuring import Shape, describe
+from tile_mhc.bench.ops import SINKHORN_STEPS, Op
+from tile_mhc.bench.peer import NAME, STREAMS, TileKernels
+
+PEER_SECONDS = 120
+# The ops of `specs` behind a stem that is not one of them, and the peer's.
+PARTS = {"sub_layer": ("fused_pre", "post")}
+PEER_PARTS = {"sub_layer": ("projection", "split_mixes", "sinkhorn", "aggregate", "post")}
+
+
+def kernels(ops: Sequence[Op], shapes: Sequence[Shape]) -> list[tuple[str, specs.Arguments]]:
+    """Our kernels behind `ops`."""
+    sizes = sorted({specs.Sizes(shape.n, shape.H, SINKHORN_STEPS) for shape in shapes})
+    names = [name for op in ops for name in PARTS.get(op.stem, (op.stem,))]
+    return specs.select(sizes, names)
+
+
+def peer_commands(
+    ops: Sequence[Op], shapes: Sequence[Shape], peer: TileKernels
+) -> dict[str, list[str]]:
+    """The commands that run the peer's side of `ops` once, by stem.
+
+    Its kernels are for one hidden size and any number of tokens, so the fewest will do. A stem
+    whose parts have commands of their own needs none.
+    """
+    fewest: dict[int, int] = {}
+    for shape in shapes:
+        if shape.n == STREAMS:
+            fewest[shape.H] = min(shape.T, fewest.get(shape.H, shape.T))
+    stems = dict.fromkeys(op.stem for op in ops if op.name in peer.calls)
+    if not fewest:
+        return {}
+    start = [sys.executable, "-m", "tile_mhc.cli", "bench", "--vs", NAME, "--warm-peer"]
+    small = ",".join(f"{tokens}x{hidden}" for hidden, tokens in fewest.items())
+    return {
+        stem: [*start, "--shapes", small, stem]
+        for stem in stems
+        if stem not in PEER_PARTS or not stems.keys() >= set(PEER_PARTS[stem])
+    }
+
+
+def compile_all(
+    wanted: Sequence[tuple[str, specs.Arguments]], commands: dict[str, list[str]], jobs: int
+) -> list[str]:
+    """Compile `wanted` for this GPU and run `commands`, `jobs` at a time; what failed."""
+    arch = jit.device_arch(torch.cuda.current_device())
+    jit.import_tilelang()
+
+    def ours(kernel: tuple[str, specs.Arguments]) -> str | None:
+        try:
+            jit.compile_kernel(*kernel, arch)
+        except jit.CompileError as failure:
+            return f"{kernel[0]}{kernel[1]}: {describe(failure)}"
+        return None
+
+    def theirs(stem: str) -> str | None:
+        title, command = f"{NAME}, {stem}", commands[stem]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=PEER_SECONDS)
+        except subprocess.TimeoutExpired:
+            return f"{title}: took more than {PEER_SECONDS} s"
+        lines = done.stderr.strip().splitlines()
+        return f"{title}: {lines[-1] if lines else ''}" if done.returncode else None
+
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(theirs, stem) for stem in commands]
+        futures += [pool.submit(ours, kernel) for kernel in wanted]
+        return [problem for future in futures if (problem := future.result())]
+
+
+def warm_peer(
+    ops: Sequence[Op], shapes: Sequence[Shape], peer: TileKernels, device: torch.device
+) -> Iterator[str]:
+    """Run the peer's side of `ops` once, for what that leaves in the cache; what failed."""
+    for shape in shapes:
+        x = make_inputs(shape.T, shape.H, shape.n, device)
+        for op in ops:
+            if op.name not in peer.calls:
+                continue
+            try:
+                peer.calls[op.name](x.with_layers() if op.layers else x)()
+                torch.cuda.synchronize(device)
+            except Exception as failure:
+                yield f"{op.name}: {describe(failure)}"

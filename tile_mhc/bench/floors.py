@@ -1,0 +1,113 @@
+"""The fewest bytes each op can move, by tokens T, hidden size H and streams n.
+
+Every operand is read once and every result written once, a parameter once in all. Streams and what
+is of their width are bfloat16, mixes and parameters float32. What a forward keeps for its backward
+is not counted, what a backward must be given is.
+"""
+
+BF16, FP32 = 2, 4
+
+
+def expand_fwd(T: int, H: int, n: int) -> int:
+    return BF16 * T * H * (1 + n)
+
+
+def expand_bwd(T: int, H: int, n: int) -> int:
+    return BF16 * T * H * (n + 1)
+
+
+def projection_fwd(T: int, H: int, n: int) -> int:
+    mixes = n * (n + 2)
+    return BF16 * T * n * H + FP32 * (T * mixes + mixes * n * H)
+
+
+def projection_bwd(T: int, H: int, n: int) -> int:
+    """Reads x, the weight, the mixes with their gradient and 1 / rms; writes two gradients."""
+    mixes = n * (n + 2)
+    return BF16 * T * 2 * n * H + FP32 * (T * (2 * mixes + 1) + 2 * mixes * n * H)
+
+
+def split_mixes_fwd(T: int, H: int, n: int) -> int:  # noqa: ARG001
+    mixes = n * (n + 2)
+    return FP32 * (T * 2 * mixes + mixes + 3)
+
+
+def split_mixes_bwd(T: int, H: int, n: int) -> int:  # noqa: ARG001
+    mixes = n * (n + 2)
+    return FP32 * (T * 3 * mixes + 2 * (mixes + 3))
+
+
+def sinkhorn_fwd(T: int, H: int, n: int) -> int:  # noqa: ARG001
+    return FP32 * T * 2 * n * n
+
+
+def sinkhorn_bwd(T: int, H: int, n: int) -> int:  # noqa: ARG001
+    return FP32 * T * 3 * n * n
+
+
+def aggregate_fwd(T: int, H: int, n: int) -> int:
+    return BF16 * T * H * (n + 1) + FP32 * T * n
+
+
+def aggregate_bwd(T: int, H: int, n: int) -> int:
+    return BF16 * T * H * (2 * n + 1) + FP32 * T * 2 * n
+
+
+def post_fwd(T: int, H: int, n: int) -> int:
+    return BF16 * T * H * (2 * n + 1) + FP32 * T * n * (n + 1)
+
+
+def post_bwd(T: int, H: int, n: int) -> int:
+    return BF16 * T * H * (3 * n + 2) + FP32 * T * 2 * n * (n + 1)
+
+
+def head_mix_fwd(T: int, H: int, n: int) -> int:  # noqa: ARG001
+    return FP32 * (T * 2 * n + n + 1)
+
+
+def head_mix_bwd(T: int, H: int, n: int) -> int:  # noqa: ARG001
+    return FP32 * (T * 3 * n + 2 * (n + 1))
+
+
+def contract_fwd(T: int, H: int, n: int) -> int:
+    return BF16 * T * H * (n + 1) + FP32 * (n * n * H + n + 1)
+
+
+def contract_bwd(T: int, H: int, n: int) -> int:
+    """Reads x, the mixes, 1 / rms and a gradient, writes that of x; the parameters in and out."""
+    return BF16 * T * H * (2 * n + 1) + FP32 * (T * (n + 1) + 2 * (n * n * H + n + 1))
+
+
+def fused_pre_fwd(T: int, H: int, n: int) -> int:
+    mixes = n * (n + 2)
+    return BF16 * T * H * (n + 1) + FP32 * (T * n * (n + 1) + mixes * n * H + mixes + 3)
+
+
+def fused_pre_bwd(T: int, H: int, n: int) -> int:
+    """Reads x, the mixes, 1 / rms and three gradients, writes that of x; the parameters in and
+    out."""
+    mixes = n * (n + 2)
+    by_token = mixes + 1 + n * (n + 1)
+    return BF16 * T * H * (2 * n + 1) + FP32 * (T * by_token + 2 * (mixes * n * H + mixes + 3))
+
+
+def fused_pre_bwd_add(T: int, H: int, n: int) -> int:
+    """The same, and a gradient that x already has."""
+    return fused_pre_bwd(T, H, n) + BF16 * T * n * H
+
+
+def recompute_fwd(T: int, H: int, n: int, layers: int = 10) -> int:
+    """The first residual; by layer its mixes, its input, its output and the residual after it."""
+    return BF16 * T * H * (n + layers * (n + 2)) + FP32 * T * layers * n * (n + 2)
+
+
+def sub_layer(T: int, H: int, n: int) -> int:
+    """Forward and backward: pre reads x and writes the layer input; post reads x and the layer's
+    output and writes the streams; its backward reads those two and a gradient and writes two; that
+    of pre reads x and two gradients and writes one.
+
+    The mixes may stay on the chip or be computed again: not counted. The weight is read by both
+    passes and its gradient written; the few gates are left out as well.
+    """
+    streams = (n + 1) + (2 * n + 1) + (3 * n + 2) + (3 * n + 1)
+    return BF16 * T * H * streams + FP32 * 3 * n * (n + 2) * n * H

@@ -1,0 +1,321 @@
+"""The table of timed ops: the fewest bytes of each, the call, and the reference it must match.
+
+A forward is the public function without gradients, a backward the operator that autograd calls,
+on what its forward saved. `sub_layer` goes through autograd, forward and backward in one call.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tile_mhc
+from tile_mhc import functional, reference
+from tile_mhc.bench import floors
+from tile_mhc.bench.inputs import Inputs
+
+Outputs = Sequence[Tensor]
+Call = Callable[[], Outputs]
+
+# As DeepSeek-V4 has them.
+EPS = 1e-6
+POST_MULT = 2.0
+SINKHORN_STEPS = 20
+
+SPLIT: dict[str, Any] = {"post_mult": POST_MULT, "pre_eps": EPS}
+SINKHORN: dict[str, Any] = {"repeat": SINKHORN_STEPS, "eps": EPS}
+PRE: dict[str, Any] = {"post_mult": POST_MULT, "sinkhorn_repeat": SINKHORN_STEPS}
+# The same, in the order in which the operators take them.
+PRE_OPTIONS = (EPS, EPS, POST_MULT, SINKHORN_STEPS)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One row.
+
+    Attributes:
+        name: `<stem>.fwd`, `<stem>.bwd` or of that kind.
+        floor: the fewest bytes, of T, H and n.
+        ours: prepares the call that is timed.
+        truth: what that call returns, by the reference.
+        summed: the outputs that are sums over the tokens.
+        layers: whether the inputs must be `Inputs.with_layers`.
+    """
+
+    name: str
+    floor: Callable[[int, int, int], int]
+    ours: Callable[[Inputs], Call]
+    truth: Callable[[Inputs], Outputs]
+    summed: tuple[int, ...] = ()
+    layers: bool = False
+
+    @property
+    def stem(self) -> str:
+        return self.name.partition(".")[0]
+
+
+def _projection_bwd(x: Inputs) -> Call:
+    op = torch.ops.tile_mhc
+    saved = op.projection(x.residual, x.weight, None, EPS, None, False)
+    arguments = (x.grad_mixes, x.residual, x.weight, None, *saved, False)
+    return lambda: op.projection_backward(*arguments)[:2]
+
+
+def _projection_bwd_truth(x: Inputs) -> Outputs:
+    saved = reference.projection_with_rms(x.residual, x.weight, None, EPS)
+    grads = reference.projection_backward(x.grad_mixes, x.residual, x.weight, None, *saved)
+    return grads[:2]
+
+
+def _contract_bwd(x: Inputs) -> Call:
+    op = torch.ops.tile_mhc
+    saved = op.contract(*x.head, None, EPS, EPS, None, False)[1:]
+    arguments = (x.grad_hidden, *x.head, None, *saved, EPS, False)
+    return lambda: op.contract_backward(*arguments)[:4]
+
+
+def _contract_bwd_truth(x: Inputs) -> Outputs:
+    saved = reference.contract_with_mixes(*x.head, None, EPS, EPS)[1:]
+    return reference.contract_backward(x.grad_hidden, *x.head, None, *saved, EPS)[:4]
+
+
+def _pre_grads(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    return x.grad_hidden, x.grad_post.squeeze(-1), x.grad_comb
+
+
+def _fused_pre_bwd(x: Inputs, accumulated: Tensor | None = None) -> Call:
+    op = torch.ops.tile_mhc
+    saved = op.fused_pre(*x.gates, None, EPS, *PRE_OPTIONS, None, False)[3:]
+    arguments = (*_pre_grads(x), *x.gates, None, *saved, *PRE_OPTIONS, False, accumulated)
+    return lambda: op.fused_pre_backward(*arguments)[:4]
+
+
+def _fused_pre_bwd_truth(x: Inputs, accumulated: Tensor | None = None) -> Outputs:
+    saved = reference.fused_pre_with_mixes(*x.gates, None, EPS, *PRE_OPTIONS)[3:]
+    arguments = (*_pre_grads(x), *x.gates, None, *saved, *PRE_OPTIONS, False, accumulated)
+    return reference.fused_pre_backward(*arguments)[:4]
+
+
+def recompute_outputs(x: Inputs) -> tuple[list[Tensor], list[Tensor]]:
+    """Layer inputs and residuals to be written."""
+    layers = len(x.pre_mixes)
+    return (
+        [torch.empty_like(x.hidden) for _ in range(layers)],
+        [torch.empty_like(x.residual) for _ in range(layers)],
+    )
+
+
+def _recompute(x: Inputs) -> Call:
+    layer_inputs, residuals = recompute_outputs(x)
+
+    def call() -> Outputs:
+        tile_mhc.recompute(
+            x.residual,
+            x.pre_mixes,
+            x.layer_outputs,
+            x.post_mixes,
+            x.comb_mixes,
+            layer_inputs=layer_inputs,
+            residuals=residuals,
+        )
+        return [*layer_inputs, *residuals]
+
+    return call
+
+
+def _recompute_truth(x: Inputs) -> Outputs:
+    layers = (x.pre_mixes, x.layer_outputs, x.post_mixes, x.comb_mixes)
+    layer_inputs, residuals = reference.recompute(x.residual, *map(list, layers))
+    return [*layer_inputs, *residuals]
+
+
+def sub_layer(forward: Callable[..., tuple[Tensor, Tensor]], x: Inputs) -> Call:
+    """Forward and backward of one sub-layer, whose layer itself takes no time.
+
+    `forward` takes residual, weight, scale, bias and the layer's output, and returns the layer's
+    input and the streams.
+    """
+    leaves = [tensor.detach().requires_grad_() for tensor in (*x.gates, x.hidden)]
+
+    def call() -> Outputs:
+        outputs = forward(*leaves)
+        grads = torch.autograd.grad(outputs, leaves, (x.grad_hidden, x.grad_residual))
+        return [*(out.detach() for out in outputs), *grads]
+
+    return call
+
+
+def _sub_layer_forward(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+    *gates, layer_output = inputs
+    layer_input, *mixes, residual = functional.mhc_pre(*gates, **PRE, passes_residual=True)
+    return layer_input, functional.mhc_post(layer_output, residual, *mixes)
+
+
+def _sub_layer_truth(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+    *gates, layer_output = inputs
+    layer_input, *mixes = reference.fused_pre(*gates, **PRE)
+    return layer_input, reference.post(layer_output, gates[0], *mixes)
+
+
+def make_ops() -> list[Op]:
+    """Every op, in the order of a sub-layer."""
+    op = torch.ops.tile_mhc
+    return [
+        Op(
+            "expand.fwd",
+            floors.expand_fwd,
+            lambda x: lambda: [tile_mhc.expand(x.hidden, x.n)],
+            lambda x: [reference.expand(x.hidden, x.n)],
+        ),
+        Op(
+            "expand.bwd",
+            floors.expand_bwd,
+            lambda x: lambda: [op.expand_backward(x.grad_residual)],
+            lambda x: [reference.expand_backward(x.grad_residual)],
+        ),
+        Op(
+            "projection.fwd",
+            floors.projection_fwd,
+            lambda x: lambda: [tile_mhc.projection(x.residual, x.weight)],
+            lambda x: [reference.projection(x.residual, x.weight)],
+        ),
+        Op(
+            "projection.bwd",
+            floors.projection_bwd,
+            _projection_bwd,
+            _projection_bwd_truth,
+            summed=(1,),
+        ),
+        Op(
+            "split_mixes.fwd",
+            floors.split_mixes_fwd,
+            lambda x: (
+                lambda: tile_mhc.split_mixes(x.mixes, x.scale, x.bias, num_streams=x.n, **SPLIT)
+            ),
+            lambda x: reference.split_mixes(x.mixes, x.scale, x.bias, num_streams=x.n, **SPLIT),
+        ),
+        Op(
+            "split_mixes.bwd",
+            floors.split_mixes_bwd,
+            lambda x: (
+                lambda: op.split_mixes_backward(
+                    x.grad_pre, x.grad_post, x.grad_comb, x.mixes, x.scale, x.bias, x.n, POST_MULT
+                )
+            ),
+            lambda x: reference.split_mixes_backward(
+                x.grad_pre, x.grad_post, x.grad_comb, x.mixes, x.scale, x.bias, x.n, POST_MULT
+            ),
+            summed=(1, 2),
+        ),
+        Op(
+            "sinkhorn.fwd",
+            floors.sinkhorn_fwd,
+            lambda x: lambda: [tile_mhc.sinkhorn(x.logits, **SINKHORN)],
+            lambda x: [reference.sinkhorn(x.logits, **SINKHORN)],
+        ),
+        Op(
+            "sinkhorn.bwd",
+            floors.sinkhorn_bwd,
+            lambda x: lambda: [op.sinkhorn_backward(x.grad_comb, x.logits, **SINKHORN)],
+            lambda x: [reference.sinkhorn_backward(x.grad_comb, x.logits, **SINKHORN)],
+        ),
+        Op(
+            "aggregate.fwd",
+            floors.aggregate_fwd,
+            lambda x: lambda: [tile_mhc.aggregate(x.residual, x.pre_mix)],
+            lambda x: [reference.aggregate(x.residual, x.pre_mix)],
+        ),
+        Op(
+            "aggregate.bwd",
+            floors.aggregate_bwd,
+            lambda x: lambda: op.aggregate_backward(x.grad_hidden, x.residual, x.pre_mix),
+            lambda x: reference.aggregate_backward(x.grad_hidden, x.residual, x.pre_mix),
+        ),
+        Op(
+            "post.fwd",
+            floors.post_fwd,
+            lambda x: lambda: [tile_mhc.post(x.hidden, x.residual, x.post_mix, x.comb_mix)],
+            lambda x: [reference.post(x.hidden, x.residual, x.post_mix, x.comb_mix)],
+        ),
+        Op(
+            "post.bwd",
+            floors.post_bwd,
+            lambda x: (
+                lambda: op.post_backward(
+                    x.grad_residual, x.hidden, x.residual, x.post_mix, x.comb_mix
+                )
+            ),
+            lambda x: reference.post_backward(
+                x.grad_residual, x.hidden, x.residual, x.post_mix, x.comb_mix
+            ),
+        ),
+        Op(
+            "head_mix.fwd",
+            floors.head_mix_fwd,
+            lambda x: lambda: [tile_mhc.head_mix(x.head_mixes, x.head_scale, x.head_bias)],
+            lambda x: [reference.head_mix(x.head_mixes, x.head_scale, x.head_bias)],
+        ),
+        Op(
+            "head_mix.bwd",
+            floors.head_mix_bwd,
+            lambda x: (
+                lambda: op.head_mix_backward(
+                    x.grad_head_mix, x.head_mixes, x.head_scale, x.head_bias
+                )
+            ),
+            lambda x: reference.head_mix_backward(
+                x.grad_head_mix, x.head_mixes, x.head_scale, x.head_bias
+            ),
+            summed=(1, 2),
+        ),
+        Op(
+            "contract.fwd",
+            floors.contract_fwd,
+            lambda x: lambda: [tile_mhc.contract(*x.head)],
+            lambda x: [reference.contract(*x.head)],
+        ),
+        Op(
+            "contract.bwd",
+            floors.contract_bwd,
+            _contract_bwd,
+            _contract_bwd_truth,
+            summed=(1, 2, 3),
+        ),
+        Op(
+            "fused_pre.fwd",
+            floors.fused_pre_fwd,
+            lambda x: lambda: tile_mhc.fused_pre(*x.gates, **PRE),
+            lambda x: reference.fused_pre(*x.gates, **PRE),
+        ),
+        Op(
+            "fused_pre.bwd",
+            floors.fused_pre_bwd,
+            _fused_pre_bwd,
+            _fused_pre_bwd_truth,
+            summed=(1, 2, 3),
+        ),
+        # On top of the gradient that `passes_residual` brings.
+        Op(
+            "fused_pre.bwd_add",
+            floors.fused_pre_bwd_add,
+            lambda x: _fused_pre_bwd(x, x.grad_residual),
+            lambda x: _fused_pre_bwd_truth(x, x.grad_residual),
+            summed=(1, 2, 3),
+        ),
+        Op(
+            "recompute.fwd",
+            floors.recompute_fwd,
+            _recompute,
+            _recompute_truth,
+            layers=True,
+        ),
+        Op(
+            "sub_layer.fwd+bwd",
+            floors.sub_layer,
+            lambda x: sub_layer(_sub_layer_forward, x),
+            lambda x: sub_layer(_sub_layer_truth, x)(),
+            summed=(3, 4, 5),
+        ),
+    ]
