@@ -12,8 +12,10 @@ one seed, on the same batches, four times:
 
 The losses with float32 streams are the truth. The reference is away from them by the rounding of
 bfloat16, which the run so measures itself: distances are root mean squares, over the steps, of the
-relative difference. tile_mhc may be away by SLACK times as much. Small differences grow as training
-goes on, so two equally exact runs are not equally far. Measured: MEASURED
+relative difference. tile_mhc may be away by SLACK times as much: small differences grow as training
+goes on, so two equally exact runs are not equally far. Measured ratios, 6 seeds on a CPU: tile_mhc
+0.4 to 1.7, the same with weights moved by 2**-17 0.3 to 1.2, with every comb_mix transposed 28 to
+40.
 
 Without a GPU the ops are the reference: then tile_mhc differs by its gradients alone, which the ops
 compute in closed form, and round once where autograd rounds several times.
@@ -36,7 +38,7 @@ from torch import Tensor, nn
 from tile_mhc import functional, reference
 from tile_mhc.nn import HyperConnection, HyperHead
 
-SLACK = 2.0
+SLACK = 4.0
 HIDDEN, STREAMS, LAYERS, HEADS = 256, 4, 4, 4
 LEARNING_RATE = 1e-3
 MANUAL = "the manual that comes with Python"
@@ -250,9 +252,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add_arguments(parser, None, MANUAL)
     parser.add_argument("--steps", type=int, help="of each run (CPU: 40, GPU: 200)")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="of the sub-layers (CPU: float32, else bfloat16)"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help="of matmuls (CPU: float32, GPU: bfloat16)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (0)")
     arguments = parser.parse_args(argv)
     check_arguments(parser, arguments)
