@@ -80,7 +80,9 @@ def test_a_wrong_direction_is_found(capsys, monkeypatch):
         return right(self, layer_output, streams, post_mix, comb_mix.mT.contiguous())
 
     monkeypatch.setattr(HyperConnection, "post", transposed)
-    assert train_text.main(ARGUMENTS) == 1
+    # In a few small steps it does not show for every seed.
+    monkeypatch.setitem(train_text.SIZES, "cpu", (4, 64, 12))
+    assert train_text.main(["--device", "cpu"]) == 1
     out = capsys.readouterr().out
     assert "NO AGREEMENT" in out
     assert "tile_mhc: the losses must be within" in out
