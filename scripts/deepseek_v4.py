@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from text_batches import add_arguments, check_arguments, device_name, read_batches
 from torch import Tensor
 
 from tile_mhc.integrations import transformers as integration
@@ -114,16 +115,6 @@ def cast_parameters(model: Any, kind: str) -> Any:
 
 def is_hyper(name: str) -> bool:
     return any(part in ("attn_hc", "ffn_hc", "hc_head") for part in name.split("."))
-
-
-def read_batches(path: Path, steps: int, length: int, device: torch.device) -> Tensor:
-    """(steps, BATCH, length) bytes of the text, repeated if it is short."""
-    text = path.read_bytes()
-    if not text:
-        raise SystemExit(f"deepseek_v4: --text must name a text that is not empty; got {path}")
-    wanted = steps * BATCH * length
-    text = (text * -(-wanted // len(text)))[:wanted]
-    return torch.tensor(list(text), device=device).view(steps, BATCH, length)
 
 
 def train(base: Any, kind: str, batches: Tensor, patched: bool) -> Run:
@@ -234,22 +225,15 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    default_text = next((p for p in (ROOT / "README.md", ROOT / "LICENSE") if p.exists()), None)
-    parser.add_argument("--device", default=default_device, help=f"default: {default_device}")
-    parser.add_argument("--text", type=Path, default=default_text, required=default_text is None)
+    text = ROOT / "README.md"
+    text = text if text.exists() else ROOT / "LICENSE"
+    add_arguments(parser, text, text.name)
     parser.add_argument("--steps", type=int, default=3, help="training steps of each run (3)")
     parser.add_argument("--length", type=int, default=384, help=f"bytes a row, {BATCH} rows (384)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, no table")
     arguments = parser.parse_args(argv)
     if arguments.steps < 1 or arguments.length < 2:
         parser.error("--steps must be at least 1 and --length at least 2")
-    if not arguments.text.is_file():
-        parser.error(f"--text must name a file; got {arguments.text}")
-    try:
-        torch.empty(0, device=arguments.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device must name a usable device; got {arguments.device}: {error}")
+    check_arguments(parser, arguments)
     return arguments
 
 
@@ -257,7 +241,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     device = torch.device(arguments.device)
     base = build_model(device)
-    batches = read_batches(arguments.text, arguments.steps, arguments.length, device)
+    shape = (arguments.steps, BATCH, arguments.length)
+    batches = read_batches(arguments.text.read_bytes(), shape, device)
     rows, failures = [], []
     truth = train(base, "float32", batches, patched=False)
     for kind in MODELS:
@@ -269,8 +254,8 @@ def main(argv: list[str] | None = None) -> int:
         failures += check(pair[0], pair[1], device)
         rows += pair
     if arguments.json:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        print(json.dumps({"device": name, "runs": rows, "failures": failures}, indent=2))
+        report = {"device": device_name(device), "runs": rows, "failures": failures}
+        print(json.dumps(report, indent=2))
     else:
         tokens = arguments.steps * BATCH * arguments.length
         print(f"DeepSeek-V4, {sum(p.numel() for p in base.parameters()):,} parameters, on {device}")

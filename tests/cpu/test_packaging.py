@@ -119,7 +119,7 @@ def test_the_checkout_imports_without_an_install(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("module", ["functional", "specs", "jit", "cli"])
+@pytest.mark.parametrize("module", ["functional", "nn", "specs", "jit", "cli"])
 def test_import_needs_no_compiler_and_no_gpu(module, tmp_path):
     if module == "cli":
         pytest.importorskip("click")

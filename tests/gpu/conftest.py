@@ -17,6 +17,7 @@ OPS_OF = {
     "fused_pre": ("fused_pre", "projection", "split_mixes", "sinkhorn", "aggregate"),
     "mixes": ("split_mixes", "contract"),
     "contract": ("contract", "projection", "aggregate"),
+    "nn": ("fused_pre", "post", "contract"),
     "recompute": ("recompute", "aggregate", "post"),
 }
 COMPAT_PAIRS = ((2, 128), (4, 128))

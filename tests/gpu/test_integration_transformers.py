@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 modeling = pytest.importorskip(integration.MODELING)
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "deepseek_v4.py"
+sys.path.insert(0, str(SCRIPT.parent))  # it imports its neighbour as scripts do
 HIDDEN = 256
 
 

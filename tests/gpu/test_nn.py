@@ -1,0 +1,132 @@
+"""The modules on a GPU: against float64 by the ops' own bars, and a model trained on text."""
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import oracle
+from cases import CONTRACT, Case, Op, norm_weight, post_inputs, pre_inputs
+from tile_mhc import functional, reference
+from tile_mhc.nn import HyperConnection, HyperHead
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+CASES = pytest.mark.parametrize(
+    "case",
+    [
+        Case(0, 4, 64, "no token"),
+        Case(13, 4, 192, "less than a tile"),
+        Case(65, 8, 128, "most streams"),
+        Case(64, 2, 64, "fewest streams"),
+    ],
+    ids=str,
+)
+
+
+def inputs(lead, num_streams, hidden_size, device):
+    """The options are left out: the module's defaults are theirs."""
+    tensors, _ = pre_inputs(lead, num_streams, hidden_size, device)
+    layer_output = post_inputs(lead, num_streams, hidden_size, device)[0]["layer_output"]
+    return tensors | {"layer_output": layer_output}, {}
+
+
+class Connection(torch.nn.Module):
+    """Around a layer whose output is an input, so that its gradient comes from outside."""
+
+    def __init__(self, hidden_size, num_streams):
+        super().__init__()
+        self.hc = HyperConnection(hidden_size, num_streams, norm_weight=True, device="meta")
+
+    def forward(self, residual, layer_output):
+        layer_inputs = []
+
+        def layer(layer_input):
+            layer_inputs.append(layer_input)
+            return layer_output
+
+        return self.hc(residual, layer), layer_inputs[0]
+
+
+def connection(residual, layer_output, **parameters):
+    module = Connection(residual.shape[-1], residual.shape[-2])
+    given = {f"hc.{name}": value for name, value in parameters.items()}
+    out, layer_input = torch.func.functional_call(module, given, (residual, layer_output))
+    return layer_input, out
+
+
+def specified(residual, layer_output, **parameters):
+    layer_input, post_mix, comb_mix = reference.fused_pre(
+        residual, **parameters, post_mult=2.0, sinkhorn_repeat=20
+    )
+    return layer_input, reference.post(layer_output, residual, post_mix, comb_mix)
+
+
+def head(residual, **parameters):
+    normed = "norm_weight" in parameters
+    module = HyperHead(residual.shape[-1], residual.shape[-2], norm_weight=normed, device="meta")
+    return torch.func.functional_call(module, parameters, (residual,))
+
+
+# The name that the bars of tolerances.py know.
+CONNECTION = Op("mhc_sub_layer_passing", connection, specified, inputs, ("layer_input", "out"))
+HEAD = dataclasses.replace(CONTRACT, run=head)
+
+
+@CASES
+def test_connection(case):
+    oracle.check(CONNECTION, case, *inputs(*case.shape, "cuda"))
+
+
+@pytest.mark.parametrize("norm", [True, False], ids=["norm_weight", "plain"])
+@CASES
+def test_head(case, norm):
+    tensors, options = HEAD.inputs(*case.shape, "cuda")
+    if norm:
+        tensors["norm_weight"] = norm_weight(tensors["weight"].shape[1], "cuda")
+    oracle.check(HEAD, case, tensors, options)
+
+
+def test_model_in_bfloat16():
+    """Built on the CPU, cast and moved; the parameters get float32 gradients of the ops' bits."""
+    hc, out = HyperConnection(192, init="deepseek_v4"), HyperHead(192, init="deepseek_v4")
+    layer = torch.nn.Linear(192, 192)
+    model = torch.nn.ModuleList([hc, layer, out]).to("cuda", torch.bfloat16)
+    assert {p.dtype for p in [*hc.parameters(), *out.parameters()]} == {torch.float32}
+    assert layer.weight.dtype == torch.bfloat16
+    streams = torch.randn(130, 4, 192, device="cuda").bfloat16().requires_grad_()
+    layer_input, post_mix, comb_mix, through = functional.mhc_pre(
+        streams,
+        hc.weight,
+        hc.scale,
+        hc.bias,
+        post_mult=2.0,
+        sinkhorn_repeat=20,
+        passes_residual=True,
+    )
+    mixed = functional.mhc_post(layer(layer_input), through, post_mix, comb_mix)
+    expected = functional.mhc_head(mixed, out.weight, out.scale, out.bias)
+    found = out(hc(streams, layer))
+    assert torch.equal(found, expected)
+    upstream, leaves = torch.randn_like(found), [streams, *model.parameters()]
+    grads = [torch.autograd.grad(each, leaves, upstream) for each in (found, expected)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_compiled():
+    hc = HyperConnection(192, init="deepseek_v4", device="cuda")
+    streams = torch.randn(130, 4, 192, device="cuda").bfloat16()
+    compiled = torch.compile(hc, fullgraph=True)
+    assert torch.equal(compiled(streams, torch.neg), hc(streams, torch.neg))
+
+
+def test_training_agrees_with_the_reference(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    train_text = importlib.import_module("train_text")
+    assert train_text.main(["--device", "cuda", "--steps", "20", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["failures"] == []
+    assert report["dtype"] == "bfloat16"
+    assert all(len(run["losses"]) == 20 for run in report["runs"].values())
