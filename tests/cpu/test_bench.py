@@ -350,7 +350,7 @@ def test_every_op_is_compiled_before():
     assert parts == set(specs.OPS)
     post = [op for op in ops.make_ops() if op.stem == "post"]
     wanted = compiling.kernels(post, SHAPES)
-    assert {name for name, _ in wanted} == {"post_fwd", "post_bwd"}
+    assert {name for name, _ in wanted} >= {"post_fwd", "post_bwd"}
     assert {args for _, args in wanted} == {(4, 64), (4, 128), (2, 64)}
 
 

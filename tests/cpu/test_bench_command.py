@@ -47,7 +47,7 @@ SETTING = records.Setting(
     commit="abc",
     copy_gbs=4000.0,
     empty_us=2.0,
-    flush="read",
+    flush="copy",
     events="inside",
 )
 

@@ -244,12 +244,12 @@ def make_ops() -> list[Op]:
             floors.post_bwd,
             lambda x: (
                 lambda: op.post_backward(
-                    x.grad_residual, x.hidden, x.residual, x.post_mix, x.comb_mix
-                )
+                    x.grad_residual, x.hidden, x.residual, x.post_mix, x.comb_mix, None
+                )[:4]
             ),
             lambda x: reference.post_backward(
                 x.grad_residual, x.hidden, x.residual, x.post_mix, x.comb_mix
-            ),
+            )[:4],
         ),
         Op(
             "head_mix.fwd",
