@@ -350,9 +350,8 @@ def test_strided_streams_are_refused(op):
     tensors, options = op.inputs((3,), 4, 64, "cpu")
     for name in set(tensors) & set(STREAM_NAMES):
         spread = torch.stack((tensors[name], tensors[name]), -1)[..., 0]
-        with pytest.raises(
-            tile_mhc.ShapeError, match=f"{op.run.__name__}: {name} must be contiguous"
-        ):
+        message = f"{op.run.__name__}: {name} must be contiguous"
+        with pytest.raises(tile_mhc.ShapeError, match=message):
             op.run(**{**tensors, name: spread}, **options)
 
 
