@@ -1,5 +1,6 @@
 """One way to make a torch.library operator: TileLang behind CUDA, the reference behind CPU."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,12 @@ def empty_gradients(*inputs: Tensor | None) -> tuple[Tensor, ...]:
     for value in inputs:
         grads.append(grads[-1].new_empty(0) if value is None else value.new_empty(value.shape))
     return tuple(grads)
+
+
+@functools.cache
+def absent(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What a kernel gets in place of a tensor that it does not read."""
+    return torch.empty(1, device=device, dtype=dtype)
 
 
 def _no_gradient_of(name: str) -> Callable[..., Any]:
