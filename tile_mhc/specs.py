@@ -89,6 +89,45 @@ def _with_parameters(arguments: Callable[[Sizes], list[Arguments]]) -> Callable[
 
 _PROJECTION = ("projection", "contract", "fused_pre")
 
+
+def _four_streams(arguments: Callable[[Sizes], list[Arguments]]) -> Callable[..., Any]:
+    """TransformerEngine has n = 4 only."""
+    return lambda s: arguments(s) if s.n == 4 else []
+
+
+@_four_streams
+def _interleaved(s: Sizes) -> list[Arguments]:
+    return [(s.n, s.hidden, "bfloat16")]
+
+
+@_four_streams
+def _interleaved_posts(s: Sizes) -> list[Arguments]:
+    # The layer's output has the dtype of the streams; without a bias, and with one.
+    return [(*_interleaved(s)[0], "bfloat16", bias) for bias in ("", "float32")]
+
+
+@_four_streams
+def _interleaved_bias(s: Sizes) -> list[Arguments]:
+    return [(s.hidden, "float32")]
+
+
+def _with_buffer(arguments: Callable[[Sizes], list[Arguments]]) -> Callable[..., Any]:
+    """The gradient of the streams in their dtype, and in a float32 buffer."""
+    return lambda s: [(*a, grad) for a in arguments(s) for grad in ("bfloat16", "float32")]
+
+
+@_four_streams
+def _padded_projections(s: Sizes) -> list[Arguments]:
+    return [(s.mixes, s.n * s.hidden)]
+
+
+@_four_streams
+def _padded_mixes(s: Sizes) -> list[Arguments]:
+    return [(s.n, "float32", "float32")]
+
+
+_TE = ("transformer_engine",)
+
 SPECS = (
     Spec("expand_fwd", "expand", ("expand",), _n_hidden),
     Spec("expand_bwd", "expand", ("expand",), _n_hidden),
@@ -117,6 +156,19 @@ SPECS = (
     Spec("head_mix_bwd", "contract", ("head_mix", "contract"), _n),
     Spec("contract_fwd", "contract", ("contract",), _with_parameters(_n_hidden)),
     Spec("fused_pre", "fused_pre", ("fused_pre",), _with_parameters(_n_hidden)),
+    Spec("interleaved_aggregate_fwd", "interleaved_aggregate", _TE, _interleaved),
+    Spec("interleaved_aggregate_bwd", "interleaved_aggregate", _TE, _with_buffer(_interleaved)),
+    Spec("interleaved_post_fwd", "interleaved_post", _TE, _interleaved_posts),
+    Spec("interleaved_post_bwd", "interleaved_post", _TE, _with_buffer(_interleaved_posts)),
+    Spec("interleaved_post_bias_bwd", "interleaved_post", _TE, _interleaved_bias),
+    Spec("padded_projection_fwd", "padded_projection", _TE, _padded_projections),
+    Spec("padded_projection_pack", "padded_projection", _TE, _padded_projections),
+    Spec("padded_mixes_fwd", "padded_mixes", _TE, _padded_mixes),
+    Spec("padded_mixes_bwd", "padded_mixes", _TE, _padded_mixes),
+    Spec("log_sinkhorn_fwd", "log_sinkhorn", _TE, _four_streams(_n)),
+    Spec(
+        "log_sinkhorn_bwd", "log_sinkhorn", _TE, _four_streams(lambda s: [(s.n, s.capacity)])
+    ),
     Spec("recompute", "recompute", ("recompute",), _n_hidden),
     Spec("recompute_table", "recompute", ("recompute",), lambda _: [(TABLE_SLOTS,)]),
 )

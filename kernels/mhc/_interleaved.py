@@ -11,12 +11,17 @@ STEPS = 4
 def channels_per_access(n: int, channels: int, dtype: str) -> int:
     """Channels of one access to a row of streams: as many as are aligned in every row, 16 bytes.
 
-    Half of that in bfloat16 where the number of channels is odd.
+    Half of that in bfloat16 where the number of channels is odd. A kernel that has streams in two
+    dtypes asks for the wider: then the accesses of a warp leave no gaps in either.
     """
     count = max(ACCESS // (n * BYTES[dtype]), 1)
     while channels % count:
         count //= 2
     return count
+
+
+def wider(first: str, second: str) -> str:
+    return max(first, second, key=BYTES.__getitem__)
 
 
 def row_shape(accesses: int, limit: int = 256) -> tuple[int, int]:
@@ -45,20 +50,22 @@ def load_access(source: T.Tensor, t: T.int32, first: T.int32, s: int, local: T.B
 
 
 @T.macro
+def load_held(buffer: T.Tensor, adds: T.int32, t: T.int32, first: T.int32, s: int, held: T.Buffer):
+    """held[s, :] = what a buffer of gradients holds, if `adds`."""
+    if adds != 0:
+        load_access(buffer, t, first, s, held)
+
+
+@T.macro
+def add_held(held: T.Buffer, s: int, adds: T.int32, local: T.Buffer):
+    """local += held[s, :], if `adds`."""
+    if adds != 0:
+        for v in T.unroll(local.shape[0]):
+            local[v] += held[s, v]
+
+
+@T.macro
 def store_access(local: T.Buffer, out: T.Tensor, t: T.int32, first: T.int32):
     """out[t, first : first + its width] = local, rounded to the dtype of out."""
     for v in T.vectorized(local.shape[0]):
         out[t, first + v] = T.cast(local[v], out.dtype)
-
-
-@T.macro
-def add_access(local: T.Buffer, out: T.Tensor, t: T.int32, first: T.int32, adds: T.int32):
-    """The same, if out is float32 and `adds` on top of what it holds."""
-    if out.dtype == "float32":
-        before = T.alloc_local((local.shape[0],), T.float32)
-        if adds != 0:
-            for v in T.vectorized(local.shape[0]):
-                before[v] = out[t, first + v]
-            for v in T.unroll(local.shape[0]):
-                local[v] += before[v]
-    store_access(local, out, t, first)

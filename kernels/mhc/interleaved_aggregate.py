@@ -17,11 +17,13 @@ from tile_mhc.kernels._common import (
     sums_shape,
 )
 from tile_mhc.kernels._interleaved import (
-    add_access,
+    add_held,
     channels_per_access,
     load_access,
+    load_held,
     row_shape,
     store_access,
+    wider,
 )
 
 
@@ -65,9 +67,10 @@ def interleaved_aggregate_fwd(n: int, channels: int, dtype: str):
 def interleaved_aggregate_bwd(n: int, channels: int, dtype: str, grad_dtype: str):
     """`grad_dtype` is float32 for a buffer of gradients: on top of what it holds, if `adds`."""
     tokens = T.dynamic("num_tokens")
-    width = channels_per_access(n, channels, dtype)
+    width = channels_per_access(n, channels, wider(dtype, grad_dtype))
     accesses = channels // width
     threads, steps = row_shape(accesses)
+    has_buffer = grad_dtype == "float32"
     lanes = sum_lanes(n, threads)
 
     @T.prim_func
@@ -84,6 +87,7 @@ def interleaved_aggregate_bwd(n: int, channels: int, dtype: str, grad_dtype: str
             tid = T.get_thread_binding()
             wide = T.alloc_local((steps, width), dtype)
             streams = T.alloc_local((steps, width * n), dtype)
+            held = T.alloc_local((steps, width * n), T.float32)
             weights = T.alloc_local((n,), T.float32)
             sums = T.alloc_local((n,), T.float32)
             result = T.alloc_local((width * n,), T.float32)
@@ -98,6 +102,8 @@ def interleaved_aggregate_bwd(n: int, channels: int, dtype: str, grad_dtype: str
                     if first + s * threads < accesses:
                         load_access(x, t, (first + s * threads) * (width * n), s, streams)
                         load_access(grad, t, (first + s * threads) * width, s, wide)
+                        if has_buffer:
+                            load_held(grad_x, adds, t, (first + s * threads) * (width * n), s, held)
                 for s in T.unroll(steps):
                     if first + s * threads < accesses:
                         for i in T.unroll(n):
@@ -109,7 +115,10 @@ def interleaved_aggregate_bwd(n: int, channels: int, dtype: str, grad_dtype: str
                                 )
                                 result[c * n + i] = weights[i] * T.cast(wide[s, c], T.float32)
                             sums[i] += total[0]
-                        add_access(result, grad_x, t, (first + s * threads) * (width * n), adds)
+                        at = (first + s * threads) * (width * n)
+                        if has_buffer:
+                            add_held(held, s, adds, result)
+                        store_access(result, grad_x, t, at)
             block_sums(sums, n, threads, shared, total)
             if tid % lanes == 0 and tid < n * lanes:
                 grad_mix[t, tid // lanes] = total[0]

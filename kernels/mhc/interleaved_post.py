@@ -21,36 +21,46 @@ from tile_mhc.kernels._common import (
     sums_shape,
 )
 from tile_mhc.kernels._interleaved import (
-    add_access,
+    add_held,
     channels_per_access,
     load_access,
+    load_held,
     row_shape,
     store_access,
+    wider,
 )
-from tile_mhc.kernels._shapes import NO_TENSOR
+
+
+def bias_shape(channels: int, bias_dtype: str) -> tuple[int]:
+    return (channels if bias_dtype else 1,)
 
 
 @T.macro
-def layer_values(f: T.Buffer, s: int, bias: T.Tensor, at: T.int32, out: T.Buffer):
-    """out = f[s, :] + bias[at : at + width] in float32; bias may be None."""
+def layer_values(f: T.Buffer, s: int, bias: T.Tensor, bias_dtype: str, at: T.int32, out: T.Buffer):
+    """out = f[s, :], plus the bias of its channels if there is one, in float32."""
     for c in T.unroll(out.shape[0]):
         out[c] = T.cast(f[s, c], T.float32)
-    if bias is not None:
-        for c in T.unroll(out.shape[0]):
+        if bias_dtype != "":
             out[c] += T.cast(bias[at + c], T.float32)
 
 
 @builder(SIMT)
 def interleaved_post_fwd(n: int, channels: int, dtype: str, layer_dtype: str, bias_dtype: str):
+    """`bias_dtype` is empty without a bias."""
     tokens = T.dynamic("num_tokens")
     width = channels_per_access(n, channels, dtype)
     accesses = channels // width
     threads, steps = row_shape(accesses)
     chunks = -(-accesses // (threads * steps))
 
-    @T.macro
-    def forward(
-        f: T.Tensor, x: T.Tensor, post: T.Tensor, comb: T.Tensor, out: T.Tensor, bias: T.Tensor
+    @T.prim_func
+    def interleaved_post_fwd_kernel(
+        f: T.Tensor[(tokens, channels), layer_dtype],
+        bias: T.Tensor[bias_shape(channels, bias_dtype), bias_dtype or T.float32],
+        x: T.Tensor[(tokens, channels * n), dtype],
+        post: T.Tensor[(tokens, n), T.float32],
+        comb: T.Tensor[(tokens, n * n), T.float32],
+        out: T.Tensor[(tokens, channels * n), dtype],
     ):
         with T.Kernel(tokens * chunks, threads=threads) as block:
             follow_previous()
@@ -70,7 +80,8 @@ def interleaved_post_fwd(n: int, channels: int, dtype: str, layer_dtype: str, bi
             load_mixes(comb, t, 0, n * n, combs)
             for s in T.unroll(steps):
                 if first + s * threads < accesses:
-                    layer_values(layer, s, bias, (first + s * threads) * width, values)
+                    at = (first + s * threads) * width
+                    layer_values(layer, s, bias, bias_dtype, at, values)
                     for c in T.unroll(width):
                         for j in T.unroll(n):
                             result[c * n + j] = posts[j] * values[c]
@@ -78,34 +89,9 @@ def interleaved_post_fwd(n: int, channels: int, dtype: str, layer_dtype: str, bi
                                 result[c * n + j] += combs[i * n + j] * T.cast(
                                     streams[s, c * n + i], T.float32
                                 )
-                    store_access(result, out, t, (first + s * threads) * (width * n))
+                    store_access(result, out, t, at * n)
 
-    if bias_dtype == NO_TENSOR:
-
-        @T.prim_func
-        def interleaved_post_fwd_kernel(
-            f: T.Tensor[(tokens, channels), layer_dtype],
-            x: T.Tensor[(tokens, channels * n), dtype],
-            post: T.Tensor[(tokens, n), T.float32],
-            comb: T.Tensor[(tokens, n * n), T.float32],
-            out: T.Tensor[(tokens, channels * n), dtype],
-        ):
-            forward(f, x, post, comb, out, None)
-
-        return interleaved_post_fwd_kernel
-
-    @T.prim_func
-    def interleaved_post_biased_fwd_kernel(
-        f: T.Tensor[(tokens, channels), layer_dtype],
-        x: T.Tensor[(tokens, channels * n), dtype],
-        post: T.Tensor[(tokens, n), T.float32],
-        comb: T.Tensor[(tokens, n * n), T.float32],
-        out: T.Tensor[(tokens, channels * n), dtype],
-        bias: T.Tensor[(channels,), bias_dtype],
-    ):
-        forward(f, x, post, comb, out, bias)
-
-    return interleaved_post_biased_fwd_kernel
+    return interleaved_post_fwd_kernel
 
 
 @builder(SIMT)
@@ -114,32 +100,34 @@ def interleaved_post_bwd(
 ):
     """All gradients of a slice of tokens, one by one; with a bias, the slice's sum for it too.
 
-    `grad_dtype` is float32 for a buffer of gradients: on top of what it holds, if `adds`.
+    `grad_dtype` is float32 for a buffer of gradients: on top of what it holds, if `adds`. Without a
+    bias, every token is a slice.
     """
     tokens = T.dynamic("num_tokens")
     slices = T.dynamic("num_slices")
-    width = channels_per_access(n, channels, dtype)
+    width = channels_per_access(n, channels, wider(dtype, grad_dtype))
     accesses = channels // width
     threads, steps = row_shape(accesses, 128)
     tiles = -(-accesses // (threads * steps))
     num_sums = n * (n + 1)
     lanes = sum_lanes(num_sums, threads)
-    has_bias = bias_dtype != NO_TENSOR
+    has_bias = bias_dtype != ""
+    has_buffer = grad_dtype == "float32"
 
-    @T.macro
-    def backward(
-        grad: T.Tensor,
-        f: T.Tensor,
-        x: T.Tensor,
-        post: T.Tensor,
-        comb: T.Tensor,
-        grad_f: T.Tensor,
-        grad_post: T.Tensor,
-        grad_comb: T.Tensor,
-        grad_x: T.Tensor,
+    @T.prim_func
+    def interleaved_post_bwd_kernel(
+        grad: T.Tensor[(tokens, channels * n), dtype],
+        f: T.Tensor[(tokens, channels), layer_dtype],
+        bias: T.Tensor[bias_shape(channels, bias_dtype), bias_dtype or T.float32],
+        x: T.Tensor[(tokens, channels * n), dtype],
+        post: T.Tensor[(tokens, n), T.float32],
+        comb: T.Tensor[(tokens, n * n), T.float32],
+        grad_f: T.Tensor[(tokens, channels), layer_dtype],
+        partials: T.Tensor[(slices, channels) if has_bias else (1,), T.float32],
+        grad_post: T.Tensor[(tokens, n), T.float32],
+        grad_comb: T.Tensor[(tokens, n * n), T.float32],
+        grad_x: T.Tensor[(tokens, channels * n), grad_dtype],
         adds: T.int32,
-        bias: T.Tensor,
-        partials: T.Tensor,
         slice_tokens: T.int32,
     ):
         with T.Kernel(slices if has_bias else tokens, threads=threads) as block:
@@ -150,6 +138,7 @@ def interleaved_post_bwd(
             wide = T.alloc_local((steps, width * n), dtype)
             streams = T.alloc_local((steps, width * n), dtype)
             layer = T.alloc_local((steps, width), layer_dtype)
+            held = T.alloc_local((steps, width * n), T.float32)
             values = T.alloc_local((width,), T.float32)
             posts = T.alloc_local((n,), T.float32)
             combs = T.alloc_local((n * n,), T.float32)
@@ -165,6 +154,7 @@ def interleaved_post_bwd(
                 for s in T.serial(tiles * steps):
                     for c in T.unroll(width):
                         of_bias[s, c, tid] = 0.0
+            T.assume(slice_tokens > 0)
             start = block * slice_tokens if has_bias else block
             for step in T.serial(T.min(slice_tokens, tokens - start) if has_bias else 1):
                 t = start + step
@@ -179,10 +169,14 @@ def interleaved_post_bwd(
                             load_access(grad, t, (first + s * threads) * (width * n), s, wide)
                             load_access(x, t, (first + s * threads) * (width * n), s, streams)
                             load_access(f, t, (first + s * threads) * width, s, layer)
+                            if has_buffer:
+                                load_held(
+                                    grad_x, adds, t, (first + s * threads) * (width * n), s, held
+                                )
                     for s in T.unroll(steps):
                         if first + s * threads < accesses:
                             at = (first + s * threads) * width
-                            layer_values(layer, s, bias, at, values)
+                            layer_values(layer, s, bias, bias_dtype, at, values)
                             for c in T.unroll(width):
                                 total[c] = 0.0
                             for j in T.unroll(n):
@@ -190,9 +184,7 @@ def interleaved_post_bwd(
                                 partial[0] = 0.0
                                 for c in T.unroll(width):
                                     total[c] += posts[j] * T.cast(wide[s, c * n + j], T.float32)
-                                    partial[0] += values[c] * T.cast(
-                                        wide[s, c * n + j], T.float32
-                                    )
+                                    partial[0] += values[c] * T.cast(wide[s, c * n + j], T.float32)
                                 sums[n * n + j] += partial[0]
                             store_access(total, grad_f, t, at)
                             if has_bias:
@@ -211,7 +203,9 @@ def interleaved_post_bwd(
                                             streams[s, c * n + i], T.float32
                                         ) * T.cast(wide[s, c * n + j], T.float32)
                                     sums[i * n + j] += partial[0]
-                            add_access(result, grad_x, t, at * n, adds)
+                            if has_buffer:
+                                add_held(held, s, adds, result)
+                            store_access(result, grad_x, t, at * n)
                 block_sums(sums, num_sums, threads, shared, partial)
                 if tid % lanes == 0:
                     if tid < n * n * lanes:
@@ -224,57 +218,37 @@ def interleaved_post_bwd(
                         for c in T.unroll(width):
                             partials[block, (s * threads + tid) * width + c] = of_bias[s, c, tid]
 
-    if not has_bias:
+    return interleaved_post_bwd_kernel
 
-        @T.prim_func
-        def interleaved_post_bwd_kernel(
-            grad: T.Tensor[(tokens, channels * n), dtype],
-            f: T.Tensor[(tokens, channels), layer_dtype],
-            x: T.Tensor[(tokens, channels * n), dtype],
-            post: T.Tensor[(tokens, n), T.float32],
-            comb: T.Tensor[(tokens, n * n), T.float32],
-            grad_f: T.Tensor[(tokens, channels), layer_dtype],
-            grad_post: T.Tensor[(tokens, n), T.float32],
-            grad_comb: T.Tensor[(tokens, n * n), T.float32],
-            grad_x: T.Tensor[(tokens, channels * n), grad_dtype],
-            adds: T.int32,
-        ):
-            backward(
-                grad, f, x, post, comb, grad_f, grad_post, grad_comb, grad_x, adds, None, None, None
-            )
 
-        return interleaved_post_bwd_kernel
+@builder(SIMT)
+def interleaved_post_bias_bwd(channels: int, bias_dtype: str):
+    """grad_bias: the sum of the slices, each of eight warps a stride of them, then the warps."""
+    slices = T.dynamic("num_slices")
+    warps = 8
 
     @T.prim_func
-    def interleaved_post_biased_bwd_kernel(
-        grad: T.Tensor[(tokens, channels * n), dtype],
-        f: T.Tensor[(tokens, channels), layer_dtype],
-        x: T.Tensor[(tokens, channels * n), dtype],
-        post: T.Tensor[(tokens, n), T.float32],
-        comb: T.Tensor[(tokens, n * n), T.float32],
-        grad_f: T.Tensor[(tokens, channels), layer_dtype],
-        grad_post: T.Tensor[(tokens, n), T.float32],
-        grad_comb: T.Tensor[(tokens, n * n), T.float32],
-        grad_x: T.Tensor[(tokens, channels * n), grad_dtype],
-        adds: T.int32,
-        bias: T.Tensor[(channels,), bias_dtype],
+    def interleaved_post_bias_bwd_kernel(
         partials: T.Tensor[(slices, channels), T.float32],
-        slice_tokens: T.int32,
+        grad_bias: T.Tensor[(channels,), bias_dtype],
     ):
-        backward(
-            grad,
-            f,
-            x,
-            post,
-            comb,
-            grad_f,
-            grad_post,
-            grad_comb,
-            grad_x,
-            adds,
-            bias,
-            partials,
-            slice_tokens,
-        )
+        with T.Kernel(T.ceildiv(channels, 32), threads=32 * warps) as block:
+            follow_previous()
+            warp = T.get_thread_binding() // 32
+            lane = T.get_thread_binding() % 32
+            c = block * 32 + lane
+            total = T.alloc_local((1,), T.float32)
+            shared = T.alloc_shared((warps, 32), T.float32)
+            total[0] = 0.0
+            if c < channels:
+                for step in T.serial(T.ceildiv(slices, warps)):
+                    if step * warps + warp < slices:
+                        total[0] += partials[step * warps + warp, c]
+            shared[warp, lane] = total[0]
+            T.sync_threads()
+            if warp == 0 and c < channels:
+                for w in T.unroll(warps - 1):
+                    total[0] += shared[w + 1, lane]
+                grad_bias[c] = T.cast(total[0], bias_dtype)
 
-    return interleaved_post_biased_bwd_kernel
+    return interleaved_post_bias_bwd_kernel
