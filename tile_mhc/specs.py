@@ -4,16 +4,19 @@ Adding a kernel means adding one line to SPECS: `tile-mhc compile`, the CI compi
 check then cover it.
 """
 
+import functools
 import importlib
 import importlib.util
+import itertools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tile_mhc.errors import HIDDEN_MULTIPLE, MAX_HIDDEN, SUPPORTED_STREAMS
-from tile_mhc.kernels._shapes import HISTORY_STEP, TABLE_SLOTS
+from tile_mhc import errors
+from tile_mhc.errors import MAX_HIDDEN, SUPPORTED_STREAMS
+from tile_mhc.kernels._shapes import FAST_HIDDEN, HISTORY_STEP, TABLE_SLOTS
 
 Arguments = tuple[int | str, ...]
 
@@ -23,12 +26,31 @@ Arguments = tuple[int | str, ...]
 ARCHS = ("sm_90a", "sm_100a", "sm_103a")
 
 
+# The dtypes of streams and parameters where nothing else is asked for.
+DTYPE = "bfloat16"
+PARAMETER = "float32"
+PARAMETERS = (PARAMETER,)
+# And all that there are.
+STREAMS = tuple(map(errors.dtype_name, errors.STREAMS))
+EVERY_PARAMETER = tuple(map(errors.dtype_name, errors.PARAMETERS))
+
+
 class Sizes(NamedTuple):
-    """What a user chooses: n streams of width H, and how often Sinkhorn normalises."""
+    """What a user chooses.
+
+    Attributes:
+        n: the number of streams.
+        hidden: the width of one.
+        repeat: how often Sinkhorn normalises.
+        dtype: of the streams.
+        parameters: the dtypes that each parameter may have, on its own.
+    """
 
     n: int
     hidden: int
     repeat: int = HISTORY_STEP
+    dtype: str = DTYPE
+    parameters: tuple[str, ...] = PARAMETERS
 
     @property
     def mixes(self) -> int:
@@ -37,6 +59,51 @@ class Sizes(NamedTuple):
     @property
     def capacity(self) -> int:
         return -(-self.repeat // HISTORY_STEP) * HISTORY_STEP
+
+
+def dtypes(*given: tuple[str, str]) -> tuple[str, ...]:
+    """The trailing arguments of a builder from (dtype, the builder's default) of each.
+
+    Those up to the last that is no default: a kernel has one key.
+    """
+    count = max((i + 1 for i, (dtype, default) in enumerate(given) if dtype != default), default=0)
+    return tuple(dtype for dtype, _ in given[:count])
+
+
+@functools.cache
+def stream_dtypes(dtype: str) -> tuple[str, ...]:
+    return dtypes((dtype, DTYPE))
+
+
+@functools.cache
+def parameter_dtypes(dtype: str) -> tuple[str, ...]:
+    return dtypes((dtype, PARAMETER))
+
+
+@functools.cache
+def post_dtypes(dtype: str, bias: str) -> tuple[str, ...]:
+    return dtypes((dtype, DTYPE), (bias, ""))
+
+
+@functools.cache
+def gate_dtypes(scale: str, bias: str) -> tuple[str, ...]:
+    return dtypes((scale, PARAMETER), (bias, PARAMETER))
+
+
+@functools.cache
+def weight_dtypes(weight: str, norm_weight: str) -> tuple[str, ...]:
+    return dtypes((weight, PARAMETER), (norm_weight, ""))
+
+
+@functools.cache
+def pre_dtypes(dtype: str, weight: str, norm_weight: str, scale: str, bias: str) -> tuple[str, ...]:
+    return dtypes(
+        (weight, PARAMETER),
+        (norm_weight, ""),
+        (dtype, DTYPE),
+        (scale, PARAMETER),
+        (bias, PARAMETER),
+    )
 
 
 @dataclass(frozen=True)
@@ -60,8 +127,38 @@ def _n(s: Sizes) -> list[Arguments]:
     return [(s.n,)]
 
 
-def _n_hidden(s: Sizes) -> list[Arguments]:
-    return [(s.n, s.hidden)]
+def _streams(s: Sizes) -> list[Arguments]:
+    return [(s.n, s.hidden, *stream_dtypes(s.dtype))]
+
+
+def _gated(sizes: Arguments, s: Sizes) -> list[Arguments]:
+    """With the dtypes of scale and bias, each on its own."""
+    return [(*sizes, *gate_dtypes(*gates)) for gates in itertools.product(s.parameters, repeat=2)]
+
+
+def _n_gates(s: Sizes) -> list[Arguments]:
+    return _gated((s.n,), s)
+
+
+def _column_sums(s: Sizes) -> list[Arguments]:
+    # One column a bias and a scale.
+    return [*_gated((s.mixes, 3), s), *_gated((s.n, 1), s)]
+
+
+def _posts(s: Sizes) -> list[Arguments]:
+    # Without a bias, and with one.
+    return [(s.n, s.hidden, *post_dtypes(s.dtype, bias)) for bias in ("", *s.parameters)]
+
+
+def _post_biases(s: Sizes) -> list[Arguments]:
+    return [(s.hidden, *parameter_dtypes(bias)) for bias in s.parameters]
+
+
+def _pres(s: Sizes) -> list[Arguments]:
+    """What reads the streams, the weight without and with a norm weight, scale and bias."""
+    norms = ("", *s.parameters)
+    choices = itertools.product(s.parameters, norms, s.parameters, s.parameters)
+    return [(s.n, s.hidden, *pre_dtypes(s.dtype, *choice)) for choice in choices]
 
 
 def _projections(s: Sizes) -> list[Arguments]:
@@ -81,10 +178,31 @@ def _projection_backwards(s: Sizes) -> list[Arguments]:
     return [*alone, (s.mixes, s.n * s.hidden, s.n, True)]
 
 
-def _with_parameters(arguments: Callable[[Sizes], list[Arguments]]) -> Callable[..., Any]:
-    """For kernels that read the weight: it alone, and with a norm weight."""
-    kinds: list[Arguments] = [(), ("float32", "float32")]
-    return lambda s: [(*sizes, *kind) for sizes in arguments(s) for kind in kinds]
+def _has_fast_projection(s: Sizes) -> bool:
+    return s.dtype == DTYPE and s.hidden % FAST_HIDDEN == 0
+
+
+def _fast(arguments: Callable[[Sizes], list[Arguments]]) -> Callable[[Sizes], list[Arguments]]:
+    """For kernels that read the weight of a fast projection: it alone, and with a norm weight."""
+    return lambda s: _with_weights(arguments(s), s) if _has_fast_projection(s) else []
+
+
+def _any(
+    arguments: Callable[[Sizes], list[Arguments]], reads_streams: bool = True
+) -> Callable[[Sizes], list[Arguments]]:
+    """The same for those that take any dtype of streams, which comes first, and any width."""
+
+    def of(s: Sizes) -> list[Arguments]:
+        dtype = (s.dtype,) if reads_streams else ()
+        sizes = [(*size, *dtype) for size in arguments(s)]
+        return [] if _has_fast_projection(s) else _with_weights(sizes, s)
+
+    return of
+
+
+def _with_weights(sizes: list[Arguments], s: Sizes) -> list[Arguments]:
+    kinds = list(itertools.product(s.parameters, ("", *s.parameters)))
+    return [(*size, *weight_dtypes(*kind)) for size in sizes for kind in kinds]
 
 
 _PROJECTION = ("projection", "contract", "fused_pre")
@@ -97,23 +215,23 @@ def _four_streams(arguments: Callable[[Sizes], list[Arguments]]) -> Callable[...
 
 @_four_streams
 def _interleaved(s: Sizes) -> list[Arguments]:
-    return [(s.n, s.hidden, "bfloat16")]
+    return [(s.n, s.hidden, s.dtype)] if s.dtype != "float16" else []
 
 
 @_four_streams
 def _interleaved_posts(s: Sizes) -> list[Arguments]:
-    # The layer's output has the dtype of the streams; without a bias, and with one.
-    return [(*_interleaved(s)[0], "bfloat16", bias) for bias in ("", "float32")]
+    # The layer's output in the dtype of the streams; without a bias, and with one.
+    return [(*sizes, s.dtype, bias) for sizes in _interleaved(s) for bias in ("", *s.parameters)]
 
 
 @_four_streams
-def _interleaved_bias(s: Sizes) -> list[Arguments]:
-    return [(s.hidden, "float32")]
+def _interleaved_biases(s: Sizes) -> list[Arguments]:
+    return [(s.hidden, bias) for bias in s.parameters]
 
 
 def _with_buffer(arguments: Callable[[Sizes], list[Arguments]]) -> Callable[..., Any]:
     """The gradient of the streams in their dtype, and in a float32 buffer."""
-    return lambda s: [(*a, grad) for a in arguments(s) for grad in ("bfloat16", "float32")]
+    return lambda s: [(*a, g) for a in arguments(s) for g in dict.fromkeys((s.dtype, "float32"))]
 
 
 @_four_streams
@@ -123,52 +241,60 @@ def _padded_projections(s: Sizes) -> list[Arguments]:
 
 @_four_streams
 def _padded_mixes(s: Sizes) -> list[Arguments]:
-    return [(s.n, "float32", "float32")]
+    return [(s.n, *gates) for gates in itertools.product(s.parameters, repeat=2)]
 
 
 _TE = ("transformer_engine",)
 
 SPECS = (
-    Spec("expand_fwd", "expand", ("expand",), _n_hidden),
-    Spec("expand_bwd", "expand", ("expand",), _n_hidden),
-    Spec("projection_fwd", "projection", _PROJECTION, _with_parameters(_projections)),
-    Spec("projection_norm", "projection", ("projection",), _with_parameters(_projections)),
+    Spec("expand_fwd", "expand", ("expand",), _streams),
+    Spec("expand_bwd", "expand", ("expand",), _streams),
+    Spec("projection_fwd", "projection", _PROJECTION, _fast(_projections)),
+    Spec("projection_norm", "projection", ("projection",), _fast(_projections)),
     Spec("projection_norm_bwd", "projection", _PROJECTION, _projection_norm_backwards),
-    Spec("projection_bwd", "projection", _PROJECTION, _with_parameters(_projection_backwards)),
-    Spec("projection_weight_bwd", "projection", _PROJECTION, _with_parameters(_projections)),
-    Spec("split_mixes_fwd", "mixes", ("split_mixes", "fused_pre"), _n),
-    Spec("split_mixes_bwd", "mixes", ("split_mixes", "fused_pre"), _n),
-    # One column a bias and a scale.
+    Spec("projection_bwd", "projection", _PROJECTION, _fast(_projection_backwards)),
+    Spec("projection_weight_bwd", "projection", _PROJECTION, _fast(_projections)),
+    Spec("projection_any_fwd", "projection_any", _PROJECTION, _any(_projections)),
+    Spec("projection_any_norm", "projection_any", ("projection",), _any(_projections)),
+    Spec("projection_any_bwd", "projection_any", _PROJECTION, _any(_projection_backwards)),
+    Spec(
+        "projection_any_weight_bwd",
+        "projection_any",
+        _PROJECTION,
+        _any(_projections, reads_streams=False),
+    ),
+    Spec("split_mixes_fwd", "mixes", ("split_mixes", "fused_pre"), _n_gates),
+    Spec("split_mixes_bwd", "mixes", ("split_mixes", "fused_pre"), _n_gates),
     Spec(
         "column_sums",
         "mixes",
         ("split_mixes", "contract", "head_mix", "fused_pre"),
-        lambda s: [(s.mixes, 3), (s.n, 1)],
+        _column_sums,
     ),
     Spec("sinkhorn_fwd", "sinkhorn", ("sinkhorn",), _n),
     Spec("sinkhorn_bwd", "sinkhorn", ("sinkhorn", "fused_pre"), lambda s: [(s.n, s.capacity)]),
-    Spec("aggregate_fwd", "aggregate", ("aggregate",), _n_hidden),
-    Spec("aggregate_bwd", "aggregate", ("aggregate",), _n_hidden),
-    Spec("aggregate_mix_bwd", "aggregate", ("fused_pre", "contract"), _n_hidden),
-    Spec("post_fwd", "post", ("post",), _n_hidden),
-    Spec("post_bwd", "post", ("post",), _n_hidden),
-    Spec("head_mix_fwd", "contract", ("head_mix", "contract"), _n),
-    Spec("head_mix_bwd", "contract", ("head_mix", "contract"), _n),
-    Spec("contract_fwd", "contract", ("contract",), _with_parameters(_n_hidden)),
-    Spec("fused_pre", "fused_pre", ("fused_pre",), _with_parameters(_n_hidden)),
+    Spec("aggregate_fwd", "aggregate", ("aggregate",), _streams),
+    Spec("aggregate_bwd", "aggregate", ("aggregate",), _streams),
+    Spec("aggregate_mix_bwd", "aggregate", ("fused_pre", "contract"), _streams),
+    Spec("post_fwd", "post", ("post",), _posts),
+    Spec("post_bwd", "post", ("post",), _posts),
+    Spec("post_bias_bwd", "post", ("post",), _post_biases),
+    Spec("head_mix_fwd", "contract", ("head_mix", "contract"), _n_gates),
+    Spec("head_mix_bwd", "contract", ("head_mix", "contract"), _n_gates),
+    Spec("contract_fwd", "contract", ("contract",), _pres),
+    Spec("fused_pre", "fused_pre", ("fused_pre",), _pres),
+    Spec("recompute", "recompute", ("recompute",), _streams),
     Spec("interleaved_aggregate_fwd", "interleaved_aggregate", _TE, _interleaved),
     Spec("interleaved_aggregate_bwd", "interleaved_aggregate", _TE, _with_buffer(_interleaved)),
     Spec("interleaved_post_fwd", "interleaved_post", _TE, _interleaved_posts),
     Spec("interleaved_post_bwd", "interleaved_post", _TE, _with_buffer(_interleaved_posts)),
-    Spec("interleaved_post_bias_bwd", "interleaved_post", _TE, _interleaved_bias),
+    Spec("interleaved_post_bias_bwd", "interleaved_post", _TE, _interleaved_biases),
     Spec("padded_projection_fwd", "padded_projection", _TE, _padded_projections),
     Spec("padded_projection_pack", "padded_projection", _TE, _padded_projections),
     Spec("padded_mixes_fwd", "padded_mixes", _TE, _padded_mixes),
     Spec("padded_mixes_bwd", "padded_mixes", _TE, _padded_mixes),
     Spec("log_sinkhorn_fwd", "log_sinkhorn", _TE, _four_streams(_n)),
-    Spec(
-        "log_sinkhorn_bwd", "log_sinkhorn", _TE, _four_streams(lambda s: [(s.n, s.capacity)])
-    ),
+    Spec("log_sinkhorn_bwd", "log_sinkhorn", _TE, _four_streams(lambda s: [(s.n, s.capacity)])),
     Spec("recompute", "recompute", ("recompute",), _n_hidden),
     Spec("recompute_table", "recompute", ("recompute",), lambda _: [(TABLE_SLOTS,)]),
 )
@@ -213,13 +339,29 @@ def device_functions() -> set[str]:
 def compile_command(name: str, args: Arguments, arch: str) -> str | None:
     """The command line that puts this kernel into the cache; None where the table has no entry."""
     spec = _BY_NAME[name]
-    widths = range(HIDDEN_MULTIPLE, MAX_HIDDEN + 1, HIDDEN_MULTIPLE)
-    repeats = {HISTORY_STEP, args[-1]} if name == "sinkhorn_bwd" else {HISTORY_STEP}
-    for n in SUPPORTED_STREAMS:
-        for hidden in widths:
-            for repeat in repeats:
-                if args in spec.arguments(Sizes(n, hidden, repeat)):
-                    command = f"tile-mhc compile --arch {arch} --hidden {hidden} --streams {n}"
-                    command += f" --repeat {repeat}" if repeat != HISTORY_STEP else ""
-                    return f"{command} --ops {spec.ops[0]}"
+    for size in _sizes_of(name, args):
+        if args in spec.arguments(size):
+            command = f"tile-mhc compile --arch {arch} --hidden {size.hidden} --streams {size.n}"
+            if size.repeat != HISTORY_STEP:
+                command += f" --repeat {size.repeat}"
+            if size.dtype != DTYPE:
+                command += f" --dtype {size.dtype}"
+            if size.parameters != PARAMETERS:
+                command += f" --param-dtype {','.join(size.parameters)}"
+            return f"{command} --ops {spec.ops[0]}"
     return None
+
+
+def _sizes_of(name: str, args: Arguments) -> Iterator[Sizes]:
+    """Every choice that may give these arguments, the defaults first."""
+    numbers = [arg for arg in args if isinstance(arg, int)]
+    words = [arg for arg in args if isinstance(arg, str)]
+    repeats = {HISTORY_STEP, numbers[-1]} if name == "sinkhorn_bwd" else {HISTORY_STEP}
+    streams = [DTYPE, *(word for word in words if word in STREAMS)]
+    parameters = [*((dtype,) for dtype in EVERY_PARAMETER), EVERY_PARAMETER]
+    for n in SUPPORTED_STREAMS:
+        # A kernel has H, n*H, or neither.
+        widths = [64, *numbers, *(number // n for number in numbers)]
+        hidden = [width for width in widths if 0 < width <= MAX_HIDDEN]
+        choices = (hidden, repeats, streams, parameters)
+        yield from (Sizes(n, *choice) for choice in itertools.product(*choices))

@@ -8,6 +8,12 @@ BLOCK_K = 128
 BACKWARD_TOKENS = 64
 PIECE = 64
 
+# Its fast kernels take bfloat16 streams of a width in whole pieces; `projection_any` the others.
+FAST_HIDDEN = PIECE
+# projection_any: the tile of x that one CTA takes at a time, in both directions.
+ANY_TOKENS = BACKWARD_TOKENS
+ANY_K = 64
+
 # mixes, contract: tokens summed by one CTA into one row of partial sums.
 TOKENS_PER_PARTIAL = 128
 

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import errors, jit, reference
+from tile_mhc import errors, jit, reference, specs
 from tile_mhc.ops import projection as projection_op
-from tile_mhc.ops._library import empty_gradients, register
-from tile_mhc.ops.mixes import check_gates, column_sums, partial_rows
+from tile_mhc.ops._library import dtype_of, empty_gradients, register
+from tile_mhc.ops.mixes import check_gates, column_sums, gate_dtypes, partial_rows
 
 
 def contract(
@@ -32,18 +32,19 @@ def contract(
     same `num_splits`; the gradient of the residual is rounded once for both its uses.
 
     Args:
-        residual: (..., n, H) bfloat16, contiguous; n in 2, 4, 8; H a multiple of 64.
-        weight: (n, n*H) float32.
-        scale: (1,) float32.
-        bias: (n,) float32.
-        norm_weight: optional (n*H,) float32, a learnable weight of the RMS norm.
+        residual: (..., n, H) bfloat16, float16 or float32, contiguous; n in 2, 4, 8; H up to
+            16384.
+        weight: (n, n*H) float32 or bfloat16.
+        scale: (1,) float32 or bfloat16.
+        bias: (n,) float32 or bfloat16.
+        norm_weight: optional (n*H,) float32 or bfloat16, a learnable weight of the RMS norm.
         norm_eps: added to the mean square of the RMS norm.
         pre_eps: added to the gate.
         num_splits: as in `projection`.
         tf32: as in `projection`.
 
     Returns:
-        (..., H) bfloat16.
+        (..., H), of the dtype of the residual.
 
     Raises:
         ShapeError: a shape, dtype, device or layout does not match.
@@ -70,8 +71,8 @@ def head_mix(mixes: Tensor, scale: Tensor, bias: Tensor, *, pre_eps: float = 1e-
 
     Args:
         mixes: (..., n) float32; n in 2, 4, 8.
-        scale: (1,) float32.
-        bias: (n,) float32.
+        scale: (1,) float32 or bfloat16.
+        bias: (n,) float32 or bfloat16.
         pre_eps: added to the gate.
 
     Returns:
@@ -110,8 +111,10 @@ def _contract_cuda(
     if residual.numel():
         n, hidden_size = residual.shape[-2:]
         x = residual.view(-1, n * hidden_size)
-        products, squares = projection_op.split_products(x, weight, norm_weight, num_splits, tf32)
-        dtypes = projection_op.parameter_dtypes(weight, norm_weight)
+        products, squares = projection_op.split_products(
+            residual, weight, norm_weight, num_splits, tf32
+        )
+        dtypes = projection_op.pre_dtypes(residual, weight, norm_weight, scale, bias)
         out, mixes, inv_rms = outputs
         jit.kernel("contract_fwd", n, hidden_size, *dtypes)(
             products,
@@ -163,7 +166,7 @@ def _contract_backward_cuda(
     gate = _cuda(mixes, scale, bias, pre_eps)
     grad_gate = torch.empty_like(gate)
     if residual.numel():
-        jit.kernel("aggregate_mix_bwd", n, hidden_size)(
+        jit.kernel("aggregate_mix_bwd", n, hidden_size, *specs.stream_dtypes(dtype_of(residual)))(
             grad.view(-1, hidden_size), residual.view(-1, n, hidden_size), grad_gate.view(-1, n)
         )
     grad_mixes, grad_scale, grad_bias = _backward_cuda(grad_gate, mixes, scale, bias)
@@ -203,7 +206,7 @@ def _cuda(mixes: Tensor, scale: Tensor, bias: Tensor, pre_eps: float) -> Tensor:
     out = mixes.new_empty(mixes.shape)
     n = mixes.shape[-1]
     if out.numel():
-        jit.kernel("head_mix_fwd", n)(
+        jit.kernel("head_mix_fwd", n, *gate_dtypes(scale, bias))(
             mixes.contiguous().view(-1, n), scale, bias.contiguous(), out.view(-1, n), pre_eps
         )
     return out
@@ -219,7 +222,7 @@ def _backward_cuda(
         return grad_mixes, torch.zeros_like(scale), torch.zeros_like(bias)
     # One row of partial sums a CTA: the bias gradients, then the scale gradient.
     partials = mixes.new_empty(partial_rows(num_tokens), n + 1)
-    jit.kernel("head_mix_bwd", n)(
+    jit.kernel("head_mix_bwd", n, *gate_dtypes(scale, bias))(
         grad.contiguous().view(-1, n),
         mixes.contiguous().view(-1, n),
         scale,

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import errors, jit, reference
+from tile_mhc import errors, jit, reference, specs
 from tile_mhc.ops import mixes as mixes_op
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops import sinkhorn as sinkhorn_op
-from tile_mhc.ops._library import empty_gradients, register
+from tile_mhc.ops._library import dtype_of, empty_gradients, register
 
 
 def fused_pre(
@@ -44,11 +44,12 @@ def fused_pre(
     that output, or nothing; any other use of the residual itself stays right too.
 
     Args:
-        residual: (..., n, H) bfloat16, contiguous; n in 2, 4, 8; H a multiple of 64.
-        weight: (n*(n+2), n*H) float32.
-        scale: (3,) float32.
-        bias: (n*(n+2),) float32.
-        norm_weight: optional (n*H,) float32, a learnable weight of the RMS norm.
+        residual: (..., n, H) bfloat16, float16 or float32, contiguous; n in 2, 4, 8; H up to
+            16384.
+        weight: (n*(n+2), n*H) float32 or bfloat16.
+        scale: (3,) float32 or bfloat16.
+        bias: (n*(n+2),) float32 or bfloat16.
+        norm_weight: optional (n*H,) float32 or bfloat16, a learnable weight of the RMS norm.
         norm_eps: added to the mean square of the RMS norm.
         pre_eps: added to pre_mix.
         sinkhorn_eps: added to the softmax and the divisors of Sinkhorn.
@@ -59,8 +60,8 @@ def fused_pre(
         passes_residual: whether to return the residual, too.
 
     Returns:
-        layer_input (..., H) bfloat16, post_mix (..., n) and comb_mix (..., n, n) float32; with
-        `passes_residual`, then a view of the residual.
+        layer_input (..., H), of the dtype of the residual; post_mix (..., n) and comb_mix
+        (..., n, n) float32; with `passes_residual`, then a view of the residual.
 
     Raises:
         ShapeError: a shape, dtype, device or layout does not match.
@@ -118,8 +119,10 @@ def _cuda(
     if residual.numel():
         num_mixes, size = weight.shape
         x = residual.view(-1, size)
-        products, squares = projection_op.split_products(x, weight, norm_weight, num_splits, tf32)
-        dtypes = projection_op.parameter_dtypes(weight, norm_weight)
+        products, squares = projection_op.split_products(
+            residual, weight, norm_weight, num_splits, tf32
+        )
+        dtypes = projection_op.pre_dtypes(residual, weight, norm_weight, scale, bias)
         layer_input, post_mix, comb_mix, mixes, inv_rms = outputs
         jit.kernel("fused_pre", n, hidden_size, *dtypes)(
             products,
@@ -180,7 +183,7 @@ def _backward_cuda(
     grad_input = grad_input.contiguous()
     grad_pre = torch.empty_like(pre_mix)
     if residual.numel():
-        jit.kernel("aggregate_mix_bwd", n, hidden_size)(
+        jit.kernel("aggregate_mix_bwd", n, hidden_size, *specs.stream_dtypes(dtype_of(residual)))(
             grad_input.view(-1, hidden_size),
             residual.view(-1, n, hidden_size),
             grad_pre.view(-1, n),

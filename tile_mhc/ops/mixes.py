@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import errors, jit, reference
+from tile_mhc import errors, jit, reference, specs
 from tile_mhc.kernels._shapes import TOKENS_PER_PARTIAL
-from tile_mhc.ops._library import register
+from tile_mhc.ops._library import dtype_of, register
 
 
 def split_mixes(
@@ -26,8 +26,8 @@ def split_mixes(
 
     Args:
         mixes: (..., n*(n+2)) float32.
-        scale: (3,) float32.
-        bias: (n*(n+2),) float32.
+        scale: (3,) float32 or bfloat16.
+        bias: (n*(n+2),) float32 or bfloat16.
         num_streams: n, one of 2, 4, 8.
         post_mult: factor of post_mix (DeepSeek-V4 uses 2).
         pre_eps: added to pre_mix.
@@ -56,14 +56,20 @@ def split_mixes(
 def check_gates(
     op: str, scale: Tensor, bias: Tensor, scales: int, biases: int, like: tuple[str, Tensor]
 ) -> None:
-    errors.check_tensor(op, "scale", scale, [(scales,)], torch.float32, like)
-    errors.check_tensor(op, "bias", bias, [(biases,)], torch.float32, like)
+    errors.check_tensor(op, "scale", scale, [(scales,)], errors.PARAMETERS, like)
+    errors.check_tensor(op, "bias", bias, [(biases,)], errors.PARAMETERS, like)
+
+
+def gate_dtypes(scale: Tensor, bias: Tensor) -> tuple[str, ...]:
+    return specs.gate_dtypes(dtype_of(scale), dtype_of(bias))
 
 
 def column_sums(partials: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of scale and bias from rows of partial sums: bias columns, then scale columns."""
     grad_scale, grad_bias = torch.empty_like(scale), torch.empty_like(bias)
-    jit.kernel("column_sums", bias.numel(), scale.numel())(partials, grad_bias, grad_scale)
+    dtypes = gate_dtypes(scale, bias)
+    kernel = jit.kernel("column_sums", bias.numel(), scale.numel(), *dtypes)
+    kernel(partials, grad_bias, grad_scale)
     return grad_scale, grad_bias
 
 
@@ -85,7 +91,7 @@ def launch(
     outputs = _fake(mixes, scale, bias, num_streams, post_mult, pre_eps)
     n = num_streams
     if mixes.numel():
-        jit.kernel("split_mixes_fwd", n)(
+        jit.kernel("split_mixes_fwd", n, *gate_dtypes(scale, bias))(
             mixes.contiguous().view(-1, n * (n + 2)),
             scale.contiguous(),
             bias.contiguous(),
@@ -124,7 +130,7 @@ def launch_backward(
         return grad_mixes, torch.zeros_like(scale), torch.zeros_like(bias)
     # One row of partial sums a CTA: the bias gradients, then the three scale gradients.
     partials = mixes.new_empty(partial_rows(num_tokens), num_mixes + 3)
-    jit.kernel("split_mixes_bwd", n)(
+    jit.kernel("split_mixes_bwd", n, *gate_dtypes(scale, bias))(
         grad_pre.contiguous().view(-1, n),
         grad_post.contiguous().view(-1, n),
         grad_comb.contiguous().view(-1, n * n),
