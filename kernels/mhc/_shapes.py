@@ -20,10 +20,7 @@ TOKENS_PER_PARTIAL = 128
 # padded_projection, padded_mixes: columns of a row of 24 mixes in TransformerEngine's tensors.
 PADDED = 32
 
-# interleaved_post: CTAs among which the tokens are divided where a bias needs sums over them.
-SLICES = 1024
-
-# sinkhorn, log_sinkhorn: the backward keeps every step in shared memory; its kernels are built for a
+# sinkhorn, log_sinkhorn: the backward keeps every step in shared memory; kernels are built for a
 # multiple of this many, so that the repeat counts in use (10, 20) share one.
 HISTORY_STEP = 32
 

@@ -98,10 +98,9 @@ def interleaved_post_fwd(n: int, channels: int, dtype: str, layer_dtype: str, bi
 def interleaved_post_bwd(
     n: int, channels: int, dtype: str, layer_dtype: str, bias_dtype: str, grad_dtype: str
 ):
-    """All gradients of a slice of tokens, one by one; with a bias, the slice's sum for it too.
+    """All gradients of a token; with a bias of a slice of tokens, and their sum for the bias.
 
-    `grad_dtype` is float32 for a buffer of gradients: on top of what it holds, if `adds`. Without a
-    bias, every token is a slice.
+    `grad_dtype` is float32 for a buffer of gradients: on top of what it holds, if `adds`.
     """
     tokens = T.dynamic("num_tokens")
     slices = T.dynamic("num_slices")
@@ -128,7 +127,6 @@ def interleaved_post_bwd(
         grad_comb: T.Tensor[(tokens, n * n), T.float32],
         grad_x: T.Tensor[(tokens, channels * n), grad_dtype],
         adds: T.int32,
-        slice_tokens: T.int32,
     ):
         with T.Kernel(slices if has_bias else tokens, threads=threads) as block:
             follow_previous()
@@ -154,10 +152,9 @@ def interleaved_post_bwd(
                 for s in T.serial(tiles * steps):
                     for c in T.unroll(width):
                         of_bias[s, c, tid] = 0.0
-            T.assume(slice_tokens > 0)
-            start = block * slice_tokens if has_bias else block
-            for step in T.serial(T.min(slice_tokens, tokens - start) if has_bias else 1):
-                t = start + step
+            # A slice takes every `slices`-th token: what runs at one time is near in memory.
+            for step in T.serial(T.ceildiv(tokens - block, slices) if has_bias else 1):
+                t = step * slices + block if has_bias else block
                 load_mixes(post, t, 0, n, posts)
                 load_mixes(comb, t, 0, n * n, combs)
                 for k in T.unroll(num_sums):
@@ -219,36 +216,3 @@ def interleaved_post_bwd(
                             partials[block, (s * threads + tid) * width + c] = of_bias[s, c, tid]
 
     return interleaved_post_bwd_kernel
-
-
-@builder(SIMT)
-def interleaved_post_bias_bwd(channels: int, bias_dtype: str):
-    """grad_bias: the sum of the slices, each of eight warps a stride of them, then the warps."""
-    slices = T.dynamic("num_slices")
-    warps = 8
-
-    @T.prim_func
-    def interleaved_post_bias_bwd_kernel(
-        partials: T.Tensor[(slices, channels), T.float32],
-        grad_bias: T.Tensor[(channels,), bias_dtype],
-    ):
-        with T.Kernel(T.ceildiv(channels, 32), threads=32 * warps) as block:
-            follow_previous()
-            warp = T.get_thread_binding() // 32
-            lane = T.get_thread_binding() % 32
-            c = block * 32 + lane
-            total = T.alloc_local((1,), T.float32)
-            shared = T.alloc_shared((warps, 32), T.float32)
-            total[0] = 0.0
-            if c < channels:
-                for step in T.serial(T.ceildiv(slices, warps)):
-                    if step * warps + warp < slices:
-                        total[0] += partials[step * warps + warp, c]
-            shared[warp, lane] = total[0]
-            T.sync_threads()
-            if warp == 0 and c < channels:
-                for w in T.unroll(warps - 1):
-                    total[0] += shared[w + 1, lane]
-                grad_bias[c] = T.cast(total[0], bias_dtype)
-
-    return interleaved_post_bias_bwd_kernel

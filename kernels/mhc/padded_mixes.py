@@ -56,12 +56,7 @@ def padded_mixes_fwd(n: int, scale_dtype: str, bias_dtype: str):
                 load_mixes(h, t, row * n, n, z)
                 inv_rms[0] = T.rsqrt(ms[t] + T.float32(RMS_EPS))
                 for k in T.unroll(n):
-                    logit(
-                        z[k] * inv_rms[0],
-                        T.cast(scale[T.min(row, 2)], T.float32),
-                        T.cast(bias[row * n + k], T.float32),
-                        gate,
-                    )
+                    logit(z[k] * inv_rms[0], scale[T.min(row, 2)], bias[row * n + k], gate)
                     z[k] = gate[0]
                 if row < 2:
                     for k in T.unroll(n):
@@ -125,7 +120,7 @@ def padded_mixes_bwd(n: int, scale_dtype: str, bias_dtype: str):
                 for k in T.unroll(num_mixes):
                     mix[k] *= inv_rms[0]
                 for k in T.unroll(2 * n):
-                    logit(mix[k], factor[k // n], T.cast(bias[k], T.float32), z)
+                    logit(mix[k], factor[k // n], bias[k], z)
                     # Not gate * (1 - gate): it cancels where the gate is near 1.
                     sums[k] *= T.sigmoid(z[0]) * T.sigmoid(-z[0])
                 for k in T.unroll(n):
