@@ -24,14 +24,14 @@ def wider(first: str, second: str) -> str:
     return max(first, second, key=BYTES.__getitem__)
 
 
-def row_shape(accesses: int, limit: int = 256) -> tuple[int, int]:
+def row_shape(accesses: int, limit: int = 256, most_steps: int = STEPS) -> tuple[int, int]:
     """(threads, steps): a CTA's tile of `threads * steps` accesses, with the fewest idle ones.
 
     Neighbouring threads take neighbouring accesses, steps are `threads` of them apart: every access
     of a warp is one stretch of memory, of the layer's tensors too. Of equal ones the largest; below
     128 threads only where the row has no more.
     """
-    steps = min(STEPS, -(-accesses // 32))
+    steps = min(most_steps, -(-accesses // 32))
     lanes = -(-accesses // steps)
     least = min(128, -(-lanes // 32) * 32)
 

@@ -21,6 +21,7 @@ from tile_mhc.kernels._common import (
     sums_shape,
 )
 from tile_mhc.kernels._interleaved import (
+    STEPS,
     add_held,
     channels_per_access,
     load_access,
@@ -106,11 +107,12 @@ def interleaved_post_bwd(
     slices = T.dynamic("num_slices")
     width = channels_per_access(n, channels, wider(dtype, grad_dtype))
     accesses = channels // width
-    threads, steps = row_shape(accesses, 128)
+    has_bias = bias_dtype != ""
+    # The sums for a bias take registers: with four steps those would spill.
+    threads, steps = row_shape(accesses, 128, 2 if has_bias else STEPS)
     tiles = -(-accesses // (threads * steps))
     num_sums = n * (n + 1)
     lanes = sum_lanes(num_sums, threads)
-    has_bias = bias_dtype != ""
     has_buffer = grad_dtype == "float32"
 
     @T.prim_func

@@ -271,7 +271,7 @@ def mhc_generate_mix_and_aggregate(
     n = STREAMS
     lead = _check_interleaved("mhc_generate_mix_and_aggregate", x, n)
     H, ms = mhc_fused_projection(
-        x.view(-1, x.shape[-2] * n) if x.numel() else x.reshape(0, x.shape[-2] * n),
+        x.view(-1, x.shape[-2] * n),
         phi,
         use_tf32,
         norm_weight,
