@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tile_mhc import config, jit
-from tile_mhc.kernels._shapes import ANY_K, ANY_TOKENS
+from tile_mhc.kernels._shapes import ANY_COLUMNS, ANY_K, ANY_TOKENS
 from tile_mhc.ops._library import dtype_of
 
 # CTAs of the matmuls on an SM at a time: one waits for its loads while the other multiplies.
@@ -60,6 +60,6 @@ def backward_slice(num_tokens: int, size: int) -> int:
     """Tokens one CTA of the backward takes (a multiple of its tile): so many that all run at once,
     and at most 16 slices, as each writes a partial gradient of the weight."""
     tiles = -(-num_tokens // ANY_TOKENS)
-    columns = -(-size // ANY_K)
-    slices = min(tiles, 16, max(1, CTAS_PER_SM * config.get_num_sms() // columns))
+    blocks = -(-size // ANY_COLUMNS)
+    slices = min(tiles, 16, max(1, CTAS_PER_SM * config.get_num_sms() // blocks))
     return -(-tiles // slices) * ANY_TOKENS
