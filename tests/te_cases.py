@@ -184,3 +184,25 @@ def sub_layer_inputs(
         "alpha": torch.randn(3, device=device).to(dtypes.parameters),
         "beta": torch.randn(1, 24, device=device).to(dtypes.parameters),
     }
+
+
+WIDTHS = (
+    case(0, 64, "no token"),
+    case(1, 64, "one token"),
+    case(13, 32, "the smallest of TransformerEngine's tests"),
+    case(130, 192, "one pair over a tile"),
+    case(65, 33, "an odd C: accesses of half the width"),
+    case(130, 5129, "the odd C of TransformerEngine's tests"),
+    case(65, 8000, "a C that 128 threads do not divide"),
+    case(65, 7168, "DeepSeek-V3's width"),
+    case(130, 16384, "the widest of TransformerEngine's tests"),
+    case(4096, 2560, "many tokens"),
+)
+widths = pytest.mark.parametrize("case", WIDTHS, ids=str)
+
+
+def far_apart(device: str) -> Tensor:
+    """Logits of up to 200 either way: exp of most differences underflows."""
+    spread = torch.randn(4096, N, N, device=device) * 70
+    signs = torch.randint(-1, 2, (4096, N, N), device=device) * 200.0
+    return torch.cat((spread[:2048], signs[2048:]))
