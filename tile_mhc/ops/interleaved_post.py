@@ -16,8 +16,7 @@ def _cuda(f: Tensor, bias: Tensor | None, x: Tensor, post: Tensor, comb: Tensor)
     out = x.new_empty(x.shape)
     channels, n = x.shape[-2:]
     if out.numel():
-        dtypes = (dtype_of(x), dtype_of(f), dtype_of(bias))
-        jit.kernel("interleaved_post_fwd", n, channels, *dtypes)(
+        jit.kernel("interleaved_post_fwd", n, channels, dtype_of(x), dtype_of(f), dtype_of(bias))(
             f.contiguous().view(-1, channels),
             absent(x.device) if bias is None else bias.contiguous(),
             x.view(-1, channels * n),
@@ -51,8 +50,15 @@ def _launch_backward(
     partials = absent(x.device)
     if bias is not None:
         partials = post.new_empty(bias_slices(post.numel() // n), channels)
-    dtypes = (dtype_of(x), dtype_of(f), dtype_of(bias), dtype_of(grad_x))
-    jit.kernel("interleaved_post_bwd", n, channels, *dtypes)(
+    jit.kernel(
+        "interleaved_post_bwd",
+        n,
+        channels,
+        dtype_of(x),
+        dtype_of(f),
+        dtype_of(bias),
+        dtype_of(grad_x),
+    )(
         grad.contiguous().view(-1, channels * n),
         f.contiguous().view(-1, channels),
         absent(x.device) if bias is None else bias.contiguous(),
