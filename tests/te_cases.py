@@ -193,7 +193,6 @@ WIDTHS = (
     case(130, 192, "one pair over a tile"),
     case(65, 33, "an odd C: accesses of half the width"),
     case(130, 5129, "the odd C of TransformerEngine's tests"),
-    case(65, 8000, "a C that 128 threads do not divide"),
     case(65, 7168, "DeepSeek-V3's width"),
     case(130, 16384, "the widest of TransformerEngine's tests"),
     case(4096, 2560, "many tokens"),
