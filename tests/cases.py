@@ -278,7 +278,8 @@ def operator_calls(
     initial, *lists = recompute_inputs(2, 1, lead, n, hidden_size, device)
     split = torch.ops.tile_mhc.split_mixes(*tensors(SPLIT_MIXES), n, 2.0, 1e-6)
     square = tensors(SINKHORN)[0]
-    return {
+    interleaved = _interleaved_calls(lead, device)
+    return interleaved | {
         "expand": (*leaves(EXPAND), n),
         "expand_out": (narrow, torch.zeros_like(wide)),
         "expand_backward": (wide,),
@@ -316,4 +317,50 @@ def operator_calls(
             [torch.zeros_like(narrow) for _ in range(2)],
             [torch.zeros_like(wide)],
         ),
+    }
+
+
+def _interleaved_calls(lead: Sequence[int], device: str) -> dict[str, tuple[Any, ...]]:
+    """The operators behind compat.transformer_engine: four streams, which lie innermost."""
+    n, channels, tokens = 4, 33, torch.Size(lead).numel()
+    size, num_mixes = n * channels, n * (n + 2)
+
+    def leaf(*shape: int) -> Tensor:
+        return normal(*shape, device=device).requires_grad_()
+
+    x, f, wide_mix = (*lead, channels, n), (*lead, channels), (*lead, n, n)
+    narrow_mix, h = (*lead, n), (tokens, 32)
+    post = (f, (channels,), x, narrow_mix, wide_mix)
+    projection = ((tokens, size), (num_mixes, size), (size,))
+    grad_gates = ((tokens, n), (tokens, n), (tokens, n * n))
+
+    def leaves(*shapes: Sequence[int]) -> list[Tensor]:
+        return [leaf(*shape) for shape in shapes]
+
+    def plain(*shapes: Sequence[int]) -> list[Tensor]:
+        return [tensor.detach() for tensor in leaves(*shapes)]
+
+    return {
+        "interleaved_aggregate": (*leaves(x, narrow_mix),),
+        "interleaved_aggregate_backward": (*plain(f, x, narrow_mix),),
+        "interleaved_aggregate_accumulate": (*plain(f, x, narrow_mix), True, *plain(x)),
+        "interleaved_post": (*leaves(*post),),
+        "interleaved_post_backward": (*plain(x, *post),),
+        "interleaved_post_accumulate": (*plain(x, *post), True, *plain(x)),
+        "padded_projection": (*leaves(*projection),),
+        "padded_projection_backward": (*plain(h, (tokens,), *projection, (tokens, size)),),
+        "padded_mixes": (
+            leaf(*h),
+            normal(tokens, device=device).square().requires_grad_(),
+            *leaves((3,), (num_mixes,)),
+            n,
+        ),
+        "padded_mixes_backward": (
+            *plain(*grad_gates, h),
+            normal(tokens, device=device).square(),
+            *plain((3,), (num_mixes,)),
+            n,
+        ),
+        "log_sinkhorn": (*leaves(wide_mix), 5),
+        "log_sinkhorn_backward": (*plain(wide_mix, wide_mix), 5),
     }

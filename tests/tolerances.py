@@ -34,6 +34,9 @@ ATOL = {
     "mhc_sub_layer": SPLIT_WEIGHT,
     "mhc_sub_layer_passing": SPLIT_WEIGHT,
     "sinkhorn": FLOAT32_SUM,
+    "te_projection": SPLIT_WEIGHT,
+    "te_sinkhorn": FLOAT32_SUM,
+    "te_pre": SPLIT_WEIGHT,
 }
 # Tensors that an op's own tolerance does not fit.
 ATOL_OF = {
@@ -43,6 +46,13 @@ ATOL_OF = {
     ("split_mixes", "grad_bias"): FLOAT32_SUM,
     ("head_mix", "grad_scale"): FLOAT32_SUM,
     ("head_mix", "grad_bias"): FLOAT32_SUM,
+    ("te_scale", "grad_scale"): FLOAT32_SUM,
+    ("te_scale", "grad_bias"): FLOAT32_SUM,
+    ("te_scale", "grad_ms"): FLOAT32_SUM,
+    ("te_aggregate", "grad_mix"): FLOAT32_SUM,
+    ("te_post", "grad_post_mix"): FLOAT32_SUM,
+    ("te_post", "grad_comb_mix"): FLOAT32_SUM,
+    ("te_post", "grad_bias"): FLOAT32_SUM,
     ("aggregate", "grad_pre_mix"): FLOAT32_SUM,
     ("post", "grad_post_mix"): FLOAT32_SUM,
     ("post", "grad_comb_mix"): FLOAT32_SUM,

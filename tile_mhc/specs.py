@@ -189,9 +189,11 @@ def _projection_norm_backwards(s: Sizes) -> list[Arguments]:
 
 
 def _projection_backwards(s: Sizes) -> list[Arguments]:
-    # With the aggregate also on top of a gradient that the streams have.
-    alone = [(*sizes, False) for sizes in _projection_norm_backwards(s)]
-    return [*alone, (s.mixes, s.n * s.hidden, s.n, True)]
+    # With the aggregate also on top of a gradient that the streams have; alone on top of a buffer.
+    size = s.n * s.hidden
+    plain = [(*sizes, False) for sizes in _projection_norm_backwards(s)]
+    buffered = [(s.mixes, size, 0, True)] if s.n == 4 else []
+    return [*plain, (s.mixes, size, s.n, True), *buffered]
 
 
 def _has_fast_projection(s: Sizes) -> bool:
@@ -223,20 +225,54 @@ def _with_weights(sizes: list[Arguments], s: Sizes) -> list[Arguments]:
 
 _PROJECTION = ("projection", "contract", "fused_pre")
 
+
+def _four_streams(arguments: Callable[[Sizes], list[Arguments]]) -> Callable[..., Any]:
+    """TransformerEngine has n = 4 only."""
+    return lambda s: arguments(s) if s.n == 4 else []
+
+
+@_four_streams
+def _interleaved(s: Sizes) -> list[Arguments]:
+    return [(s.n, s.hidden, s.dtype)] if s.dtype != "float16" else []
+
+
+@_four_streams
+def _interleaved_posts(s: Sizes) -> list[Arguments]:
+    # The layer's output in the dtype of the streams; without a bias, and with one.
+    return [(*sizes, s.dtype, bias) for sizes in _interleaved(s) for bias in ("", *s.parameters)]
+
+
+def _with_buffer(arguments: Callable[[Sizes], list[Arguments]]) -> Callable[..., Any]:
+    """The gradient of the streams in their dtype, and in a float32 buffer."""
+    return lambda s: [(*a, g) for a in arguments(s) for g in dict.fromkeys((s.dtype, "float32"))]
+
+
+@_four_streams
+def _padded_projections(s: Sizes) -> list[Arguments]:
+    return [(s.mixes, s.n * s.hidden)]
+
+
+@_four_streams
+def _padded_mixes(s: Sizes) -> list[Arguments]:
+    return [(s.n, *gates) for gates in itertools.product(s.parameters, repeat=2)]
+
+
+_TE = ("transformer_engine",)
+
 SPECS = (
     Spec("expand_fwd", "expand", ("expand",), _streams),
     Spec("expand_bwd", "expand", ("expand",), _streams),
-    Spec("projection_fwd", "projection", _PROJECTION, _fast(_projections)),
+    Spec("projection_fwd", "projection", (*_PROJECTION, *_TE), _fast(_projections)),
     Spec("projection_norm", "projection", ("projection",), _projection_norms),
     Spec("projection_norm_bwd", "projection", _PROJECTION, _projection_norm_backwards),
-    Spec("projection_bwd", "projection", _PROJECTION, _fast(_projection_backwards)),
-    Spec("projection_weight_bwd", "projection", _PROJECTION, _fast(_projections)),
-    Spec("projection_any_fwd", "projection_any", _PROJECTION, _any(_projections)),
-    Spec("projection_any_bwd", "projection_any", _PROJECTION, _any(_projection_backwards)),
+    Spec("projection_bwd", "projection", (*_PROJECTION, *_TE), _fast(_projection_backwards)),
+    Spec("projection_weight_bwd", "projection", (*_PROJECTION, *_TE), _fast(_projections)),
+    Spec("projection_any_fwd", "projection_any", (*_PROJECTION, *_TE), _any(_projections)),
+    Spec("projection_any_bwd", "projection_any", (*_PROJECTION, *_TE), _any(_projection_backwards)),
     Spec(
         "projection_any_weight_bwd",
         "projection_any",
-        _PROJECTION,
+        (*_PROJECTION, *_TE),
         _any(_projections, reads_streams=False),
     ),
     Spec("split_mixes_fwd", "mixes", ("split_mixes", "fused_pre"), _n_gates),
@@ -244,7 +280,7 @@ SPECS = (
     Spec(
         "column_sums",
         "mixes",
-        ("split_mixes", "contract", "head_mix", "fused_pre"),
+        ("split_mixes", "contract", "head_mix", "fused_pre", *_TE),
         _column_sums,
     ),
     Spec("sinkhorn_fwd", "sinkhorn", ("sinkhorn",), _n),
@@ -254,11 +290,21 @@ SPECS = (
     Spec("aggregate_mix_bwd", "aggregate", ("fused_pre", "contract"), _streams),
     Spec("post_fwd", "post", ("post",), _posts),
     Spec("post_bwd", "post", ("post",), _posts),
-    Spec("post_bias_bwd", "post", ("post",), _post_biases),
+    Spec("post_bias_bwd", "post", ("post", *_TE), _post_biases),
     Spec("head_mix_fwd", "contract", ("head_mix", "contract"), _n_gates),
     Spec("head_mix_bwd", "contract", ("head_mix", "contract"), _n_gates),
     Spec("contract_fwd", "contract", ("contract",), _pres),
     Spec("fused_pre", "fused_pre", ("fused_pre",), _pres),
+    Spec("interleaved_aggregate_fwd", "interleaved_aggregate", _TE, _interleaved),
+    Spec("interleaved_aggregate_bwd", "interleaved_aggregate", _TE, _with_buffer(_interleaved)),
+    Spec("interleaved_post_fwd", "interleaved_post", _TE, _interleaved_posts),
+    Spec("interleaved_post_bwd", "interleaved_post", _TE, _with_buffer(_interleaved_posts)),
+    Spec("padded_projection_fwd", "padded_projection", _TE, _padded_projections),
+    Spec("padded_projection_pack", "padded_projection", _TE, _padded_projections),
+    Spec("padded_mixes_fwd", "padded_mixes", _TE, _padded_mixes),
+    Spec("padded_mixes_bwd", "padded_mixes", _TE, _padded_mixes),
+    Spec("log_sinkhorn_fwd", "log_sinkhorn", _TE, _four_streams(_n)),
+    Spec("log_sinkhorn_bwd", "log_sinkhorn", _TE, _four_streams(lambda s: [(s.n, s.capacity)])),
     Spec("recompute", "recompute", ("recompute",), _streams),
     Spec("recompute_table", "recompute", ("recompute",), lambda _: [(TABLE_SLOTS,)]),
 )

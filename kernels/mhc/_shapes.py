@@ -20,21 +20,24 @@ ANY_COLUMNS = 32
 # mixes, contract: tokens summed by one CTA into one row of partial sums.
 TOKENS_PER_PARTIAL = 128
 
-# sinkhorn: the backward keeps every step in shared memory; its kernels are built for a multiple of
-# this many, so that the repeat counts in use (10, 20) share one.
+# padded_projection, padded_mixes: columns of a row of 24 mixes in TransformerEngine's tensors.
+PADDED = 32
+
+# sinkhorn, log_sinkhorn: the backward keeps every step in shared memory; kernels are built for a
+# multiple of this many, so that the repeat counts in use (10, 20) share one.
 HISTORY_STEP = 32
 
 # recompute: addresses that one launch of the table kernel takes by value.
 TABLE_SLOTS = 48
 
 
-def backward_pieces(num_mixes: int, size: int, n: int) -> int:
+def backward_pieces(num_mixes: int, size: int, n: int, accumulates: bool = False) -> int:
     """projection: how many pieces of columns one CTA of the backward owns.
 
     Four fill shared memory. The weight gradient lies in registers, where 80 mixes leave room for
     half of that; so does what joins the gradient of x, which takes a tile of its own.
     """
-    return 2 if num_mixes > 24 or n or size % (4 * PIECE) else 4
+    return 2 if num_mixes > 24 or n or accumulates or size % (4 * PIECE) else 4
 
 
 def factors_width(n: int) -> int:

@@ -311,6 +311,50 @@ def projection_norm(
     return projection_norm_kernel
 
 
+@T.macro
+def store_parts(
+    values: T.Buffer,
+    per_token: T.Buffer,
+    t: T.int32,
+    tokens: T.int32,
+    grad_parts: T.Tensor,
+    factors: T.Tensor,
+):
+    """The gradient of the bare product in two bfloat16 parts, and the token's factors beside it.
+
+    By one thread a token, whole tiles a CTA of THREADS; `values` are zero past the last token. A
+    tile of tokens gets a common power of two, whose inverse is the third factor.
+    """
+    part_rows = values.shape[0]
+    tile_warps = BACKWARD_TOKENS // 32
+    tid = T.get_thread_binding()
+    row = T.alloc_local((2 * part_rows,), T.bfloat16)
+    largest = T.alloc_local((1,), T.float32)
+    lift = T.alloc_local((1,), T.int32)
+    shared = T.alloc_shared((THREADS // 32,), T.float32)
+    largest[0] = 0.0
+    for m in T.unroll(part_rows):
+        largest[0] = T.max(largest[0], T.abs(values[m]))
+    largest[0] = T.warp_reduce_max(largest[0])
+    if tid % 32 == 0:
+        shared[tid // 32] = largest[0]
+    T.sync_threads()
+    for warp in T.unroll(tile_warps):
+        largest[0] = T.max(largest[0], shared[tid // BACKWARD_TOKENS * tile_warps + warp])
+    lift[0] = T.max(SMALL_EXPONENT - (T.reinterpret(largest[0], T.int32) >> 23), 0)
+    largest[0] = T.reinterpret((127 + lift[0]) << 23, T.float32)
+    per_token[2] = T.reinterpret((127 - lift[0]) << 23, T.float32)
+    if t < tokens:
+        for m in T.unroll(part_rows):
+            values[m] *= largest[0]
+            row[m] = T.cast(values[m], T.bfloat16)
+            row[part_rows + m] = T.cast(values[m] - T.cast(row[m], T.float32), T.bfloat16)
+        for m in T.unroll(2 * part_rows // VECTOR):
+            for v in T.vectorized(VECTOR):
+                grad_parts[t, m * VECTOR + v] = row[m * VECTOR + v]
+        store_mixes(per_token, per_token.shape[0], factors, t, 0)
+
+
 @builder(SIMT)
 def projection_norm_bwd(num_mixes: int, size: int, n: int):
     """Gradient of the bare product, in two parts, and what else `projection_bwd` needs of a token.
@@ -322,7 +366,6 @@ def projection_norm_bwd(num_mixes: int, size: int, n: int):
     tokens = T.dynamic("num_tokens")
     part_rows = padded(num_mixes)
     width = factors_width(n)
-    tile_warps = BACKWARD_TOKENS // 32
 
     @T.prim_func
     def projection_norm_bwd_kernel(
@@ -339,14 +382,9 @@ def projection_norm_bwd(num_mixes: int, size: int, n: int):
             follow_previous()
             tid = T.get_thread_binding()
             t = block * THREADS + tid
-            row = T.alloc_local((2 * part_rows,), T.bfloat16)
             values = T.alloc_local((part_rows,), T.float32)
             mixed = T.alloc_local((num_mixes,), T.float32)
             per_token = T.alloc_local((width,), T.float32)
-            largest = T.alloc_local((1,), T.float32)
-            lift = T.alloc_local((1,), T.int32)
-            shared = T.alloc_shared((THREADS // 32,), T.float32)
-            largest[0] = 0.0
             for m in T.unroll(part_rows):
                 values[m] = 0.0
             for c in T.unroll(width):
@@ -360,29 +398,11 @@ def projection_norm_bwd(num_mixes: int, size: int, n: int):
                     values[m] *= per_token[0]
                     if tf32 != 0:
                         values[m] = rounded_to_tf32(values[m])
-                    largest[0] = T.max(largest[0], T.abs(values[m]))
                 per_token[1] = -per_token[1] * per_token[0] / size
                 if n > 0:
                     for i in T.unroll(n):
                         per_token[3 + i] = pre_mix[t, i]
-            largest[0] = T.warp_reduce_max(largest[0])
-            if tid % 32 == 0:
-                shared[tid // 32] = largest[0]
-            T.sync_threads()
-            for warp in T.unroll(tile_warps):
-                largest[0] = T.max(largest[0], shared[tid // BACKWARD_TOKENS * tile_warps + warp])
-            lift[0] = T.max(SMALL_EXPONENT - (T.reinterpret(largest[0], T.int32) >> 23), 0)
-            largest[0] = T.reinterpret((127 + lift[0]) << 23, T.float32)
-            per_token[2] = T.reinterpret((127 - lift[0]) << 23, T.float32)
-            if t < tokens:
-                for m in T.unroll(part_rows):
-                    values[m] *= largest[0]
-                    row[m] = T.cast(values[m], T.bfloat16)
-                    row[part_rows + m] = T.cast(values[m] - T.cast(row[m], T.float32), T.bfloat16)
-                for m in T.unroll(2 * part_rows // VECTOR):
-                    for v in T.vectorized(VECTOR):
-                        grad_parts[t, m * VECTOR + v] = row[m * VECTOR + v]
-                store_mixes(per_token, width, factors, t, 0)
+            store_parts(values, per_token, t, tokens, grad_parts, factors)
 
     return projection_norm_bwd_kernel
 
@@ -402,7 +422,8 @@ def projection_bwd(
     registers, and tokens stream through.
     grad_x = G_high w_high + G_low w_high + G_high w_low + (x * r) * along;  grad_w = G^T x
     With n > 0 streams, the gradient of their aggregate joins before the one rounding of grad_x:
-    pre_mix[t, i] * grad_input[t, h]. So does, if it accumulates, a gradient that x already has.
+    pre_mix[t, i] * grad_input[t, h]. So does, if it accumulates, a gradient that x already has:
+    bfloat16 with an aggregate, as autograd has it, else float32, as a buffer.
     """
     tokens = T.dynamic("num_tokens")
     slices = T.dynamic("num_slices")
@@ -411,16 +432,18 @@ def projection_bwd(
     width = factors_width(n)
     hidden_size = size // max(n, 1)
     block = BACKWARD_TOKENS
-    num_pieces = backward_pieces(num_mixes, size, n)
+    num_pieces = backward_pieces(num_mixes, size, n, accumulates)
     # A tuple is unrolled as the kernel is traced: TMA wants its pieces one by one.
     pieces = tuple(range(num_pieces))
     columns = num_pieces * PIECE
     # The same h of several streams share a CTA, which then reads grad_input once for them.
     groups = max(n // num_pieces, 1)
     fixed = (2 * both + block) * columns * 2
-    stage = block * (
-        columns * 2 * (2 if accumulates else 1) + both * 2 + width * 4 + (PIECE * 2 if n else 0)
-    )
+    sum_dtype = T.bfloat16 if n else T.float32
+    sum_bytes = (2 if n else 4) if accumulates else 0
+    # Columns of one TMA box: 128 bytes.
+    box = PIECE if n else PIECE // 2
+    stage = block * (columns * (2 + sum_bytes) + both * 2 + width * 4 + (PIECE * 2 if n else 0))
     stages = min(4, (SHARED_BYTES - fixed) // stage)
 
     def start(column: T.int32, piece: int):
@@ -438,7 +461,7 @@ def projection_bwd(
         weight: T.Tensor[(num_mixes, size), weight_dtype],
         norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
         grad_input: T.Tensor[(tokens, hidden_size) if n else (1,), T.bfloat16],
-        accumulated: T.Tensor[(tokens, size) if accumulates else (1,), T.bfloat16],
+        accumulated: T.Tensor[(tokens, size) if accumulates else (1,), sum_dtype],
         grad_x: T.Tensor[(tokens, size), T.bfloat16],
         partials: T.Tensor[(slices, num_mixes, size), T.float32],
         slice_tokens: T.int32,
@@ -460,7 +483,7 @@ def projection_bwd(
                 wide_shared = T.alloc_shared((block, PIECE), T.bfloat16)
                 T.annotate_layout({wide_shared: make_swizzled_layout(wide_shared)})
             if accumulates:
-                sum_shared = T.alloc_shared((block, columns), T.bfloat16)
+                sum_shared = T.alloc_shared((block, columns), sum_dtype)
                 T.annotate_layout({sum_shared: make_swizzled_layout(sum_shared)})
             for p in pieces:
                 for m, k in T.Parallel(part_rows, PIECE):
@@ -491,10 +514,11 @@ def projection_bwd(
                     c0 = p * PIECE
                     T.copy(x[t0:t1, k0 : k0 + PIECE], x_shared[0:block, c0 : c0 + PIECE])
                     if accumulates:
-                        T.copy(
-                            accumulated[t0:t1, k0 : k0 + PIECE],
-                            sum_shared[0:block, c0 : c0 + PIECE],
-                        )
+                        for b0 in tuple(range(0, PIECE, box)):
+                            T.copy(
+                                accumulated[t0:t1, k0 + b0 : k0 + b0 + box],
+                                sum_shared[0:block, c0 + b0 : c0 + b0 + box],
+                            )
                 T.copy(grad_parts[t0, 0], g_shared)
                 T.copy(factors[t0, 0], factors_shared)
                 if n > 0:

@@ -135,8 +135,9 @@ def projection_any_bwd(
 ):
     """Gradients of x and, per slice of tokens, of the weight, in one pass over x.
 
-    As `projection_bwd`: a CTA owns some columns, and tokens stream through. A column lies in
-    stream column // H, at column % H of the aggregate's gradient.
+    As `projection_bwd`: a CTA owns some columns, and tokens stream through; without an aggregate,
+    what it accumulates is float32. A column lies in stream column // H, at column % H of the
+    aggregate's gradient.
     """
     tokens = T.dynamic("num_tokens")
     slices = T.dynamic("num_slices")
@@ -157,7 +158,7 @@ def projection_any_bwd(
         weight: T.Tensor[(num_mixes, size), weight_dtype],
         norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
         grad_input: T.Tensor[(tokens, hidden_size) if n else (1,), dtype],
-        accumulated: T.Tensor[(tokens, size) if accumulates else (1,), dtype],
+        accumulated: T.Tensor[(tokens, size) if accumulates else (1,), dtype if n else T.float32],
         grad_x: T.Tensor[(tokens, size), dtype],
         partials: T.Tensor[(slices, num_mixes, size), T.float32],
         slice_tokens: T.int32,

@@ -20,9 +20,11 @@ SIZES = [
     specs.Sizes(4, 5129, dtype="float32", parameters=("bfloat16",)),
     specs.Sizes(8, 1),
 ]
-# The first have no kernel of `projection_any`.
-ONE_OF_EACH = specs.select([SIZES[0], specs.Sizes(2, 33)])
+# The first have no kernel of `projection_any`, and only n = 4 has TransformerEngine's.
+ONE_OF_EACH = specs.select([SIZES[0], specs.Sizes(2, 33), specs.Sizes(4, 64)])
 KERNELS = specs.select(SIZES)
+# What the functions of compat.transformer_engine launch goes by one name.
+PUBLIC = [op for op in specs.OPS if op != "transformer_engine"]
 
 
 def launches():
@@ -77,8 +79,8 @@ def test_every_module_is_a_stem(folder):
 
 
 def test_ops_are_public():
-    assert set(specs.OPS) <= set(tile_mhc.__all__)
-    assert all(callable(getattr(tile_mhc, op)) for op in specs.OPS)
+    assert set(PUBLIC) <= set(tile_mhc.__all__)
+    assert all(callable(getattr(tile_mhc, op)) for op in PUBLIC)
 
 
 @pytest.mark.parametrize("spec", specs.SPECS, ids=lambda spec: spec.name)
@@ -165,7 +167,7 @@ def test_the_gate_of_the_readout_is_an_op_of_its_own():
 
 
 def test_every_public_op_can_be_compiled():
-    assert set(specs.OPS) == {name for name in tile_mhc.__all__ if name[0].islower()}
+    assert set(PUBLIC) == {name for name in tile_mhc.__all__ if name[0].islower()}
 
 
 def test_unknown_kernel():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import oracle
+import te_cases
 from cases import (
     CONTRACT,
     DEFAULT_DTYPES,
@@ -22,6 +23,7 @@ from cases import (
 )
 from tile_mhc import fused_pre, recompute, reference
 
+TE_DTYPES = te_cases.DTYPES[0]
 PAIRS = ((2, 64), (4, 192), (8, 128))
 # A row of more than one access a thread, for the ops without a matmul.
 WIDE = (4, 2560)

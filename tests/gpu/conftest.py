@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from cases import STREAM_CASES
+from te_cases import DTYPES, WIDTHS
 from tile_mhc import jit, specs
+from tile_mhc.errors import dtype_name
 
 # A few tests compile what they need on their way.
 WORTHWHILE = 20
@@ -20,7 +22,16 @@ OPS_OF = {
     "nn": ("fused_pre", "post", "contract"),
     "recompute": ("recompute", "aggregate", "post"),
 }
+NATIVE = tuple(op for op in specs.OPS if op != "transformer_engine")
 COMPAT_PAIRS = ((2, 128), (4, 128))
+TE_STEMS = {
+    "compat_transformer_engine",
+    "interleaved_aggregate",
+    "interleaved_post",
+    "log_sinkhorn",
+    "padded_mixes",
+    "padded_projection",
+}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,8 +60,27 @@ def kernels_of(items):
     pairs = {(case.num_streams, case.hidden_size) for case in STREAM_CASES}
     stems = {item.path.stem.removeprefix("test_") for item in items}
     ops = set()
-    for stem in stems:
-        ops.update(OPS_OF.get(stem, (stem,) if stem in specs.OPS else specs.OPS))
+    kernels = transformer_engine_kernels() if stems & TE_STEMS else []
+    for stem in stems - TE_STEMS:
+        ops.update(OPS_OF.get(stem, (stem,) if stem in specs.OPS else NATIVE))
     if "compat" in stems:
         pairs.update(COMPAT_PAIRS)
-    return specs.select([specs.Sizes(*pair) for pair in sorted(pairs)], sorted(ops))
+    kernels += specs.select([specs.Sizes(*pair) for pair in sorted(pairs)], sorted(ops))
+    return list(dict.fromkeys(kernels))
+
+
+def transformer_engine_kernels():
+    """Those of te_cases, whose widths and dtypes are its own."""
+    names = [(dtype_name(d.streams), (dtype_name(d.parameters),)) for d in DTYPES]
+    sizes = [
+        specs.Sizes(4, width.hidden_size, dtype=streams, parameters=parameters)
+        for width in WIDTHS
+        for streams, parameters in names
+    ]
+    # The table has the projections of the other ops, too: with an aggregate, and of four rows.
+    return [
+        (name, args)
+        for name, args in specs.select(sizes, ["transformer_engine"])
+        if not name.startswith("projection")
+        or (args[0] == 24 and not (name.endswith("_bwd") and "weight" not in name and args[2]))
+    ]

@@ -30,7 +30,7 @@ def register(
     torch.library.impl(qualified, "CUDA", _prepared(schema, cuda))
     torch.library.impl(qualified, "CPU", _reference(schema, cpu))
     torch.library.register_fake(qualified, fake)
-    if backward is None and not schema.endswith("-> ()"):
+    if backward is None and not schema.endswith("-> ()") and not _has_out(schema):
         backward = _no_gradient_of(name)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context)
@@ -92,7 +92,7 @@ def _contiguous(value: Any) -> Any:
 
 
 def _has_out(schema: str) -> bool:
-    return schema.endswith("(a!) out) -> ()")
+    return "(a!) out) -> " in schema
 
 
 def _prepared(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -245,12 +245,11 @@ def launch_backward(
     num_tokens = x.shape[0]
     streams = 0
     pre_mix = absent(x.device)
-    grad_input = x_absent = absent(x.device, x.dtype)
+    grad_input = absent(x.device, x.dtype)
     if aggregated is not None:
         streams = n
         grad_input = aggregated[0].contiguous().view(-1, hidden_size)
         pre_mix = aggregated[1].view(-1, n)
-    accumulates = accumulated is not None
     # Per token: the gradient of the bare product in two bfloat16 parts, and a few factors.
     grad_parts = x.new_empty(num_tokens, 2 * padded(num_mixes), dtype=torch.bfloat16)
     factors = inv_rms.new_empty(num_tokens, factors_width(streams))
@@ -263,9 +262,49 @@ def launch_backward(
         factors,
         tf32,
     )
+    grads = (grad_residual, grad_weight, grad_norm_weight)
+    launch_matmuls(
+        grad_parts,
+        factors,
+        residual,
+        weight,
+        norm_weight,
+        tf32,
+        streams,
+        grad_input,
+        accumulated,
+        grads,
+    )
+    return grads
+
+
+def launch_matmuls(
+    grad_parts: Tensor,
+    factors: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    tf32: bool,
+    streams: int,
+    grad_input: Tensor,
+    accumulated: Tensor | None,
+    grads: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Write the gradients of residual, weight and norm_weight.
+
+    `grad_input` is read if there are `streams`; `accumulated` is then of the dtype of the residual,
+    else float32.
+    """
+    grad_residual, grad_weight, grad_norm_weight = grads
+    num_mixes, size = weight.shape
+    x = residual.view(-1, size)
+    num_tokens = x.shape[0]
+    accumulates = accumulated is not None
+    if accumulated is None:
+        accumulated = absent(x.device, x.dtype if streams else torch.float32)
     dtypes = parameter_dtypes(weight, norm_weight)
     if is_fast(residual):
-        pieces = backward_pieces(num_mixes, size, streams)
+        pieces = backward_pieces(num_mixes, size, streams, accumulates)
         slice_tokens = backward_slice(num_tokens, size, num_mixes, pieces * PIECE)
         kernel = jit.kernel("projection_bwd", num_mixes, size, streams, accumulates, *dtypes)
     else:
@@ -274,14 +313,14 @@ def launch_backward(
     slices = -(-num_tokens // slice_tokens)
     # The gradient of a single slice is the gradient.
     is_sum = slices > 1 or norm_weight is not None or weight.dtype != torch.float32
-    partials = inv_rms.new_empty(slices, num_mixes, size) if is_sum else grad_weight.unsqueeze(0)
+    partials = factors.new_empty(slices, num_mixes, size) if is_sum else grad_weight.unsqueeze(0)
     kernel(
         grad_parts,
         factors,
         x,
         *parameters(weight, norm_weight),
         grad_input,
-        x_absent if accumulated is None else accumulated.view(-1, size),
+        accumulated.view(-1, size) if accumulates else accumulated,
         grad_residual.view(-1, size),
         partials,
         slice_tokens,
@@ -298,7 +337,6 @@ def launch_backward(
             grad_weight,
             absent(x.device) if norm_weight is None else grad_norm_weight,
         )
-    return grad_residual, grad_weight, grad_norm_weight
 
 
 def backward_slice(num_tokens: int, size: int, num_mixes: int, columns: int) -> int:

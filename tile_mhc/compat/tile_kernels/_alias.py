@@ -1,16 +1,8 @@
 """Make `import tile_kernels` resolve to this package."""
 
-import importlib
-import importlib.util
-import pkgutil
-import sys
-from types import ModuleType
+from tile_mhc.compat._alias import Alias
 
-ALIAS = "tile_kernels"
-PACKAGE = __name__.rpartition(".")[0]
-
-# Modules of a real tile_kernels that install(force=True) took out of sys.modules.
-_hidden: dict[str, ModuleType] = {}
+_ALIAS = Alias("tile_kernels", __name__.rpartition(".")[0])
 
 
 def install(*, force: bool = False) -> None:
@@ -26,39 +18,9 @@ def install(*, force: bool = False) -> None:
     Raises:
         RuntimeError: a real tile_kernels is installed or imported, and `force` is not set.
     """
-    package = importlib.import_module(PACKAGE)
-    if sys.modules.get(ALIAS) is package:
-        return
-    location = _real_location()
-    if location is not None and not force:
-        raise RuntimeError(
-            f"install: no other tile_kernels may be importable, unless force=True hides it; "
-            f"got the one at {location}"
-        )
-    modules = {ALIAS: package}
-    for info in pkgutil.walk_packages(package.__path__, f"{PACKAGE}."):
-        modules[ALIAS + info.name.removeprefix(PACKAGE)] = importlib.import_module(info.name)
-    _hidden.update((name, sys.modules.pop(name)) for name in _aliases(sys.modules))
-    sys.modules.update(modules)
+    _ALIAS.install(force)
 
 
 def uninstall() -> None:
     """Undo `install()`: a real tile_kernels, if there is one, is what imports find again."""
-    if sys.modules.get(ALIAS) is not importlib.import_module(PACKAGE):
-        return
-    for name in _aliases(sys.modules):
-        del sys.modules[name]
-    sys.modules.update(_hidden)
-    _hidden.clear()
-
-
-def _aliases(modules: dict[str, ModuleType]) -> list[str]:
-    return [name for name in modules if name == ALIAS or name.startswith(f"{ALIAS}.")]
-
-
-def _real_location() -> str | None:
-    if ALIAS in sys.modules:
-        return str(getattr(sys.modules[ALIAS], "__file__", None) or "an unknown place")
-    spec = importlib.util.find_spec(ALIAS)
-    # A folder without __init__.py is found too, with no origin: that is no package to hide.
-    return None if spec is None else spec.origin
+    _ALIAS.uninstall()

@@ -1,0 +1,62 @@
+"""Logits, however far apart, to a doubly stochastic matrix: behind compat.transformer_engine."""
+
+from typing import Any
+
+from torch import Tensor
+
+from tile_mhc import jit
+from tile_mhc import reference_interleaved as reference
+from tile_mhc.kernels._shapes import HISTORY_STEP
+from tile_mhc.ops._library import register
+
+
+def _cuda(logits: Tensor, repeat: int) -> Tensor:
+    out = _fake(logits, repeat)
+    n = logits.shape[-1]
+    if out.numel():
+        kernel = jit.kernel("log_sinkhorn_fwd", n)
+        kernel(logits.contiguous().view(-1, n * n), out.view(-1, n * n), repeat)
+    return out
+
+
+def _fake(logits: Tensor, repeat: int) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _backward_cuda(grad: Tensor, logits: Tensor, repeat: int) -> Tensor:
+    grad_logits = logits.new_empty(logits.shape)
+    n = logits.shape[-1]
+    if grad_logits.numel():
+        capacity = -(-repeat // HISTORY_STEP) * HISTORY_STEP
+        jit.kernel("log_sinkhorn_bwd", n, capacity)(
+            grad.contiguous().view(-1, n * n),
+            logits.contiguous().view(-1, n * n),
+            grad_logits.view(-1, n * n),
+            repeat,
+        )
+    return grad_logits
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, ctx.repeat = inputs
+    ctx.save_for_backward(logits)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return _log_sinkhorn_backward(grad, *ctx.saved_tensors, ctx.repeat), None
+
+
+_log_sinkhorn_backward = register(
+    "log_sinkhorn_backward(Tensor grad, Tensor logits, int repeat) -> Tensor",
+    cuda=_backward_cuda,
+    cpu=reference.log_sinkhorn_backward,
+    fake=lambda grad, logits, repeat: logits.new_empty(logits.shape),
+)
+log_sinkhorn = register(
+    "log_sinkhorn(Tensor logits, int repeat) -> Tensor",
+    cuda=_cuda,
+    cpu=reference.log_sinkhorn,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)
