@@ -6,10 +6,18 @@ import torch
 from torch import Tensor
 
 from tile_mhc import errors, jit, reference
+from tile_mhc.accumulator import GradAccumulator
+from tile_mhc.ops._destinations import NOWHERE, Destinations, Route, call, register_into
 from tile_mhc.ops._library import register
 
 
-def aggregate(residual: Tensor, pre_mix: Tensor, *, out: Tensor | None = None) -> Tensor:
+def aggregate(
+    residual: Tensor,
+    pre_mix: Tensor,
+    *,
+    grad_accumulator: GradAccumulator | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """Read the layer input from the residual streams.
 
     layer_input[t, h] = sum_i pre_mix[t, i] * residual[t, i, h]        (fp32 sum, i ascending)
@@ -17,6 +25,7 @@ def aggregate(residual: Tensor, pre_mix: Tensor, *, out: Tensor | None = None) -
     Args:
         residual: (..., n, H) bfloat16, contiguous; n in 2, 4, 8; H a multiple of 64.
         pre_mix: (..., n) or (..., n, 1) float32.
+        grad_accumulator: gathers the gradient of the residual from all ops that get it.
         out: optional destination (..., H) bfloat16; not allowed when a gradient is needed.
 
     Returns:
@@ -31,7 +40,7 @@ def aggregate(residual: Tensor, pre_mix: Tensor, *, out: Tensor | None = None) -
     _, hidden_size = errors.check_streams("aggregate", "residual", residual)
     check_mix("aggregate", "pre_mix", pre_mix, ("residual", residual))
     if out is None:
-        return _aggregate(residual, pre_mix)
+        return call(_ROUTE, (residual, pre_mix), grad_accumulator)
     shape = (*residual.shape[:-2], hidden_size)
     errors.check_tensor("aggregate", "out", out, [shape], residual.dtype, ("residual", residual))
     errors.check_out("aggregate", out, [("residual", residual), ("pre_mix", pre_mix)])
@@ -91,12 +100,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
+def _backward_arguments(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    return grad, *ctx.saved_tensors
+
+
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return _aggregate_backward(grad, *ctx.saved_tensors)
+    return _aggregate_backward(*_backward_arguments(ctx, grad))
 
 
+_BACKWARD = "aggregate_backward(Tensor grad, Tensor residual, Tensor pre_mix) -> (Tensor, Tensor)"
 _aggregate_backward = register(
-    "aggregate_backward(Tensor grad, Tensor residual, Tensor pre_mix) -> (Tensor, Tensor)",
+    _BACKWARD,
     cuda=_backward_cuda,
     cpu=reference.aggregate_backward,
     fake=_backward_fake,
@@ -114,4 +128,17 @@ _aggregate_out = register(
     cuda=_launch,
     cpu=_cpu_out,
     fake=lambda residual, pre_mix, out: None,
+)
+_ROUTE = Route(
+    name="aggregate",
+    operator=_aggregate,
+    setup=_setup_context,
+    arguments=_backward_arguments,
+    backward=register_into(
+        _BACKWARD,
+        (0,),
+        cuda=_backward_cuda,
+        cpu=reference.aggregate_backward,
+        fake=_backward_fake,
+    ),
 )

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from tile_mhc import errors, jit, reference
+from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.ops import projection as projection_op
+from tile_mhc.ops._destinations import NOWHERE, Destinations, Route, call, register_into
 from tile_mhc.ops._library import empty_gradients, register
 from tile_mhc.ops.mixes import check_gates, column_sums, partial_rows
 
@@ -22,6 +24,7 @@ def contract(
     pre_eps: float = 1e-6,
     num_splits: int | None = None,
     tf32: bool = False,
+    grad_accumulator: GradAccumulator | None = None,
 ) -> Tensor:
     """Read one stream out of n, with learned weights a token.
 
@@ -41,6 +44,7 @@ def contract(
         pre_eps: added to the gate.
         num_splits: as in `projection`.
         tf32: as in `projection`.
+        grad_accumulator: gathers the gradient of the residual from all ops that get it.
 
     Returns:
         (..., H) bfloat16.
@@ -58,9 +62,8 @@ def contract(
     )
     check_gates("contract", scale, bias, 1, n, ("residual", residual))
     errors.check_number("contract", "pre_eps", pre_eps)
-    return _contract(
-        residual, weight, scale, bias, norm_weight, norm_eps, pre_eps, num_splits, tf32
-    )[0]
+    inputs = (residual, weight, scale, bias, norm_weight, norm_eps, pre_eps, num_splits, tf32)
+    return call(_CONTRACT_ROUTE, inputs, grad_accumulator)[0]
 
 
 def head_mix(mixes: Tensor, scale: Tensor, bias: Tensor, *, pre_eps: float = 1e-6) -> Tensor:
@@ -92,7 +95,7 @@ def head_mix(mixes: Tensor, scale: Tensor, bias: Tensor, *, pre_eps: float = 1e-
     errors.check_device("head_mix", "mixes", mixes)
     check_gates("head_mix", scale, bias, 1, mixes.shape[-1], ("mixes", mixes))
     errors.check_number("head_mix", "pre_eps", pre_eps)
-    return _head_mix(mixes, scale, bias, pre_eps)
+    return call(_ROUTE, (mixes, scale, bias, pre_eps))
 
 
 def _contract_cuda(
@@ -192,10 +195,14 @@ def _contract_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.mark_non_differentiable(mixes, inv_rms)
 
 
-def _contract_gradients(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # once: checkpointing unpacks it only once
-    result = _contract_backward(grad, *saved, *ctx.options)
-    grad_norm_weight = None if saved[4] is None else result[4]
+def _contract_arguments(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    return grad, *ctx.saved_tensors, *ctx.options
+
+
+def _contract_gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    arguments = _contract_arguments(ctx, *grads)
+    result = _contract_backward(*arguments)
+    grad_norm_weight = None if arguments[5] is None else result[4]
     return *result[:4], grad_norm_weight, *[None] * 4
 
 
@@ -240,13 +247,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:3])
 
 
+def _backward_arguments(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    return grad, *ctx.saved_tensors
+
+
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_head_mix_backward(grad, *ctx.saved_tensors), None)
+    return (*_head_mix_backward(*_backward_arguments(ctx, grad)), None)
 
 
-_head_mix_backward = register(
+_BACKWARD = (
     "head_mix_backward(Tensor grad, Tensor mixes, Tensor scale, Tensor bias) "
-    "-> (Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor)"
+)
+_head_mix_backward = register(
+    _BACKWARD,
     cuda=_backward_cuda,
     cpu=reference.head_mix_backward,
     fake=_backward_fake,
@@ -259,10 +273,27 @@ _head_mix = register(
     backward=_backward,
     setup_context=_setup_context,
 )
-_contract_backward = register(
+_ROUTE = Route(
+    name="head_mix",
+    operator=_head_mix,
+    setup=_setup_context,
+    arguments=_backward_arguments,
+    backward=register_into(
+        _BACKWARD,
+        (1, 2),
+        cuda=_backward_cuda,
+        cpu=reference.head_mix_backward,
+        fake=_backward_fake,
+    ),
+    parameters={1: "scale", 2: "bias"},
+)
+_CONTRACT_BACKWARD = (
     "contract_backward(Tensor grad, Tensor residual, Tensor weight, Tensor scale, Tensor bias, "
     "Tensor? norm_weight, Tensor mixes, Tensor inv_rms, float pre_eps, bool tf32) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_contract_backward = register(
+    _CONTRACT_BACKWARD,
     cuda=_contract_backward_cuda,
     cpu=_contract_backward_cpu,
     fake=_contract_backward_fake,
@@ -275,4 +306,18 @@ _contract = register(
     fake=_contract_fake,
     backward=_contract_gradients,
     setup_context=_contract_setup,
+)
+_CONTRACT_ROUTE = Route(
+    name="contract",
+    operator=_contract,
+    setup=_contract_setup,
+    arguments=_contract_arguments,
+    backward=register_into(
+        _CONTRACT_BACKWARD,
+        (0, 1, 2, 3, 4),
+        cuda=_contract_backward_cuda,
+        cpu=_contract_backward_cpu,
+        fake=_contract_backward_fake,
+    ),
+    parameters={1: "weight", 2: "scale", 3: "bias", 4: "norm_weight"},
 )

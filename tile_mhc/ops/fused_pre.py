@@ -1,6 +1,6 @@
 """Everything before a sub-layer: projection, mixes, Sinkhorn and aggregate in one op."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from tile_mhc import errors, jit, reference
 from tile_mhc.ops import mixes as mixes_op
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops import sinkhorn as sinkhorn_op
+from tile_mhc.ops._destinations import NOWHERE, Destinations, Route, call, register_into
 from tile_mhc.ops._library import empty_gradients, register
 
 
@@ -79,10 +80,7 @@ def fused_pre(
     errors.check_number(op, "post_mult", post_mult)
     errors.check_number(op, "pre_eps", pre_eps)
     errors.check_bool(op, "passes_residual", passes_residual)
-    run: Callable[..., tuple[Tensor, ...]] = (
-        _FusedPreAndResidual.apply if passes_residual else _fused_pre
-    )
-    outputs = run(
+    inputs = (
         residual,
         weight,
         scale,
@@ -96,7 +94,10 @@ def fused_pre(
         num_splits,
         tf32,
     )
-    return outputs if passes_residual else outputs[:3]
+    if not passes_residual:
+        return call(_ROUTE, inputs)[:3]
+    outputs = call(_PASSING_ROUTE, inputs, plain=_passed)
+    return *outputs[:3], outputs[-1]
 
 
 def _cuda(
@@ -216,36 +217,37 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _save(ctx, inputs, output)
-    ctx.mark_non_differentiable(*output[3:])
+    ctx.mark_non_differentiable(*output[3:5])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     residual, weight, scale, bias, norm_weight, _, *options, _, tf32 = inputs
-    ctx.save_for_backward(residual, weight, scale, bias, norm_weight, *output[3:])
+    ctx.save_for_backward(residual, weight, scale, bias, norm_weight, *output[3:5])
     ctx.options = (*options, tf32)
 
 
+def _backward_arguments(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    return *grads[:3], *ctx.saved_tensors, *ctx.options, None
+
+
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    # The saved tensors once: checkpointing unpacks them only once.
-    return _gradients(ctx.saved_tensors, grads[:3], ctx.options, None)
+    return _gradients(_backward_arguments(ctx, *grads))
 
 
-def _gradients(
-    saved: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    options: tuple[Any, ...],
-    accumulated: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    result = _fused_pre_backward(*grads, *saved, *options, accumulated)
-    grad_norm_weight = None if saved[4] is None else result[4]
+def _gradients(arguments: Sequence[Any]) -> tuple[Tensor | None, ...]:
+    result = _fused_pre_backward(*arguments)
+    grad_norm_weight = None if arguments[7] is None else result[4]
     return *result[:4], grad_norm_weight, *[None] * 7
 
 
-_fused_pre_backward = register(
+_BACKWARD = (
     "fused_pre_backward(Tensor grad_input, Tensor grad_post, Tensor grad_comb, Tensor residual, "
     "Tensor weight, Tensor scale, Tensor bias, Tensor? norm_weight, Tensor mixes, "
     "Tensor inv_rms, float pre_eps, float sinkhorn_eps, float post_mult, int sinkhorn_repeat, "
-    "bool tf32, Tensor? accumulated) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool tf32, Tensor? accumulated) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_fused_pre_backward = register(
+    _BACKWARD,
     cuda=_backward_cuda,
     cpu=_backward_cpu,
     fake=_backward_fake,
@@ -262,6 +264,26 @@ _fused_pre = register(
 )
 
 
+def _with_residual(*inputs: Any) -> tuple[Tensor, ...]:
+    return *_fused_pre(*inputs), inputs[0].view_as(inputs[0])
+
+
+def _passing_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _setup_context(ctx, inputs, output)
+    ctx.set_materialize_grads(False)
+
+
+def _passing_arguments(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    """Gradients that autograd left out are zeros; that of the residual joins what it has."""
+    saved = ctx.saved_tensors  # once: checkpointing unpacks it only once
+    given: Sequence[Tensor | None] = grads[:3]
+    if any(grad is None for grad in given):
+        outputs = _empty(saved[0])[:3]
+        pairs = zip(given, outputs, strict=True)
+        given = [out.zero_() if grad is None else grad for grad, out in pairs]
+    return *given, *saved, *ctx.options, grads[-1]
+
+
 class _FusedPreAndResidual(torch.autograd.Function):
     """The operator and, as an output whose gradient it takes in, its input.
 
@@ -270,20 +292,40 @@ class _FusedPreAndResidual(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = _fused_pre(*inputs)
+        output = _with_residual(*inputs)
         _save(ctx, inputs, output)
         ctx.set_materialize_grads(False)
-        residual = inputs[0]
-        return *output[:3], residual.view_as(residual)
+        return *output[:3], output[-1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *given, through = grads
-        if all(grad is None for grad in given):
-            return through, *[None] * 11
-        saved = ctx.saved_tensors
-        if any(grad is None for grad in given):
-            outputs = _empty(saved[0])[:3]
-            pairs = zip(given, outputs, strict=True)
-            given = [out.zero_() if grad is None else grad for grad, out in pairs]
-        return _gradients(saved, given, ctx.options, through)
+        if all(grad is None for grad in grads[:3]):
+            return grads[-1], *[None] * 11
+        return _gradients(_passing_arguments(ctx, *grads))
+
+
+def _passed(*inputs: Any) -> tuple[Tensor, ...]:
+    outputs: tuple[Tensor, ...] = _FusedPreAndResidual.apply(*inputs)  # type: ignore[no-untyped-call]
+    return outputs
+
+
+_backward_into = register_into(
+    _BACKWARD, (1, 2, 3, 4), cuda=_backward_cuda, cpu=_backward_cpu, fake=_backward_fake
+)
+_PARAMETERS = {1: "weight", 2: "scale", 3: "bias", 4: "norm_weight"}
+_ROUTE = Route(
+    name="fused_pre",
+    operator=_fused_pre,
+    setup=_setup_context,
+    arguments=_backward_arguments,
+    backward=_backward_into,
+    parameters=_PARAMETERS,
+)
+_PASSING_ROUTE = Route(
+    name="fused_pre",
+    operator=_with_residual,
+    setup=_passing_setup,
+    arguments=_passing_arguments,
+    backward=_backward_into,
+    parameters=_PARAMETERS,
+)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tile_mhc import errors, jit, reference
 from tile_mhc.kernels._shapes import TOKENS_PER_PARTIAL
+from tile_mhc.ops._destinations import NOWHERE, Destinations, Route, call, register_into
 from tile_mhc.ops._library import register
 
 
@@ -50,7 +51,7 @@ def split_mixes(
     check_gates("split_mixes", scale, bias, 3, shape[-1], ("mixes", mixes))
     errors.check_number("split_mixes", "post_mult", post_mult)
     errors.check_number("split_mixes", "pre_eps", pre_eps)
-    return _split_mixes(mixes, scale, bias, num_streams, post_mult, pre_eps)
+    return call(_ROUTE, (mixes, scale, bias, num_streams, post_mult, pre_eps))
 
 
 def check_gates(
@@ -156,14 +157,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(mixes, scale, bias)
 
 
+def _backward_arguments(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    return *grads, *ctx.saved_tensors, ctx.num_streams, ctx.post_mult
+
+
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    result = _split_mixes_backward(*grads, *ctx.saved_tensors, ctx.num_streams, ctx.post_mult)
-    return (*result, None, None, None)
+    return (*_split_mixes_backward(*_backward_arguments(ctx, *grads)), None, None, None)
 
 
-_split_mixes_backward = register(
+_BACKWARD = (
     "split_mixes_backward(Tensor grad_pre, Tensor grad_post, Tensor grad_comb, Tensor mixes, "
-    "Tensor scale, Tensor bias, int num_streams, float post_mult) -> (Tensor, Tensor, Tensor)",
+    "Tensor scale, Tensor bias, int num_streams, float post_mult) -> (Tensor, Tensor, Tensor)"
+)
+_split_mixes_backward = register(
+    _BACKWARD,
     cuda=launch_backward,
     cpu=reference.split_mixes_backward,
     fake=_backward_fake,
@@ -176,4 +183,18 @@ _split_mixes = register(
     fake=_fake,
     backward=_backward,
     setup_context=_setup_context,
+)
+_ROUTE = Route(
+    name="split_mixes",
+    operator=_split_mixes,
+    setup=_setup_context,
+    arguments=_backward_arguments,
+    backward=register_into(
+        _BACKWARD,
+        (1, 2),
+        cuda=launch_backward,
+        cpu=reference.split_mixes_backward,
+        fake=_backward_fake,
+    ),
+    parameters={1: "scale", 2: "bias"},
 )

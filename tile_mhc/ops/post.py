@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from tile_mhc import errors, jit, reference
+from tile_mhc.accumulator import GradAccumulator
+from tile_mhc.ops._destinations import NOWHERE, Destinations, Route, call, register_into
 from tile_mhc.ops._library import register
 from tile_mhc.ops.aggregate import check_mix
 
@@ -16,6 +18,7 @@ def post(
     post_mix: Tensor,
     comb_mix: Tensor,
     *,
+    grad_accumulator: GradAccumulator | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Write the layer output back into the residual streams, mixing them on the way.
@@ -28,6 +31,7 @@ def post(
         residual: (..., n, H) bfloat16, contiguous; n in 2, 4, 8; H a multiple of 64.
         post_mix: (..., n) or (..., n, 1) float32.
         comb_mix: (..., n, n) float32, index [in, out].
+        grad_accumulator: gathers the gradient of the residual from all ops that get it.
         out: optional destination (..., n, H) bfloat16; not allowed when a gradient is needed.
 
     Returns:
@@ -48,7 +52,8 @@ def post(
     comb_shape = (*residual.shape[:-1], num_streams)
     errors.check_tensor("post", "comb_mix", comb_mix, [comb_shape], torch.float32, like)
     if out is None:
-        return _post(layer_output, residual, post_mix, comb_mix)
+        inputs = (layer_output, residual, post_mix, comb_mix)
+        return call(_ROUTE, inputs, grad_accumulator)
     errors.check_tensor("post", "out", out, [residual.shape], residual.dtype, like)
     inputs = [("layer_output", layer_output), like, ("post_mix", post_mix), ("comb_mix", comb_mix)]
     errors.check_out("post", out, inputs)
@@ -122,13 +127,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
+def _backward_arguments(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    return grad, *ctx.saved_tensors
+
+
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _post_backward(grad, *ctx.saved_tensors)
+    return _post_backward(*_backward_arguments(ctx, grad))
 
 
-_post_backward = register(
+_BACKWARD = (
     "post_backward(Tensor grad, Tensor layer_output, Tensor residual, Tensor post_mix, "
-    "Tensor comb_mix) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor comb_mix) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_post_backward = register(
+    _BACKWARD,
     cuda=_backward_cuda,
     cpu=reference.post_backward,
     fake=_backward_fake,
@@ -147,4 +159,18 @@ _post_out = register(
     cuda=_launch,
     cpu=_cpu_out,
     fake=lambda layer_output, residual, post_mix, comb_mix, out: None,
+)
+_ROUTE = Route(
+    name="post",
+    operator=_post,
+    setup=_setup_context,
+    arguments=_backward_arguments,
+    backward=register_into(
+        _BACKWARD,
+        (1,),
+        cuda=_backward_cuda,
+        cpu=reference.post_backward,
+        fake=_backward_fake,
+    ),
+    residual=1,
 )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tile_mhc import config, errors, jit, reference
+from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.kernels._shapes import (
     BACKWARD_TOKENS,
     BLOCK_K,
@@ -15,6 +16,7 @@ from tile_mhc.kernels._shapes import (
     factors_width,
     padded,
 )
+from tile_mhc.ops._destinations import NOWHERE, Destinations, Route, call, register_into
 from tile_mhc.ops._library import empty_gradients, register
 
 # What the start of the backward's pipeline costs a CTA, in tiles.
@@ -32,6 +34,7 @@ def projection(
     norm_eps: float = 1e-6,
     num_splits: int | None = None,
     tf32: bool = False,
+    grad_accumulator: GradAccumulator | None = None,
 ) -> Tensor:
     """Project the flattened streams onto the mixes, with an RMS norm folded in.
 
@@ -49,6 +52,7 @@ def projection(
             GPU. The same number and shape give the same bits.
         tf32: round the weight, and in the backward the gradient of the product, to TF32 as
             TileKernels does: for those who compare with it; it is no faster.
+        grad_accumulator: gathers the gradient of the residual from all ops that get it.
 
     Returns:
         (..., N) float32.
@@ -60,7 +64,8 @@ def projection(
     Source: mHC paper (arXiv 2512.24880), eq. 7; DeepSeek TileKernels `mhc/norm_fn_kernel.py`.
     """
     check_projection("projection", residual, weight, norm_weight, norm_eps, num_splits, tf32)
-    return _projection(residual, weight, norm_weight, norm_eps, num_splits, tf32)[0]
+    inputs = (residual, weight, norm_weight, norm_eps, num_splits, tf32)
+    return call(_ROUTE, inputs, grad_accumulator)[0]
 
 
 def check_projection(
@@ -314,19 +319,24 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, grad: Tensor, grad_inv_rms: Tensor) -> tuple[Tensor | None, ...]:
-    residual, weight, norm_weight, mixes, inv_rms = ctx.saved_tensors
-    grad_residual, grad_weight, grad_norm_weight = _projection_backward(
-        grad, residual, weight, norm_weight, mixes, inv_rms, ctx.tf32
-    )
-    if norm_weight is None:
+def _backward_arguments(ctx: Any, grad: Tensor, grad_inv_rms: Tensor) -> tuple[Any, ...]:
+    return grad, *ctx.saved_tensors, ctx.tf32
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    arguments = _backward_arguments(ctx, *grads)
+    grad_residual, grad_weight, grad_norm_weight = _projection_backward(*arguments)
+    if arguments[3] is None:
         grad_norm_weight = None
     return grad_residual, grad_weight, grad_norm_weight, None, None, None
 
 
-_projection_backward = register(
+_BACKWARD = (
     "projection_backward(Tensor grad, Tensor residual, Tensor weight, Tensor? norm_weight, "
-    "Tensor mixes, Tensor inv_rms, bool tf32) -> (Tensor, Tensor, Tensor)",
+    "Tensor mixes, Tensor inv_rms, bool tf32) -> (Tensor, Tensor, Tensor)"
+)
+_projection_backward = register(
+    _BACKWARD,
     cuda=launch_backward,
     cpu=_backward_cpu,
     fake=_backward_fake,
@@ -339,4 +349,14 @@ _projection = register(
     fake=_fake,
     backward=_backward,
     setup_context=_setup_context,
+)
+_ROUTE = Route(
+    name="projection",
+    operator=_projection,
+    setup=_setup_context,
+    arguments=_backward_arguments,
+    backward=register_into(
+        _BACKWARD, (0, 1, 2), cuda=launch_backward, cpu=_backward_cpu, fake=_backward_fake
+    ),
+    parameters={1: "weight", 2: "norm_weight"},
 )
