@@ -32,9 +32,9 @@ class GradAccumulator:
     unused. Other consumers of the residual are added by autograd, as ever; those that read
     `accumulator.residual`, a view, join before the one rounding.
 
-    The order comes from autograd: reading the view makes an op a consumer of the node that collects
-    the sum, and that runs after all of them. A hook on the residual sees the whole gradient, a hook
-    on the view only what did not go through the buffer.
+    The order comes from autograd: an op with an accumulator becomes a consumer of the node that
+    collects the sum, and that runs after all of them. A hook on the residual sees all of its
+    gradient.
 
     Args:
         residual: (..., n, H), the streams that the ops will be given.
@@ -62,12 +62,15 @@ class GradAccumulator:
         if buffer is not None:
             _check_buffer(buffer, residual, dtype)
         self._state = State(residual, dtype, buffer)
-        self._given = residual
-        self._view = _collected(residual, self._state)
+        self._given = self._read = self._view = residual
+        if torch.is_grad_enabled() and residual.requires_grad:
+            self._read = _collected(residual, self._state)
+            # Not what the ops read: torch.autograd.grad for that would keep it from its node.
+            self._view = self._read.view_as(self._read)
 
     @property
     def residual(self) -> Tensor:
-        """The view of the residual that the ops read; other consumers may read it too."""
+        """A view of the residual, for other consumers whose gradient is to join the sum."""
         return self._view
 
     @property
@@ -88,12 +91,12 @@ class GradAccumulator:
             )
         if not (torch.is_grad_enabled() and residual.requires_grad):
             return residual, None
-        if not self._view.requires_grad:
+        if self._read is self._given:
             raise errors.ShapeError(
                 f"{op}: grad_accumulator must be made where gradients are recorded, as the op is "
                 "called; got one made under no_grad, or before the residual required grad"
             )
-        return self._view, self._state
+        return self._read, self._state
 
 
 def _check_buffer(buffer: Tensor, residual: Tensor, dtype: torch.dtype) -> None:

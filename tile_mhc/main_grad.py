@@ -1,7 +1,7 @@
 """Megatron's protocol for weight gradients: the backward adds to `parameter.main_grad` itself.
 
-A parameter takes part if, when an op reads it, it requires grad and has one of the attributes of
-`MARKS`. In backward, and only there, `get_main_grad()` is called where there is one
+A parameter takes part if, when an op reads it, it is a leaf that requires grad and has one of the
+attributes of `MARKS`. In backward, and only there, `get_main_grad()` is called where there is one
 (Megatron-FSDP allocates lazily) and its result becomes `main_grad`; where `main_grad` is then None
 or absent, the gradient goes to autograd as ever. A parameter that gets its first mark between
 forward and backward does not take part: autograd gets its gradient, which the hooks of Megatron's
@@ -61,6 +61,7 @@ def takes_part(parameter: object) -> bool:
     return (
         isinstance(parameter, Tensor)
         and parameter.requires_grad
+        and parameter.is_leaf
         and any(hasattr(parameter, mark) for mark in MARKS)
     )
 

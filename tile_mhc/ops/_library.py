@@ -62,18 +62,16 @@ def _no_gradient_of(name: str) -> Callable[..., Any]:
 def outside_graphs(function: Function) -> Function:
     """torch.compile breaks its graph here, and does not look inside."""
 
+    disabled: list[Callable[..., Any]] = []
+
     @functools.wraps(function)
     def call(*args: Any) -> Any:
-        return _disabled(function)(*args)
+        # Not before the first call: it imports torch._dynamo, which takes a second.
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args)
 
     return call  # type: ignore[return-value]
-
-
-@functools.cache
-def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """At the first call: it imports torch._dynamo, which takes a second."""
-    disabled: Callable[..., Any] = torch.compiler.disable(function)
-    return disabled
 
 
 def _reference(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
