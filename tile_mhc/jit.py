@@ -59,7 +59,7 @@ class Compiled:
     """
 
     name: str
-    args: tuple[int, ...]
+    args: specs.Arguments
     arch: str
     launch: Launch
     built: bool
@@ -84,9 +84,9 @@ class Statistics:
     resident: int
 
 
-_Key = tuple[str, tuple[int, ...], str]
+_Key = tuple[str, specs.Arguments, str]
 
-_ready: dict[tuple[str, tuple[int, ...], int], Launch] = {}
+_ready: dict[tuple[str, specs.Arguments, int], Launch] = {}
 _compiled: dict[_Key, Compiled] = {}
 _locks: dict[_Key, threading.Lock] = {}
 # Held while tracing (TileLang's parser keeps global state) and while the cache folder is swapped.
@@ -98,7 +98,7 @@ _counts = {"built": 0, "loaded": 0}
 _thread = threading.local()
 
 
-def kernel(name: str, *args: int) -> Launch:
+def kernel(name: str, *args: int | str) -> Launch:
     """The compiled kernel `name` for the current CUDA device.
 
     Args:
@@ -136,7 +136,7 @@ def kernel(name: str, *args: int) -> Launch:
     return launch
 
 
-def compile_kernel(name: str, args: tuple[int, ...], arch: str) -> Compiled:
+def compile_kernel(name: str, args: specs.Arguments, arch: str) -> Compiled:
     """The kernel for `arch`, from memory, the disk cache or the compiler; needs no GPU.
 
     Args:
@@ -227,7 +227,7 @@ def _watch_compile() -> Any:
     return importlib.import_module("tilelang.instrumentation").PassInstrumentationTool()
 
 
-def _load_or_build(name: str, args: tuple[int, ...], arch: str) -> Compiled:
+def _load_or_build(name: str, args: specs.Arguments, arch: str) -> Compiled:
     start = time.perf_counter()
     tilelang = import_tilelang()
     builder = specs.builder(name)
@@ -384,12 +384,12 @@ def _nvcc_problem() -> str | None:
     )
 
 
-def _remedy(name: str, args: tuple[int, ...], arch: str) -> str:
+def _remedy(name: str, args: specs.Arguments, arch: str) -> str:
     command = specs.compile_command(name, args, arch)
     return f"run `{command}`" if command else "unset TILE_MHC_JIT"
 
 
-def _call(name: str, args: tuple[int, ...]) -> str:
+def _call(name: str, args: specs.Arguments) -> str:
     return f"kernel {name}({', '.join(map(str, args))})"
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from tile_mhc.errors import HIDDEN_MULTIPLE, MAX_HIDDEN, SUPPORTED_STREAMS
 from tile_mhc.kernels._shapes import HISTORY_STEP, TABLE_SLOTS
 
-Arguments = tuple[int, ...]
+Arguments = tuple[int | str, ...]
 
 # What `tile-mhc compile` takes; sm_90a and sm_100a are the ones compiled in CI. Not sm_80 to
 # sm_89, where TileLang 0.1.15 does not lower the projection's pipelines, nor sm_120a, where its
@@ -81,8 +81,10 @@ def _projection_backwards(s: Sizes) -> list[Arguments]:
     return [*alone, (s.mixes, s.n * s.hidden, s.n, True)]
 
 
-def _projections_with_norm(s: Sizes) -> list[Arguments]:
-    return [(*sizes, norm) for sizes in _projections(s) for norm in (False, True)]
+def _with_parameters(arguments: Callable[[Sizes], list[Arguments]]) -> Callable[..., Any]:
+    """For kernels that read the weight: it alone, and with a norm weight."""
+    kinds: list[Arguments] = [(), ("float32", "float32")]
+    return lambda s: [(*sizes, *kind) for sizes in arguments(s) for kind in kinds]
 
 
 _PROJECTION = ("projection", "contract", "fused_pre")
@@ -90,12 +92,11 @@ _PROJECTION = ("projection", "contract", "fused_pre")
 SPECS = (
     Spec("expand_fwd", "expand", ("expand",), _n_hidden),
     Spec("expand_bwd", "expand", ("expand",), _n_hidden),
-    Spec("projection_merge", "projection", _PROJECTION, _projections),
-    Spec("projection_fwd", "projection", _PROJECTION, _projections),
-    Spec("projection_norm", "projection", ("projection",), _projections),
+    Spec("projection_fwd", "projection", _PROJECTION, _with_parameters(_projections)),
+    Spec("projection_norm", "projection", ("projection",), _with_parameters(_projections)),
     Spec("projection_norm_bwd", "projection", _PROJECTION, _projection_norm_backwards),
-    Spec("projection_bwd", "projection", _PROJECTION, _projection_backwards),
-    Spec("projection_weight_bwd", "projection", _PROJECTION, _projections_with_norm),
+    Spec("projection_bwd", "projection", _PROJECTION, _with_parameters(_projection_backwards)),
+    Spec("projection_weight_bwd", "projection", _PROJECTION, _with_parameters(_projections)),
     Spec("split_mixes_fwd", "mixes", ("split_mixes", "fused_pre"), _n),
     Spec("split_mixes_bwd", "mixes", ("split_mixes", "fused_pre"), _n),
     # One column a bias and a scale.
@@ -114,8 +115,8 @@ SPECS = (
     Spec("post_bwd", "post", ("post",), _n_hidden),
     Spec("head_mix_fwd", "contract", ("head_mix", "contract"), _n),
     Spec("head_mix_bwd", "contract", ("head_mix", "contract"), _n),
-    Spec("contract_fwd", "contract", ("contract",), _n_hidden),
-    Spec("fused_pre", "fused_pre", ("fused_pre",), _n_hidden),
+    Spec("contract_fwd", "contract", ("contract",), _with_parameters(_n_hidden)),
+    Spec("fused_pre", "fused_pre", ("fused_pre",), _with_parameters(_n_hidden)),
     Spec("recompute", "recompute", ("recompute",), _n_hidden),
     Spec("recompute_table", "recompute", ("recompute",), lambda _: [(TABLE_SLOTS,)]),
 )

@@ -19,6 +19,7 @@ from tile_mhc.kernels._common import (
 )
 from tile_mhc.kernels.fused_pre import gated_aggregate
 from tile_mhc.kernels.mixes import THREADS, logit, tokens_per_block
+from tile_mhc.kernels.projection import norm_shape
 
 
 @builder(SIMT)
@@ -95,7 +96,7 @@ def head_mix_bwd(n: int):
 
 
 @builder(SIMT)
-def contract_fwd(n: int, hidden_size: int):
+def contract_fwd(n: int, hidden_size: int, weight_dtype: str = "float32", norm_dtype: str = ""):
     tokens = T.dynamic("num_tokens")
     splits = T.dynamic("num_splits")
     size = n * hidden_size
@@ -109,7 +110,8 @@ def contract_fwd(n: int, hidden_size: int):
         bias: T.Tensor[(n,), T.float32],
         residual: T.Tensor[(tokens, n, hidden_size), T.bfloat16],
         x: T.Tensor[(tokens, size), T.bfloat16],
-        weight: T.Tensor[(n, size), T.float32],
+        weight: T.Tensor[(n, size), weight_dtype],
+        norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
         out: T.Tensor[(tokens, hidden_size), T.bfloat16],
         mixes: T.Tensor[(tokens, n), T.float32],
         inv_rms: T.Tensor[(tokens,), T.float32],
@@ -124,6 +126,8 @@ def contract_fwd(n: int, hidden_size: int):
                 squares,
                 x,
                 weight,
+                norm_weight,
+                norm_dtype,
                 splits,
                 t,
                 n,

@@ -17,7 +17,7 @@ from tile_mhc.kernels._common import (
     weighted_sum,
 )
 from tile_mhc.kernels.mixes import logit
-from tile_mhc.kernels.projection import token_mix
+from tile_mhc.kernels.projection import norm_shape, token_mix
 from tile_mhc.kernels.sinkhorn import sinkhorn_token
 
 # What Sinkhorn's CTAs need at n = 4; the others need less, and more of them hide latency better.
@@ -30,6 +30,8 @@ def gated_aggregate(
     squares: T.Tensor,
     x: T.Tensor,
     weight: T.Tensor,
+    norm_weight: T.Tensor,
+    norm_dtype: str,
     splits: T.int32,
     t: T.int32,
     n: int,
@@ -58,7 +60,21 @@ def gated_aggregate(
         load_streams(residual, t, tid * VECTOR, n, streams)
     if tid < n:
         size = n * hidden_size
-        token_mix(products, squares, x, weight, splits, t, tid, size, norm_eps, tf32, mixed)
+        token_mix(
+            products,
+            squares,
+            x,
+            weight,
+            norm_weight,
+            norm_dtype,
+            splits,
+            t,
+            tid,
+            size,
+            norm_eps,
+            tf32,
+            mixed,
+        )
         mixes[t, tid] = mixed[0]
         if tid == 0:
             inv_rms[t] = mixed[1]
@@ -78,7 +94,7 @@ def gated_aggregate(
 
 
 @builder(SIMT)
-def fused_pre(n: int, hidden_size: int):
+def fused_pre(n: int, hidden_size: int, weight_dtype: str = "float32", norm_dtype: str = ""):
     tokens = T.dynamic("num_tokens")
     splits = T.dynamic("num_splits")
     num_mixes = n * (n + 2)
@@ -95,7 +111,8 @@ def fused_pre(n: int, hidden_size: int):
         bias: T.Tensor[(num_mixes,), T.float32],
         residual: T.Tensor[(tokens, n, hidden_size), T.bfloat16],
         x: T.Tensor[(tokens, size), T.bfloat16],
-        weight: T.Tensor[(num_mixes, size), T.float32],
+        weight: T.Tensor[(num_mixes, size), weight_dtype],
+        norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
         layer_input: T.Tensor[(tokens, hidden_size), T.bfloat16],
         post_mix: T.Tensor[(tokens, n), T.float32],
         comb_mix: T.Tensor[(tokens, n * n), T.float32],
@@ -123,7 +140,19 @@ def fused_pre(n: int, hidden_size: int):
                 m = tid % num_mixes
                 if tid < group * num_mixes and t < tokens and m >= n:
                     token_mix(
-                        products, squares, x, weight, splits, t, m, size, norm_eps, tf32, mixed
+                        products,
+                        squares,
+                        x,
+                        weight,
+                        norm_weight,
+                        norm_dtype,
+                        splits,
+                        t,
+                        m,
+                        size,
+                        norm_eps,
+                        tf32,
+                        mixed,
                     )
                     mixes[t, m] = mixed[0]
                     logit(mixed[0], scale[T.min(m // n, 2)], bias[m], z)
@@ -145,6 +174,8 @@ def fused_pre(n: int, hidden_size: int):
                     squares,
                     x,
                     weight,
+                    norm_weight,
+                    norm_dtype,
                     splits,
                     block - mix_blocks,
                     n,

@@ -4,8 +4,11 @@ mixes[t, m] = (sum_k x[t, k] * w[m, k]) * r[t],  r[t] = rsqrt(mean_k x[t, k]**2 
 
 The streams are exact in bfloat16. A weight, or a gradient, is split into two bfloat16 parts,
 high = bf16(w) and low = bf16(w - high), which lie side by side as columns of one bfloat16 matmul:
-near-fp32 products at the tensor core cost of TF32, which would keep 11 bits. With a norm weight,
-w is their product, made by a kernel of its own.
+near-fp32 products at the tensor core cost of TF32, which would keep 11 bits. With a norm weight, w
+is weight * norm_weight in float32, formed wherever a kernel reads the weight.
+
+Builders take the dtypes of the two: `weight_dtype`, and `norm_dtype`, which is empty without a norm
+weight. A kernel gets one element in place of a tensor that it does not read.
 """
 
 import tilelang.language as T
@@ -30,6 +33,7 @@ from tile_mhc.kernels._shapes import (
 )
 
 THREADS = 128
+BYTES = {"float32": 4, "bfloat16": 2, "": 0}
 # Two warpgroups of 64 tokens each: while one waits for its product the other works.
 MATMUL_THREADS = 256
 FULL_ROW = T.GemmWarpPolicy.FullRow
@@ -52,8 +56,17 @@ def rounded_to_tf32(value: T.float32):
     return T.Select(is_nan, value, T.reinterpret((bits + 0x1000) & -0x2000, T.float32))
 
 
-def weight_value(value: T.float32, tf32: T.int32):
+def norm_shape(size: int, norm_dtype: str) -> tuple[int]:
+    return (size if norm_dtype else 1,)
+
+
+def weight_value(
+    weight: T.Tensor, norm_weight: T.Tensor, norm_dtype: str, m: T.int32, k: T.int32, tf32: T.int32
+):
     """The float32 that the two parts of a weight stand for."""
+    value = T.cast(weight[m, k], T.float32)
+    if norm_dtype:
+        value = value * T.cast(norm_weight[k], T.float32)
     return T.Select(tf32 != 0, rounded_to_tf32(value), value)
 
 
@@ -65,52 +78,39 @@ def low_part(value: T.float32):
     return T.cast(value - T.cast(T.cast(value, T.bfloat16), T.float32), T.bfloat16)
 
 
-@builder(SIMT)
-def projection_merge(num_mixes: int, size: int):
-    """weight * norm_weight, which the other kernels take for their weight."""
-    vector = 4
-
-    @T.prim_func
-    def projection_merge_kernel(
-        weight: T.Tensor[(num_mixes, size), T.float32],
-        norm_weight: T.Tensor[(size,), T.float32],
-        merged: T.Tensor[(num_mixes, size), T.float32],
-    ):
-        with T.Kernel(T.ceildiv(size, THREADS * vector), num_mixes, threads=THREADS) as (block, m):
-            follow_previous()
-            k = (block * THREADS + T.get_thread_binding()) * vector
-            if k < size:
-                for v in T.vectorized(vector):
-                    merged[m, k + v] = weight[m, k + v] * norm_weight[k + v]
-
-    return projection_merge_kernel
-
-
 @builder({})
-def projection_fwd(num_mixes: int, size: int):
+def projection_fwd(num_mixes: int, size: int, weight_dtype: str = "float32", norm_dtype: str = ""):
     """Products and sums of squares, by slices of K: split s takes `blocks` blocks of it."""
     tokens = T.dynamic("num_tokens")
     splits = T.dynamic("num_splits")
     part_rows = padded(num_mixes)
     num_blocks = size // BLOCK_K
     # One CTA an SM (its registers fill it): a deep pipeline keeps the memory busy.
-    stage = (BLOCK_TOKENS * 2 + num_mixes * 4) * BLOCK_K
+    has_norm = norm_dtype != ""
+    weight_bytes = num_mixes * BYTES[weight_dtype] + BYTES[norm_dtype]
+    stage = (BLOCK_TOKENS * 2 + weight_bytes) * BLOCK_K
     stages = min(6, (SHARED_BYTES - 4 * part_rows * BLOCK_K) // stage)
 
     @T.prim_func
     def projection_fwd_kernel(
         x: T.Tensor[(tokens, size), T.bfloat16],
-        weight: T.Tensor[(num_mixes, size), T.float32],
+        weight: T.Tensor[(num_mixes, size), weight_dtype],
+        norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
         products: T.Tensor[(splits, tokens, num_mixes), T.float32],
         squares: T.Tensor[(splits, tokens), T.float32],
         blocks: T.int32,
         tf32: T.int32,
     ):
-        # The split is the fastest index: the splits of one token tile run together.
-        with T.Kernel(splits, T.ceildiv(tokens, BLOCK_TOKENS), threads=MATMUL_THREADS) as (s, tile):
+        # The split is the fastest index: the splits of one token tile run together. On one axis, as
+        # the other two of a grid end at 65535.
+        tiles = T.ceildiv(tokens, BLOCK_TOKENS)
+        with T.Kernel(splits * tiles, threads=MATMUL_THREADS) as cta:
             follow_previous()
+            s = cta % splits
             x_shared = T.alloc_shared((BLOCK_TOKENS, BLOCK_K), T.bfloat16)
-            w_shared = T.alloc_shared((num_mixes, BLOCK_K), T.float32)
+            w_shared = T.alloc_shared((num_mixes, BLOCK_K), weight_dtype)
+            if has_norm:
+                norm_shared = T.alloc_shared((BLOCK_K,), norm_dtype)
             w_local = T.alloc_fragment((num_mixes, BLOCK_K), T.float32)
             # Rows [high; low], split as they are read: no pass of its own over the weight. Rows of
             # padding stay unwritten, and make columns of the product that nobody reads.
@@ -123,14 +123,19 @@ def projection_fwd(num_mixes: int, size: int):
             square_sum = T.alloc_fragment((BLOCK_TOKENS,), T.float32)
             T.annotate_layout({x_shared: make_swizzled_layout(x_shared)})
             # The last tokens first: whoever reads x next begins with the first, still in L2.
-            t0 = (T.ceildiv(tokens, BLOCK_TOKENS) - 1 - tile) * BLOCK_TOKENS
+            t0 = (tiles - 1 - cta // splits) * BLOCK_TOKENS
             T.clear(product)
             T.clear(square)
             for b in T.Pipelined(T.min(blocks, num_blocks - s * blocks), num_stages=stages):
                 k0 = (s * blocks + b) * BLOCK_K
                 T.copy(x[t0, k0], x_shared)
                 T.copy(weight[0, k0], w_shared)
+                if has_norm:
+                    T.copy(norm_weight[k0], norm_shared)
                 T.copy(w_shared, w_local)
+                if has_norm:
+                    for m, k in T.Parallel(num_mixes, BLOCK_K):
+                        w_local[m, k] *= T.cast(norm_shared[k], T.float32)
                 if tf32 != 0:
                     for m, k in T.Parallel(num_mixes, BLOCK_K):
                         w_local[m, k] = rounded_to_tf32(w_local[m, k])
@@ -171,22 +176,13 @@ def projection_fwd(num_mixes: int, size: int):
 
 
 @T.macro
-def token_inv_rms(
-    squares: T.Tensor, splits: T.int32, t: T.int32, size: int, eps: T.float32, out: T.Buffer
-):
-    """out[0] = the sum of squares, out[1] = rsqrt(mean square + eps); splits in order."""
-    out[0] = 0.0
-    for s in T.unroll(splits, unroll_factor=8):
-        out[0] += squares[s, t]
-    out[1] = T.rsqrt(out[0] / size + eps)
-
-
-@T.macro
 def token_mix(
     products: T.Tensor,
     squares: T.Tensor,
     x: T.Tensor,
     weight: T.Tensor,
+    norm_weight: T.Tensor,
+    norm_dtype: str,
     splits: T.int32,
     t: T.int32,
     m: T.int32,
@@ -195,14 +191,17 @@ def token_mix(
     tf32: T.int32,
     out: T.Buffer,
 ):
-    """out = (mix m of token t, inv_rms of the token): every mix's arithmetic."""
+    """out = (mix m of token t, inv_rms of the token): every mix's arithmetic; splits in order."""
     sums = T.alloc_local((2,), T.float32)
     exact = T.alloc_local((2,), T.float64)
     value = T.alloc_local((1,), T.float32)
     out[0] = 0.0
+    sums[0] = 0.0
+    # Both sums in one loop: what a few tokens wait for is the latency of its rounds of loads.
     for s in T.unroll(splits, unroll_factor=8):
         out[0] += products[s, t, m]
-    token_inv_rms(squares, splits, t, size, eps, sums)
+        sums[0] += squares[s, t]
+    sums[1] = T.rsqrt(sums[0] / size + eps)
     out[1] = sums[1]
     if not sums[0] < LARGE_SQUARES:
         exact[0] = 0.0
@@ -212,7 +211,7 @@ def token_mix(
             value[0] = T.cast(x[t, k], T.float32) * RESCUE_SCALE
             exact[0] += T.cast(value[0] * value[0], T.float64)
             exact[1] += T.cast(value[0], T.float64) * T.cast(
-                weight_value(weight[m, k], tf32), T.float64
+                weight_value(weight, norm_weight, norm_dtype, m, k, tf32), T.float64
             )
         sums[0] = T.cast(exact[0], T.float32)
         out[0] = T.cast(exact[1], T.float32)
@@ -223,7 +222,7 @@ def token_mix(
 
 
 @builder(SIMT)
-def projection_norm(num_mixes: int, size: int):
+def projection_norm(num_mixes: int, size: int, weight_dtype: str = "float32", norm_dtype: str = ""):
     """Sum the splits and apply the RMS factor, one thread a mix."""
     tokens = T.dynamic("num_tokens")
     splits = T.dynamic("num_splits")
@@ -234,7 +233,8 @@ def projection_norm(num_mixes: int, size: int):
         products: T.Tensor[(splits, tokens, num_mixes), T.float32],
         squares: T.Tensor[(splits, tokens), T.float32],
         x: T.Tensor[(tokens, size), T.bfloat16],
-        weight: T.Tensor[(num_mixes, size), T.float32],
+        weight: T.Tensor[(num_mixes, size), weight_dtype],
+        norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
         mixes: T.Tensor[(tokens, num_mixes), T.float32],
         inv_rms: T.Tensor[(tokens,), T.float32],
         eps: T.float32,
@@ -247,7 +247,21 @@ def projection_norm(num_mixes: int, size: int):
             m = tid % num_mixes
             out = T.alloc_local((2,), T.float32)
             if t < tokens:
-                token_mix(products, squares, x, weight, splits, t, m, size, eps, tf32, out)
+                token_mix(
+                    products,
+                    squares,
+                    x,
+                    weight,
+                    norm_weight,
+                    norm_dtype,
+                    splits,
+                    t,
+                    m,
+                    size,
+                    eps,
+                    tf32,
+                    out,
+                )
                 mixes[t, m] = out[0]
                 if m == 0:
                     inv_rms[t] = out[1]
@@ -268,15 +282,15 @@ def projection_norm_bwd(num_mixes: int, size: int, n: int):
     width = factors_width(n)
     tile_warps = BACKWARD_TOKENS // 32
 
-    @T.macro
-    def norm_bwd(
-        grad: T.Tensor,
-        mixes: T.Tensor,
-        inv_rms: T.Tensor,
-        grad_parts: T.Tensor,
-        factors: T.Tensor,
+    @T.prim_func
+    def projection_norm_bwd_kernel(
+        grad: T.Tensor[(tokens, num_mixes), T.float32],
+        mixes: T.Tensor[(tokens, num_mixes), T.float32],
+        inv_rms: T.Tensor[(tokens,), T.float32],
+        pre_mix: T.Tensor[(tokens, n) if n else (1,), T.float32],
+        grad_parts: T.Tensor[(tokens, 2 * part_rows), T.bfloat16],
+        factors: T.Tensor[(tokens, width), T.float32],
         tf32: T.int32,
-        pre_mix: T.Tensor,
     ):
         # One thread a token, whole tiles a CTA.
         with T.Kernel(T.ceildiv(tokens, THREADS), threads=THREADS) as block:
@@ -328,38 +342,18 @@ def projection_norm_bwd(num_mixes: int, size: int, n: int):
                         grad_parts[t, m * VECTOR + v] = row[m * VECTOR + v]
                 store_mixes(per_token, width, factors, t, 0)
 
-    if n == 0:
-
-        @T.prim_func
-        def projection_norm_bwd_kernel(
-            grad: T.Tensor[(tokens, num_mixes), T.float32],
-            mixes: T.Tensor[(tokens, num_mixes), T.float32],
-            inv_rms: T.Tensor[(tokens,), T.float32],
-            grad_parts: T.Tensor[(tokens, 2 * part_rows), T.bfloat16],
-            factors: T.Tensor[(tokens, width), T.float32],
-            tf32: T.int32,
-        ):
-            norm_bwd(grad, mixes, inv_rms, grad_parts, factors, tf32, None)
-
-        return projection_norm_bwd_kernel
-
-    @T.prim_func
-    def projection_norm_aggregate_bwd_kernel(
-        grad: T.Tensor[(tokens, num_mixes), T.float32],
-        mixes: T.Tensor[(tokens, num_mixes), T.float32],
-        inv_rms: T.Tensor[(tokens,), T.float32],
-        grad_parts: T.Tensor[(tokens, 2 * part_rows), T.bfloat16],
-        factors: T.Tensor[(tokens, width), T.float32],
-        tf32: T.int32,
-        pre_mix: T.Tensor[(tokens, n), T.float32],
-    ):
-        norm_bwd(grad, mixes, inv_rms, grad_parts, factors, tf32, pre_mix)
-
-    return projection_norm_aggregate_bwd_kernel
+    return projection_norm_bwd_kernel
 
 
 @builder({})
-def projection_bwd(num_mixes: int, size: int, n: int, accumulates: bool):
+def projection_bwd(
+    num_mixes: int,
+    size: int,
+    n: int,
+    accumulates: bool,
+    weight_dtype: str = "float32",
+    norm_dtype: str = "",
+):
     """Gradients of x and, per slice of tokens, of the weight, in one pass over x.
 
     A CTA owns some columns: their weights stay in shared memory, their weight gradient in
@@ -394,18 +388,19 @@ def projection_bwd(num_mixes: int, size: int, n: int, accumulates: bool):
         stream = column % groups * num_pieces + piece
         return stream * hidden_size + column // groups * PIECE
 
-    @T.macro
-    def backward(
-        grad_parts: T.Tensor,
-        factors: T.Tensor,
-        x: T.Tensor,
-        weight: T.Tensor,
-        grad_x: T.Tensor,
-        partials: T.Tensor,
+    @T.prim_func
+    def projection_bwd_kernel(
+        grad_parts: T.Tensor[(tokens, both), T.bfloat16],
+        factors: T.Tensor[(tokens, width), T.float32],
+        x: T.Tensor[(tokens, size), T.bfloat16],
+        weight: T.Tensor[(num_mixes, size), weight_dtype],
+        norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
+        grad_input: T.Tensor[(tokens, hidden_size) if n else (1,), T.bfloat16],
+        accumulated: T.Tensor[(tokens, size) if accumulates else (1,), T.bfloat16],
+        grad_x: T.Tensor[(tokens, size), T.bfloat16],
+        partials: T.Tensor[(slices, num_mixes, size), T.float32],
         slice_tokens: T.int32,
         tf32: T.int32,
-        grad_input: T.Tensor,
-        accumulated: T.Tensor,
     ):
         with T.Kernel(size // columns, slices, threads=MATMUL_THREADS) as (column, slot):
             follow_previous()
@@ -429,7 +424,11 @@ def projection_bwd(num_mixes: int, size: int, n: int, accumulates: bool):
                 for m, k in T.Parallel(part_rows, PIECE):
                     c = p * PIECE + k
                     w = T.if_then_else(
-                        m < num_mixes, weight_value(weight[m, start(column, p) + k], tf32), 0.0
+                        m < num_mixes,
+                        weight_value(
+                            weight, norm_weight, norm_dtype, m, start(column, p) + k, tf32
+                        ),
+                        0.0,
                     )
                     high_twice[m, c] = high_part(w)
                     high_twice[part_rows + m, c] = high_part(w)
@@ -509,134 +508,56 @@ def projection_bwd(num_mixes: int, size: int, n: int, accumulates: bool):
                         weight_shared[c, m] + weight_shared[c, part_rows + m]
                     )
 
-    if n == 0:
-
-        @T.prim_func
-        def projection_bwd_kernel(
-            grad_parts: T.Tensor[(tokens, both), T.bfloat16],
-            factors: T.Tensor[(tokens, width), T.float32],
-            x: T.Tensor[(tokens, size), T.bfloat16],
-            weight: T.Tensor[(num_mixes, size), T.float32],
-            grad_x: T.Tensor[(tokens, size), T.bfloat16],
-            partials: T.Tensor[(slices, num_mixes, size), T.float32],
-            slice_tokens: T.int32,
-            tf32: T.int32,
-        ):
-            backward(
-                grad_parts, factors, x, weight, grad_x, partials, slice_tokens, tf32, None, None
-            )
-
-        return projection_bwd_kernel
-
-    if not accumulates:
-
-        @T.prim_func
-        def projection_aggregate_bwd_kernel(
-            grad_parts: T.Tensor[(tokens, both), T.bfloat16],
-            factors: T.Tensor[(tokens, width), T.float32],
-            x: T.Tensor[(tokens, size), T.bfloat16],
-            weight: T.Tensor[(num_mixes, size), T.float32],
-            grad_x: T.Tensor[(tokens, size), T.bfloat16],
-            partials: T.Tensor[(slices, num_mixes, size), T.float32],
-            slice_tokens: T.int32,
-            tf32: T.int32,
-            grad_input: T.Tensor[(tokens, hidden_size), T.bfloat16],
-        ):
-            backward(
-                grad_parts,
-                factors,
-                x,
-                weight,
-                grad_x,
-                partials,
-                slice_tokens,
-                tf32,
-                grad_input,
-                None,
-            )
-
-        return projection_aggregate_bwd_kernel
-
-    @T.prim_func
-    def projection_accumulate_bwd_kernel(
-        grad_parts: T.Tensor[(tokens, both), T.bfloat16],
-        factors: T.Tensor[(tokens, width), T.float32],
-        x: T.Tensor[(tokens, size), T.bfloat16],
-        weight: T.Tensor[(num_mixes, size), T.float32],
-        grad_x: T.Tensor[(tokens, size), T.bfloat16],
-        partials: T.Tensor[(slices, num_mixes, size), T.float32],
-        slice_tokens: T.int32,
-        tf32: T.int32,
-        grad_input: T.Tensor[(tokens, hidden_size), T.bfloat16],
-        accumulated: T.Tensor[(tokens, size), T.bfloat16],
-    ):
-        backward(
-            grad_parts,
-            factors,
-            x,
-            weight,
-            grad_x,
-            partials,
-            slice_tokens,
-            tf32,
-            grad_input,
-            accumulated,
-        )
-
-    return projection_accumulate_bwd_kernel
+    return projection_bwd_kernel
 
 
 @builder(SIMT)
-def projection_weight_bwd(num_mixes: int, size: int, has_norm: bool):
+def projection_weight_bwd(
+    num_mixes: int, size: int, weight_dtype: str = "float32", norm_dtype: str = ""
+):
     """Sum the slices in order; with a norm weight, part the gradient between the two factors."""
     slices = T.dynamic("num_slices")
     vector = 4
-
-    @T.macro
-    def sum_slices(partials: T.Tensor, m: T.int32, k: T.int32, total: T.Buffer):
-        for v in T.unroll(vector):
-            total[v] = 0.0
-        for s in T.serial(slices):
-            for v in T.vectorized(vector):
-                total[v] += partials[s, m, k + v]
+    has_norm = norm_dtype != ""
+    # A thread takes one row of the weight; with a norm weight all, as it sums over them.
+    rows = num_mixes if has_norm else 1
+    threads = 32 if has_norm else THREADS
 
     @T.prim_func
     def projection_weight_bwd_kernel(
         partials: T.Tensor[(slices, num_mixes, size), T.float32],
-        grad_weight: T.Tensor[(num_mixes, size), T.float32],
+        weight: T.Tensor[(num_mixes, size), weight_dtype],
+        norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
+        grad_weight: T.Tensor[(num_mixes, size), weight_dtype],
+        grad_norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
     ):
-        with T.Kernel(T.ceildiv(size, THREADS * vector), num_mixes, threads=THREADS) as (block, m):
+        with T.Kernel(T.ceildiv(size, threads * vector), num_mixes // rows, threads=threads) as (
+            block,
+            first,
+        ):
             follow_previous()
-            k = (block * THREADS + T.get_thread_binding()) * vector
-            total = T.alloc_local((vector,), T.float32)
-            if k < size:
-                sum_slices(partials, m, k, total)
-                for v in T.vectorized(vector):
-                    grad_weight[m, k + v] = total[v]
-
-    @T.prim_func
-    def projection_norm_weight_bwd_kernel(
-        partials: T.Tensor[(slices, num_mixes, size), T.float32],
-        weight: T.Tensor[(num_mixes, size), T.float32],
-        norm_weight: T.Tensor[(size,), T.float32],
-        grad_weight: T.Tensor[(num_mixes, size), T.float32],
-        grad_norm_weight: T.Tensor[(size,), T.float32],
-    ):
-        with T.Kernel(T.ceildiv(size, 32 * vector), threads=32) as block:
-            follow_previous()
-            k = (block * 32 + T.get_thread_binding()) * vector
+            k = (block * threads + T.get_thread_binding()) * vector
             total = T.alloc_local((vector,), T.float32)
             norm = T.alloc_local((vector,), T.float32)
             if k < size:
                 for v in T.unroll(vector):
                     norm[v] = 0.0
-                for m in T.serial(num_mixes):
-                    sum_slices(partials, m, k, total)
+                for row in T.serial(rows):
+                    m = first * rows + row
+                    for v in T.unroll(vector):
+                        total[v] = 0.0
+                    for s in T.serial(slices):
+                        for v in T.vectorized(vector):
+                            total[v] += partials[s, m, k + v]
+                    if has_norm:
+                        for v in T.vectorized(vector):
+                            norm[v] += total[v] * T.cast(weight[m, k + v], T.float32)
+                        for v in T.vectorized(vector):
+                            total[v] *= T.cast(norm_weight[k + v], T.float32)
                     for v in T.vectorized(vector):
-                        grad_weight[m, k + v] = total[v] * norm_weight[k + v]
+                        grad_weight[m, k + v] = T.cast(total[v], weight_dtype)
+                if has_norm:
                     for v in T.vectorized(vector):
-                        norm[v] += total[v] * weight[m, k + v]
-                for v in T.vectorized(vector):
-                    grad_norm_weight[k + v] = norm[v]
+                        grad_norm_weight[k + v] = T.cast(norm[v], norm_dtype)
 
-    return projection_norm_weight_bwd_kernel if has_norm else projection_weight_bwd_kernel
+    return projection_weight_bwd_kernel

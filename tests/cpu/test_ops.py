@@ -28,7 +28,6 @@ from cases import (
 )
 from tile_mhc import functional, reference
 from tile_mhc.ops import _library
-from tile_mhc.ops import projection as projection_op
 
 CALLS = sorted(operator_calls((2,), 2, 64, "meta"))
 EVERY_OP = pytest.mark.parametrize("op", OPS, ids=str)
@@ -459,32 +458,6 @@ def test_out_operators_end_in_their_out():
         expected = ["out"] if name.endswith("_out") else []
         assert written == (["layer_inputs", "residuals"] if name == "recompute" else expected)
         assert not expected or str(schema).endswith("(a!) out) -> ()")
-
-
-@pytest.mark.parametrize("tiles", [1, 3, 7])
-def test_more_token_tiles_than_a_grid_axis(tiles, monkeypatch):
-    """Launches of at most MAX_TOKENS write one split, row after row."""
-    limit = 3 * projection_op.BLOCK_TOKENS
-    monkeypatch.setattr(projection_op, "MAX_TOKENS", limit)
-    monkeypatch.setattr(projection_op.config, "get_num_sms", lambda: 1)
-    num_tokens, launched = tiles * projection_op.BLOCK_TOKENS - 5, []
-
-    def kernel(x, weight, products, squares, blocks, tf32):
-        assert products.is_contiguous()
-        assert squares.is_contiguous()
-        assert products.shape[:2] == squares.shape == (1, len(x))
-        launched.append(len(x))
-        products[0] = x.float()[:, :8]
-        squares[0] = x.float().square().sum(-1)
-
-    monkeypatch.setattr(projection_op.jit, "kernel", lambda *args: kernel)
-    x = torch.randn(num_tokens, 128).bfloat16()
-    weight = torch.empty(8, 128)
-    products, squares = projection_op.split_products(x, weight, None, False)
-    assert torch.equal(products[0], x.float()[:, :8])
-    assert torch.equal(squares[0], x.float().square().sum(-1))
-    assert max(launched) <= limit
-    assert len(launched) == -(-num_tokens // limit)
 
 
 def test_import_brings_in_neither_compiler_nor_transformers():

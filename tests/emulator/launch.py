@@ -15,6 +15,7 @@ from torch import Tensor
 
 from emulator.lowering import CACHE, Lowered, lower, write
 from emulator.translate import translate
+from tile_mhc import specs
 
 HERE = Path(__file__).parent
 # Contracted to fused multiply-adds, as nvcc does. Registers that nothing wrote hold a pattern, and
@@ -25,7 +26,7 @@ FLAGS = (
     "-shared", "-fPIC", f"-I{HERE}",
 )  # fmt: skip
 _TYPES = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "float32": ctypes.c_float}
-launched: set[tuple[str, tuple[int, ...]]] = set()
+launched: set[tuple[str, specs.Arguments]] = set()
 # One launch at a time: a library holds its launch's state, and signals are the process's.
 _launch_lock = threading.Lock()
 
@@ -66,7 +67,7 @@ def settings(**values: Any) -> Iterator[None]:
 
 
 @functools.cache
-def kernel(name: str, *args: int) -> "Kernel":
+def kernel(name: str, *args: int | str) -> "Kernel":
     """The emulated kernel; stands in for `tile_mhc.jit.kernel`."""
     return Kernel(lower(name, args))
 

@@ -55,7 +55,7 @@ class Lowered:
     """
 
     name: str
-    args: tuple[int, ...]
+    args: specs.Arguments
     source: str
     sibling: bool
     inputs: list[tuple[str, str, list[str] | None]]
@@ -70,14 +70,14 @@ class Lowered:
         return f"{self.name}({', '.join(map(str, self.args))})"
 
 
-def lower(name: str, args: tuple[int, ...], arch: str = "sm_90a") -> Lowered:
+def lower(name: str, args: specs.Arguments, arch: str = "sm_90a") -> Lowered:
     """The kernel as shipped, or its sibling where the emulator lacks what it uses."""
     configs = _configs(specs.builder(name))
     sibling = not configs.get("tl.disable_tma_lower", False)
     return _lower(name, args, arch, sibling)
 
 
-def not_emulated(name: str, args: tuple[int, ...], arch: str = "sm_90a") -> list[str]:
+def not_emulated(name: str, args: specs.Arguments, arch: str = "sm_90a") -> list[str]:
     """What the shipped form of a kernel uses that the emulator does not have."""
     source = _lower(name, args, arch, sibling=False).source
     return [what for what, pattern in NOT_EMULATED.items() if re.search(pattern, source)]
@@ -87,7 +87,7 @@ def _configs(builder: Any) -> dict[str, Any]:
     return {getattr(key, "value", key): value for key, value in builder.pass_configs.items()}
 
 
-def _lower(name: str, args: tuple[int, ...], arch: str, sibling: bool) -> Lowered:
+def _lower(name: str, args: specs.Arguments, arch: str, sibling: bool) -> Lowered:
     tilelang = jit.import_tilelang()
     builder = specs.builder(name)
     configs = _configs(builder)

@@ -47,6 +47,12 @@ def empty_gradients(*inputs: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(grads)
 
 
+@functools.cache
+def absent(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What a kernel gets in place of a tensor that it does not read."""
+    return torch.empty(1, device=device, dtype=dtype)
+
+
 def _no_gradient_of(name: str) -> Callable[..., Any]:
     """A backward op's own backward: torch would leave out its terms in silence."""
 

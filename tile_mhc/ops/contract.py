@@ -113,17 +113,17 @@ def _contract_cuda(
     if residual.numel():
         n, hidden_size = residual.shape[-2:]
         x = residual.view(-1, n * hidden_size)
-        merged = projection_op.merged_weight(weight, norm_weight)
-        products, squares = projection_op.split_products(x, merged, num_splits, tf32)
+        products, squares = projection_op.split_products(x, weight, norm_weight, num_splits, tf32)
+        dtypes = projection_op.parameter_dtypes(weight, norm_weight)
         out, mixes, inv_rms = outputs
-        jit.kernel("contract_fwd", n, hidden_size)(
+        jit.kernel("contract_fwd", n, hidden_size, *dtypes)(
             products,
             squares,
             scale,
             bias.contiguous(),
             residual.view(-1, n, hidden_size),
             x,
-            merged,
+            *projection_op.parameters(weight, norm_weight),
             out.view(-1, hidden_size),
             mixes.view(-1, n),
             inv_rms.view(-1),

@@ -119,17 +119,17 @@ def _cuda(
     if residual.numel():
         num_mixes, size = weight.shape
         x = residual.view(-1, size)
-        merged = projection_op.merged_weight(weight, norm_weight)
-        products, squares = projection_op.split_products(x, merged, num_splits, tf32)
+        products, squares = projection_op.split_products(x, weight, norm_weight, num_splits, tf32)
+        dtypes = projection_op.parameter_dtypes(weight, norm_weight)
         layer_input, post_mix, comb_mix, mixes, inv_rms = outputs
-        jit.kernel("fused_pre", n, hidden_size)(
+        jit.kernel("fused_pre", n, hidden_size, *dtypes)(
             products,
             squares,
             scale.contiguous(),
             bias.contiguous(),
             residual.view(-1, n, hidden_size),
             x,
-            merged,
+            *projection_op.parameters(weight, norm_weight),
             layer_input.view(-1, hidden_size),
             post_mix.view(-1, n),
             comb_mix.view(-1, n * n),

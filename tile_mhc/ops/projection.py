@@ -17,13 +17,10 @@ from tile_mhc.kernels._shapes import (
     padded,
 )
 from tile_mhc.ops._destinations import NOWHERE, Destinations, Route, call, register_into
-from tile_mhc.ops._library import empty_gradients, register
+from tile_mhc.ops._library import absent, empty_gradients, register
 
 # What the start of the backward's pipeline costs a CTA, in tiles.
 START_TILES = 3
-
-# Token tiles are the second axis of a CUDA grid.
-MAX_TOKENS = 65535 * BLOCK_TOKENS
 
 
 def projection(
@@ -103,19 +100,27 @@ def blocks_per_split(num_tokens: int, size: int, num_splits: int | None) -> int:
     return max(4, -(-(size // BLOCK_K) // wanted))
 
 
-def merged_weight(weight: Tensor, norm_weight: Tensor | None) -> Tensor:
-    """weight * norm_weight in float32: what the matmul kernels take for their weight."""
-    weight = weight.contiguous()
+def parameter_dtypes(weight: Tensor, norm_weight: Tensor | None) -> tuple[str, ...]:
+    """The trailing arguments of the builders that read the weight; none for their defaults."""
+    if norm_weight is None and weight.dtype == torch.float32:
+        return ()
+    norm = "" if norm_weight is None else errors.dtype_name(norm_weight.dtype)
+    return errors.dtype_name(weight.dtype), norm
+
+
+def parameters(weight: Tensor, norm_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The two as kernels take them."""
     if norm_weight is None:
-        return weight
-    merged = torch.empty_like(weight)
-    num_mixes, size = weight.shape
-    jit.kernel("projection_merge", num_mixes, size)(weight, norm_weight.contiguous(), merged)
-    return merged
+        return weight.contiguous(), absent(weight.device)
+    return weight.contiguous(), norm_weight.contiguous()
 
 
 def split_products(
-    x: Tensor, weight: Tensor, num_splits: int | None, tf32: bool
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    num_splits: int | None,
+    tf32: bool,
 ) -> tuple[Tensor, Tensor]:
     """The products (S, T, N) and sums of squares (S, T) of S slices of K."""
     num_tokens, size = x.shape
@@ -124,18 +129,9 @@ def split_products(
     splits = -(-(size // BLOCK_K) // block)
     products = x.new_empty(splits, num_tokens, num_mixes, dtype=torch.float32)
     squares = x.new_empty(splits, num_tokens, dtype=torch.float32)
-    kernel = jit.kernel("projection_fwd", num_mixes, size)
-    if num_tokens <= MAX_TOKENS:
-        kernel(x, weight, products, squares, block, tf32)
-        return products, squares
-    # So many tokens have one split: its rows lie one after another.
-    for rows, product, square in zip(
-        x.split(MAX_TOKENS),
-        products[0].split(MAX_TOKENS),
-        squares[0].split(MAX_TOKENS),
-        strict=True,
-    ):
-        kernel(rows, weight, product.unsqueeze(0), square.unsqueeze(0), block, tf32)
+    jit.kernel("projection_fwd", num_mixes, size, *parameter_dtypes(weight, norm_weight))(
+        x, *parameters(weight, norm_weight), products, squares, block, tf32
+    )
     return products, squares
 
 
@@ -151,13 +147,13 @@ def _cuda(
     if residual.numel():
         num_mixes, size = weight.shape
         x = residual.view(-1, size)
-        merged = merged_weight(weight, norm_weight)
-        products, squares = split_products(x, merged, num_splits, tf32)
-        jit.kernel("projection_norm", num_mixes, size)(
+        products, squares = split_products(x, weight, norm_weight, num_splits, tf32)
+        dtypes = parameter_dtypes(weight, norm_weight)
+        jit.kernel("projection_norm", num_mixes, size, *dtypes)(
             products,
             squares,
             x,
-            merged,
+            *parameters(weight, norm_weight),
             mixes.view(-1, num_mixes),
             inv_rms.view(-1),
             norm_eps,
@@ -216,15 +212,13 @@ def launch_backward(
     x = residual.view(-1, size)
     num_tokens = x.shape[0]
     streams = 0
-    extra: tuple[Tensor, ...] = ()
-    pre_mix: tuple[Tensor, ...] = ()
+    pre_mix = absent(x.device)
+    grad_input = x_absent = absent(x.device, x.dtype)
     if aggregated is not None:
-        grad_input, mix = aggregated
         streams = n
-        pre_mix = (mix.view(-1, n),)
-        extra = (grad_input.contiguous().view(-1, hidden_size),)
-        if accumulated is not None:
-            extra = (*extra, accumulated.view(-1, size))
+        grad_input = aggregated[0].contiguous().view(-1, hidden_size)
+        pre_mix = aggregated[1].view(-1, n)
+    accumulates = accumulated is not None
     # Per token: the gradient of the bare product in two bfloat16 parts, and a few factors.
     grad_parts = x.new_empty(num_tokens, 2 * padded(num_mixes))
     factors = inv_rms.new_empty(num_tokens, factors_width(streams))
@@ -232,35 +226,37 @@ def launch_backward(
         grad.contiguous().view(-1, num_mixes),
         mixes.view(-1, num_mixes),
         inv_rms.view(-1),
+        pre_mix,
         grad_parts,
         factors,
         tf32,
-        *pre_mix,
     )
-    accumulates = accumulated is not None
     pieces = backward_pieces(num_mixes, size, streams)
     slice_tokens = backward_slice(num_tokens, size, num_mixes, pieces * PIECE)
     slices = -(-num_tokens // slice_tokens)
     # The gradient of a single slice is the gradient.
-    is_sum = slices > 1 or norm_weight is not None
-    partials = weight.new_empty(slices, num_mixes, size) if is_sum else grad_weight.unsqueeze(0)
-    jit.kernel("projection_bwd", num_mixes, size, streams, accumulates)(
+    is_sum = slices > 1 or norm_weight is not None or weight.dtype != torch.float32
+    partials = inv_rms.new_empty(slices, num_mixes, size) if is_sum else grad_weight.unsqueeze(0)
+    dtypes = parameter_dtypes(weight, norm_weight)
+    jit.kernel("projection_bwd", num_mixes, size, streams, accumulates, *dtypes)(
         grad_parts,
         factors,
         x,
-        merged_weight(weight, norm_weight),
+        *parameters(weight, norm_weight),
+        grad_input,
+        x_absent if accumulated is None else accumulated.view(-1, size),
         grad_residual.view(-1, size),
         partials,
         slice_tokens,
         tf32,
-        *extra,
     )
-    if norm_weight is not None:
-        jit.kernel("projection_weight_bwd", num_mixes, size, True)(
-            partials, weight.contiguous(), norm_weight.contiguous(), grad_weight, grad_norm_weight
+    if is_sum:
+        jit.kernel("projection_weight_bwd", num_mixes, size, *dtypes)(
+            partials,
+            *parameters(weight, norm_weight),
+            grad_weight,
+            absent(x.device) if norm_weight is None else grad_norm_weight,
         )
-    elif is_sum:
-        jit.kernel("projection_weight_bwd", num_mixes, size, False)(partials, grad_weight)
     return grad_residual, grad_weight, grad_norm_weight
 
 
