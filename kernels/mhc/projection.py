@@ -353,6 +353,7 @@ def projection_bwd(
     accumulates: bool,
     weight_dtype: str = "float32",
     norm_dtype: str = "",
+    into: str = "",
 ):
     """Gradients of x and, per slice of tokens, of the weight, in one pass over x.
 
@@ -361,6 +362,7 @@ def projection_bwd(
     grad_x = G_high w_high + G_low w_high + G_high w_low + (x * r) * along;  grad_w = G^T x
     With n > 0 streams, the gradient of their aggregate joins before the one rounding of grad_x:
     pre_mix[t, i] * grad_input[t, h]. So does, if it accumulates, a gradient that x already has.
+    That and grad_x are of the dtype `into`, by default that of x, and may be the same memory.
     """
     tokens = T.dynamic("num_tokens")
     slices = T.dynamic("num_slices")
@@ -369,15 +371,22 @@ def projection_bwd(
     width = factors_width(n)
     hidden_size = size // max(n, 1)
     block = BACKWARD_TOKENS
-    num_pieces = backward_pieces(num_mixes, size, n)
+    num_pieces = backward_pieces(num_mixes, size, n, into != "")
     # A tuple is unrolled as the kernel is traced: TMA wants its pieces one by one.
     pieces = tuple(range(num_pieces))
     columns = num_pieces * PIECE
     # The same h of several streams share a CTA, which then reads grad_input once for them.
     groups = max(n // num_pieces, 1)
-    fixed = (2 * both + block) * columns * 2
+    out_dtype = into or "bfloat16"
+    out_bytes = BYTES[out_dtype]
+    # A box of TMA has rows of 128 bytes.
+    out_columns = 128 // out_bytes
+    fixed = (2 * both * 2 + block * out_bytes) * columns
     stage = block * (
-        columns * 2 * (2 if accumulates else 1) + both * 2 + width * 4 + (PIECE * 2 if n else 0)
+        columns * (2 + (out_bytes if accumulates else 0))
+        + both * 2
+        + width * 4
+        + (PIECE * 2 if n else 0)
     )
     stages = min(4, (SHARED_BYTES - fixed) // stage)
 
@@ -396,8 +405,8 @@ def projection_bwd(
         weight: T.Tensor[(num_mixes, size), weight_dtype],
         norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
         grad_input: T.Tensor[(tokens, hidden_size) if n else (1,), T.bfloat16],
-        accumulated: T.Tensor[(tokens, size) if accumulates else (1,), T.bfloat16],
-        grad_x: T.Tensor[(tokens, size), T.bfloat16],
+        accumulated: T.Tensor[(tokens, size) if accumulates else (1,), out_dtype],
+        grad_x: T.Tensor[(tokens, size), out_dtype],
         partials: T.Tensor[(slices, num_mixes, size), T.float32],
         slice_tokens: T.int32,
         tf32: T.int32,
@@ -410,7 +419,7 @@ def projection_bwd(
             x_shared = T.alloc_shared((block, columns), T.bfloat16)
             g_shared = T.alloc_shared((block, both), T.bfloat16)
             factors_shared = T.alloc_shared((block, width), T.float32)
-            out_shared = T.alloc_shared((block, columns), T.bfloat16)
+            out_shared = T.alloc_shared((block, columns), out_dtype)
             grad_local = T.alloc_fragment((block, columns), T.float32)
             weight_local = T.alloc_fragment((columns, both), T.float32)
             tile_weight = T.alloc_fragment((columns, both), T.float32)
@@ -418,7 +427,7 @@ def projection_bwd(
                 wide_shared = T.alloc_shared((block, PIECE), T.bfloat16)
                 T.annotate_layout({wide_shared: make_swizzled_layout(wide_shared)})
             if accumulates:
-                sum_shared = T.alloc_shared((block, columns), T.bfloat16)
+                sum_shared = T.alloc_shared((block, columns), out_dtype)
                 T.annotate_layout({sum_shared: make_swizzled_layout(sum_shared)})
             for p in pieces:
                 for m, k in T.Parallel(part_rows, PIECE):
@@ -449,10 +458,11 @@ def projection_bwd(
                     c0 = p * PIECE
                     T.copy(x[t0:t1, k0 : k0 + PIECE], x_shared[0:block, c0 : c0 + PIECE])
                     if accumulates:
-                        T.copy(
-                            accumulated[t0:t1, k0 : k0 + PIECE],
-                            sum_shared[0:block, c0 : c0 + PIECE],
-                        )
+                        for k in tuple(range(0, PIECE, out_columns)):
+                            T.copy(
+                                accumulated[t0:t1, k0 + k : k0 + k + out_columns],
+                                sum_shared[0:block, c0 + k : c0 + k + out_columns],
+                            )
                 T.copy(grad_parts[t0, 0], g_shared)
                 T.copy(factors[t0, 0], factors_shared)
                 if n > 0:
@@ -497,7 +507,11 @@ def projection_bwd(
                 for p in pieces:
                     k0 = start(column, p)
                     c0 = p * PIECE
-                    T.tma_copy(out_shared[0:block, c0 : c0 + PIECE], grad_x[t0:t1, k0 : k0 + PIECE])
+                    for k in tuple(range(0, PIECE, out_columns)):
+                        T.tma_copy(
+                            out_shared[0:block, c0 + k : c0 + k + out_columns],
+                            grad_x[t0:t1, k0 + k : k0 + k + out_columns],
+                        )
             T.tma_store_wait(0)
             weight_shared = T.alloc_shared((columns, both), T.float32)
             T.copy(weight_local, weight_shared)
@@ -513,12 +527,21 @@ def projection_bwd(
 
 @builder(SIMT)
 def projection_weight_bwd(
-    num_mixes: int, size: int, weight_dtype: str = "float32", norm_dtype: str = ""
+    num_mixes: int,
+    size: int,
+    weight_dtype: str = "float32",
+    norm_dtype: str = "",
+    into_weight: str = "",
+    into_norm: str = "",
 ):
-    """Sum the slices in order; with a norm weight, part the gradient between the two factors."""
+    """Sum the slices in order; with a norm weight, part the gradient between the two factors.
+
+    With `into_*`, the dtypes of the two destinations, each is written or, if it `adds`, added to.
+    """
     slices = T.dynamic("num_slices")
     vector = 4
     has_norm = norm_dtype != ""
+    into = into_weight != ""
     # A thread takes one row of the weight; with a norm weight all, as it sums over them.
     rows = num_mixes if has_norm else 1
     threads = 32 if has_norm else THREADS
@@ -528,8 +551,12 @@ def projection_weight_bwd(
         partials: T.Tensor[(slices, num_mixes, size), T.float32],
         weight: T.Tensor[(num_mixes, size), weight_dtype],
         norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
-        grad_weight: T.Tensor[(num_mixes, size), weight_dtype],
-        grad_norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
+        grad_weight: T.Tensor[(num_mixes, size), into_weight or weight_dtype],
+        grad_norm_weight: T.Tensor[
+            norm_shape(size, norm_dtype), into_norm or norm_dtype or T.float32
+        ],
+        adds: T.int32,
+        adds_norm: T.int32,
     ):
         with T.Kernel(T.ceildiv(size, threads * vector), num_mixes // rows, threads=threads) as (
             block,
@@ -554,10 +581,18 @@ def projection_weight_bwd(
                             norm[v] += total[v] * T.cast(weight[m, k + v], T.float32)
                         for v in T.vectorized(vector):
                             total[v] *= T.cast(norm_weight[k + v], T.float32)
+                    if into:
+                        if adds != 0:
+                            for v in T.vectorized(vector):
+                                total[v] += T.cast(grad_weight[m, k + v], T.float32)
                     for v in T.vectorized(vector):
-                        grad_weight[m, k + v] = T.cast(total[v], weight_dtype)
+                        grad_weight[m, k + v] = T.cast(total[v], grad_weight.dtype)
                 if has_norm:
+                    if into:
+                        if adds_norm != 0:
+                            for v in T.vectorized(vector):
+                                norm[v] += T.cast(grad_norm_weight[k + v], T.float32)
                     for v in T.vectorized(vector):
-                        grad_norm_weight[k + v] = T.cast(norm[v], norm_dtype)
+                        grad_norm_weight[k + v] = T.cast(norm[v], grad_norm_weight.dtype)
 
     return projection_weight_bwd_kernel

@@ -32,6 +32,27 @@ Destinations = Mapping[int, Into]
 NOWHERE: Destinations = {}
 
 
+def room(into: Destinations, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """For the gradient of each input: its destination, or memory like the input; see
+    `empty_gradients`."""
+    grads: list[Tensor] = []
+    for position, value in enumerate(inputs):
+        if position in into:
+            grads.append(into[position].tensor)
+        elif value is None:
+            grads.append(grads[-1].new_empty(0))
+        else:
+            grads.append(value.new_empty(value.shape))
+    return tuple(grads)
+
+
+def clear(into: Destinations, grads: Mapping[int, Tensor]) -> None:
+    """Gradients that are sums over no token: zero, or what the destination has."""
+    for position, grad in grads.items():
+        if position not in into or not into[position].adds:
+            grad.zero_()
+
+
 def register_into(
     schema: str,
     positions: Sequence[int],

@@ -16,7 +16,15 @@ from tile_mhc.kernels._shapes import (
     factors_width,
     padded,
 )
-from tile_mhc.ops._destinations import NOWHERE, Destinations, Route, call, register_into
+from tile_mhc.ops._destinations import (
+    NOWHERE,
+    Destinations,
+    Route,
+    call,
+    clear,
+    register_into,
+    room,
+)
 from tile_mhc.ops._library import absent, empty_gradients, register
 
 # What the start of the backward's pipeline costs a CTA, in tiles.
@@ -196,29 +204,31 @@ def launch_backward(
     tf32: bool,
     aggregated: tuple[Tensor, Tensor] | None = None,
     accumulated: Tensor | None = None,
+    into: Destinations = NOWHERE,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of residual, weight and norm_weight.
+    """Gradients of residual, weight and norm_weight, by position in `into`.
 
     `aggregated`, (gradient of the layer input, pre_mix), adds the gradient of an aggregate of the
     same streams before the one rounding; `accumulated`, only with it, a gradient they already have.
     """
-    grad_residual, grad_weight, grad_norm_weight = _backward_fake(
-        grad, residual, weight, norm_weight, mixes, inv_rms, tf32
-    )
+    of_residual, of_weight, of_norm = (into.get(position) for position in range(3))
+    grad_residual, grad_weight, grad_norm_weight = room(into, residual, weight, norm_weight)
     if residual.numel() == 0:
-        return grad_residual, grad_weight.zero_(), grad_norm_weight.zero_()
+        clear(into, {1: grad_weight, 2: grad_norm_weight})
+        return grad_residual, grad_weight, grad_norm_weight
     num_mixes, size = weight.shape
     n, hidden_size = residual.shape[-2:]
     x = residual.view(-1, size)
     num_tokens = x.shape[0]
     streams = 0
     pre_mix = absent(x.device)
-    grad_input = x_absent = absent(x.device, x.dtype)
+    grad_input = absent(x.device, x.dtype)
     if aggregated is not None:
         streams = n
         grad_input = aggregated[0].contiguous().view(-1, hidden_size)
         pre_mix = aggregated[1].view(-1, n)
-    accumulates = accumulated is not None
+    if of_residual is not None and of_residual.adds:
+        accumulated = grad_residual
     # Per token: the gradient of the bare product in two bfloat16 parts, and a few factors.
     grad_parts = x.new_empty(num_tokens, 2 * padded(num_mixes))
     factors = inv_rms.new_empty(num_tokens, factors_width(streams))
@@ -231,31 +241,41 @@ def launch_backward(
         factors,
         tf32,
     )
-    pieces = backward_pieces(num_mixes, size, streams)
+    pieces = backward_pieces(num_mixes, size, streams, of_residual is not None)
     slice_tokens = backward_slice(num_tokens, size, num_mixes, pieces * PIECE)
     slices = -(-num_tokens // slice_tokens)
     # The gradient of a single slice is the gradient.
-    is_sum = slices > 1 or norm_weight is not None or weight.dtype != torch.float32
+    is_sum = slices > 1 or norm_weight is not None or grad_weight.dtype != torch.float32
+    is_sum = is_sum or (of_weight is not None and of_weight.adds)
     partials = inv_rms.new_empty(slices, num_mixes, size) if is_sum else grad_weight.unsqueeze(0)
     dtypes = parameter_dtypes(weight, norm_weight)
-    jit.kernel("projection_bwd", num_mixes, size, streams, accumulates, *dtypes)(
+    kinds: tuple[int | str, ...] = (streams, accumulated is not None, *dtypes)
+    if of_residual is not None:
+        dtypes_of_weight = dtypes or ("float32", "")
+        kinds = (*kinds[:2], *dtypes_of_weight, errors.dtype_name(grad_residual.dtype))
+    jit.kernel("projection_bwd", num_mixes, size, *kinds)(
         grad_parts,
         factors,
         x,
         *parameters(weight, norm_weight),
         grad_input,
-        x_absent if accumulated is None else accumulated.view(-1, size),
+        absent(x.device, grad_residual.dtype) if accumulated is None else accumulated.view(-1, size),
         grad_residual.view(-1, size),
         partials,
         slice_tokens,
         tf32,
     )
     if is_sum:
+        if of_weight is not None or of_norm is not None:
+            names = [errors.dtype_name(g.dtype) for g in (grad_weight, grad_norm_weight)]
+            dtypes = (*(dtypes or ("float32", "")), names[0], names[1] if norm_weight is not None else "")
         jit.kernel("projection_weight_bwd", num_mixes, size, *dtypes)(
             partials,
             *parameters(weight, norm_weight),
             grad_weight,
             absent(x.device) if norm_weight is None else grad_norm_weight,
+            of_weight is not None and of_weight.adds,
+            of_norm is not None and of_norm.adds,
         )
     return grad_residual, grad_weight, grad_norm_weight
 
