@@ -1,10 +1,11 @@
-"""How many SMs the kernels plan for."""
+"""How launches are sized: for how many SMs, and whether for the batch at hand."""
 
 import functools
 
 import torch
 
 _num_sms = 0
+_batch_invariant = False
 
 
 @functools.cache
@@ -27,3 +28,23 @@ def set_num_sms(num_sms: int) -> None:
         raise ValueError(f"set_num_sms: num_sms must be from 0 to {limit}; got {num_sms!r}")
     global _num_sms
     _num_sms = num_sms
+
+
+def get_batch_invariant() -> bool:
+    """Whether a token's results are the same bits in every batch and on every GPU."""
+    return _batch_invariant
+
+
+def set_batch_invariant(enabled: bool) -> None:
+    """Make what the ops compute of a token independent of the tokens beside it.
+
+    The only thing that depends on them is how the projection splits its sum over K, so that few
+    tokens still fill the GPU: in prefill, decode and training the last bits of a token differ. With
+    this the split is fixed, for any number of tokens and SMs. What it costs is in scripts/LOG.md.
+    It holds for forward results, and for gradients by token; those of parameters are sums over the
+    batch.
+    """
+    if not isinstance(enabled, bool):
+        raise ValueError(f"set_batch_invariant: enabled must be True or False; got {enabled!r}")
+    global _batch_invariant
+    _batch_invariant = enabled

@@ -26,8 +26,9 @@ from cases import (
     operator_calls,
     recompute_inputs,
 )
-from tile_mhc import functional, reference
+from tile_mhc import config, functional, reference
 from tile_mhc.ops import _library
+from tile_mhc.ops import projection as projection_op
 
 CALLS = sorted(operator_calls((2,), 2, 64, "meta"))
 EVERY_OP = pytest.mark.parametrize("op", OPS, ids=str)
@@ -468,3 +469,32 @@ def test_import_brings_in_neither_compiler_nor_transformers():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("hidden_size", [64, 2560, 16384])
+@pytest.mark.parametrize("num_splits", [None, 1, 3, 1000])
+def test_batch_invariant_split_depends_on_the_width_alone(hidden_size, num_splits, monkeypatch):
+    def splits():
+        size = 4 * hidden_size
+        found = set()
+        for num_sms in (1, 7, 132):
+            monkeypatch.setattr(projection_op.config, "get_num_sms", lambda count=num_sms: count)
+            for num_tokens in (1, 128, 129, 4096, 10**6):
+                found.add(projection_op.blocks_per_split(num_tokens, size, num_splits))
+        return found
+
+    assert len(splits()) > 1 or hidden_size == 64 or num_splits == 1
+    config.set_batch_invariant(True)
+    try:
+        (blocks,) = splits()
+    finally:
+        config.set_batch_invariant(False)
+    splits_of_k = -(-4 * hidden_size // projection_op.BLOCK_K // blocks)
+    assert num_splits is None or splits_of_k <= num_splits
+
+
+@pytest.mark.parametrize("bad", [1, "yes", None], ids=repr)
+def test_bad_batch_invariant(bad):
+    with pytest.raises(ValueError, match="set_batch_invariant: enabled must be True or False; got"):
+        config.set_batch_invariant(bad)
+    assert config.get_batch_invariant() is False

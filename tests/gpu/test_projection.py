@@ -5,7 +5,7 @@ import torch
 
 import oracle
 import tolerances
-from cases import PROJECTION, Case, few_streams, streams
+from cases import CONTRACT, FUSED_PRE, PROJECTION, Case, few_streams, streams
 from tile_mhc import config, projection, reference
 
 
@@ -73,6 +73,49 @@ def test_fewer_sms():
 def test_bad_num_sms(bad):
     with pytest.raises(ValueError, match=r"set_num_sms: num_sms must be from 0 to \d+; got"):
         config.set_num_sms(bad)
+
+
+@pytest.fixture
+def batch_invariant():
+    config.set_batch_invariant(True)
+    yield
+    config.set_batch_invariant(False)
+
+
+def token_alone(op, inputs, by_token):
+    """The first results of a batch, and of its first token as a batch of one."""
+    tensors, options = inputs
+    alone = {k: v[:1].contiguous() if k in by_token else v for k, v in tensors.items()}
+    batch, single = op(**tensors, **options), op(**alone, **options)
+    as_tuple = [out if isinstance(out, tuple) else (out,) for out in (batch, single)]
+    return [(many[:1], one) for many, one in zip(*as_tuple, strict=True)]
+
+
+@pytest.mark.parametrize("num_sms", [0, 7])
+@pytest.mark.parametrize("num_tokens", [65, 4096])
+def test_batch_invariant(batch_invariant, num_tokens, num_sms):
+    try:
+        for op in (PROJECTION, FUSED_PRE, CONTRACT):
+            inputs = op.inputs((num_tokens,), 4, 2560, "cuda")
+            for many, one in token_alone(op.run, inputs, {"residual"}):
+                assert torch.equal(many, one), op.name
+            config.set_num_sms(num_sms)
+    finally:
+        config.set_num_sms(0)
+
+
+def test_only_that_mode_is_batch_invariant():
+    inputs = PROJECTION.inputs((4096,), 4, 2560, "cuda")
+    tensors, _ = inputs
+    alone = [PROJECTION.run(tensors["residual"][t : t + 1], tensors["weight"]) for t in range(64)]
+    together = PROJECTION.run(tensors["residual"], tensors["weight"])
+    assert not torch.equal(together[:64], torch.cat(alone)), "else the test above shows nothing"
+
+
+def test_batch_invariant_results_are_right(batch_invariant):
+    tensors, _ = PROJECTION.inputs((130,), 4, 1280, "cuda")
+    check(Case(130, 4, 1280, "the split of the batch-invariant mode"), tensors)
+    check(Case(130, 4, 1280, "and a cap on it"), tensors, num_splits=2)
 
 
 @pytest.mark.parametrize("num_splits", [None, 1])

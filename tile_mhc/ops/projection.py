@@ -29,6 +29,9 @@ from tile_mhc.ops._library import absent, empty_gradients, register
 
 # What the start of the backward's pipeline costs a CTA, in tiles.
 START_TILES = 3
+# Blocks of a split in the batch-invariant mode: more of them leave a GPU with few tokens idle,
+# fewer make more partial sums where there are many.
+INVARIANT_BLOCKS = 16
 
 
 def projection(
@@ -54,7 +57,8 @@ def projection(
         norm_weight: optional (n*H,) float32, a learnable weight of the RMS norm.
         norm_eps: added to the mean square, inside the root.
         num_splits: the most slices of K to work on in parallel; by default as many as fill the
-            GPU. The same number and shape give the same bits.
+            GPU. The same number and shape give the same bits; `config.set_batch_invariant` makes
+            them the same for any number of tokens.
         tf32: round the weight, and in the backward the gradient of the product, to TF32 as
             TileKernels does: for those who compare with it; it is no faster.
         grad_accumulator: gathers the gradient of the residual from all ops that get it.
@@ -101,11 +105,14 @@ def blocks_per_split(num_tokens: int, size: int, num_splits: int | None) -> int:
 
     Not less than four: a shorter split would cost more in partial sums than it gains.
     """
+    blocks = -(-size // BLOCK_K)
+    if config.get_batch_invariant():
+        return max(INVARIANT_BLOCKS, -(-blocks // (num_splits or blocks)))
     tiles = -(-num_tokens // BLOCK_TOKENS)
     wanted = max(1, config.get_num_sms() // tiles)
     if num_splits is not None:
         wanted = min(wanted, num_splits)
-    return max(4, -(-(size // BLOCK_K) // wanted))
+    return max(4, -(-blocks // wanted))
 
 
 def parameter_dtypes(weight: Tensor, norm_weight: Tensor | None) -> tuple[str, ...]:
