@@ -554,15 +554,15 @@ def make_ops() -> list[Op]:
         Op(
             "post.fwd",
             post_fwd_bytes,
-            lambda x: lambda: (op.post(*pick(x, *post)),),
+            lambda x: lambda: (op.post(*pick(x, *post), None),),
             lambda x: (reference.post(*pick(x, *post)),),
             lambda peer, x: lambda: (peer.ops.mhc_post_fwd(*pick(x, *post)),),
         ),
         Op(
             "post.bwd",
             post_bwd_bytes,
-            lambda x: lambda: op.post_backward(x["grad_residual"], *pick(x, *post)),
-            lambda x: reference.post_backward(x["grad_residual"], *pick(x, *post)),
+            lambda x: lambda: op.post_backward(x["grad_residual"], *pick(x, *post), None)[:4],
+            lambda x: reference.post_backward(x["grad_residual"], *pick(x, *post))[:4],
             lambda peer, x: lambda: peer.ops.mhc_post_bwd(*pick(x, *post), x["grad_residual"]),
         ),
         Op(

@@ -123,6 +123,11 @@ def post_inputs(lead: Sequence[int], n: int, hidden_size: int, device: str) -> I
     return tensors | {"comb_mix": torch.rand(*lead, n, n, device=device)}, {}
 
 
+def post_bias_inputs(lead: Sequence[int], n: int, hidden_size: int, device: str) -> Inputs:
+    tensors, options = post_inputs(lead, n, hidden_size, device)
+    return tensors | {"bias": normal(hidden_size, device=device)}, options
+
+
 def head_mix_inputs(lead: Sequence[int], n: int, hidden_size: int, device: str) -> Inputs:
     return {"mixes": normal(*lead, n, device=device)} | _gates(1, n, device), {}
 
@@ -165,10 +170,22 @@ SPLIT_MIXES = Op(
 SINKHORN = Op("sinkhorn", tile_mhc.sinkhorn, reference.sinkhorn, sinkhorn_inputs)
 AGGREGATE = Op("aggregate", tile_mhc.aggregate, reference.aggregate, aggregate_inputs)
 POST = Op("post", tile_mhc.post, reference.post, post_inputs)
+POST_BIAS = Op("post_bias", tile_mhc.post, reference.post, post_bias_inputs)
 HEAD_MIX = Op("head_mix", tile_mhc.head_mix, reference.head_mix, head_mix_inputs)
 CONTRACT = Op("contract", tile_mhc.contract, reference.contract, contract_inputs)
 FUSED_PRE = Op("fused_pre", tile_mhc.fused_pre, reference.fused_pre, pre_inputs, PRE_OUTPUTS)
-OPS = (EXPAND, PROJECTION, SPLIT_MIXES, SINKHORN, AGGREGATE, POST, HEAD_MIX, CONTRACT, FUSED_PRE)
+OPS = (
+    EXPAND,
+    PROJECTION,
+    SPLIT_MIXES,
+    SINKHORN,
+    AGGREGATE,
+    POST,
+    POST_BIAS,
+    HEAD_MIX,
+    CONTRACT,
+    FUSED_PRE,
+)
 
 # Arguments without a token axis: their gradient is a sum over tokens.
 PARAMETERS = ("weight", "norm_weight", "scale", "bias")
@@ -239,9 +256,9 @@ def operator_calls(
         "aggregate": tuple(leaves(AGGREGATE)),
         "aggregate_out": (*tensors(AGGREGATE), torch.zeros_like(narrow)),
         "aggregate_backward": (narrow, *tensors(AGGREGATE)),
-        "post": tuple(leaves(POST)),
-        "post_out": (*tensors(POST), torch.zeros_like(wide)),
-        "post_backward": (wide, *tensors(POST)),
+        "post": tuple(leaves(POST_BIAS)),
+        "post_out": (*tensors(POST), None, torch.zeros_like(wide)),
+        "post_backward": (wide, *tensors(POST_BIAS)),
         "head_mix": (*leaves(HEAD_MIX), 1e-6),
         "head_mix_backward": (tensors(HEAD_MIX)[0], *tensors(HEAD_MIX)),
         "contract": (*leaf_head, 1e-6, 1e-6, None, False),

@@ -46,6 +46,9 @@ ATOL_OF = {
     ("aggregate", "grad_pre_mix"): FLOAT32_SUM,
     ("post", "grad_post_mix"): FLOAT32_SUM,
     ("post", "grad_comb_mix"): FLOAT32_SUM,
+    ("post_bias", "grad_post_mix"): FLOAT32_SUM,
+    ("post_bias", "grad_comb_mix"): FLOAT32_SUM,
+    ("post_bias", "grad_bias"): FLOAT32_SUM,
 }
 
 # A float32 result differs by 1e-6, so a few of its bfloat16 roundings go the other way: no more.

@@ -11,8 +11,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 SUPPORTED_STREAMS = (2, 4, 8)
-HIDDEN_MULTIPLE = 64
 MAX_HIDDEN = 16384
+# What kernels call the dtypes that streams, and parameters, may have.
+STREAM_DTYPES = {
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float32: "float32",
+}
+PARAMETER_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+PARAMETER = tuple(PARAMETER_DTYPES)
 # Bytes: a load of stream values, and the widest load of all.
 STREAM_ALIGNMENT = 16
 ALIGNMENT = 32
@@ -57,12 +64,13 @@ def check_tensor(
     name: str,
     value: object,
     shapes: Sequence[Sequence[int]],
-    dtype: torch.dtype,
+    dtype: torch.dtype | tuple[torch.dtype, ...],
     like: tuple[str, Tensor] | None = None,
 ) -> None:
-    """Raise ShapeError unless `value` has one of `shapes`, `dtype` and the device of `like`."""
+    """Raise ShapeError unless `value` has one of `shapes`, of `dtype`, and the device of `like`."""
     tensor = require_tensor(op, name, value)
-    if tensor.dtype == dtype and any(tensor.shape == torch.Size(s) for s in shapes):
+    dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
+    if tensor.dtype in dtypes and any(tensor.shape == torch.Size(s) for s in shapes):
         if like is None or tensor.device == like[1].device:
             return
         raise ShapeError(
@@ -70,9 +78,8 @@ def check_tensor(
         )
     expected = " or ".join(str(tuple(s)) for s in shapes)
     match = f" to match {like[0]} {describe(like[1])}" if like else ""
-    raise ShapeError(
-        f"{op}: {name} must be {expected} {dtype_name(dtype)}{match}; got {describe(tensor)}"
-    )
+    names = " or ".join(map(dtype_name, dtypes))
+    raise ShapeError(f"{op}: {name} must be {expected} {names}{match}; got {describe(tensor)}")
 
 
 def check_contiguous(op: str, name: str, tensor: Tensor) -> None:
@@ -84,16 +91,25 @@ def check_contiguous(op: str, name: str, tensor: Tensor) -> None:
 
 
 def check_streams(op: str, name: str, value: object) -> tuple[int, int]:
-    """Check a residual (..., n, H) bfloat16, contiguous; return (n, H)."""
+    """Check a residual (..., n, H), contiguous and of a stream dtype; return (n, H)."""
     tensor = require_tensor(op, name, value)
-    if tensor.dtype != torch.bfloat16 or tensor.ndim < 2:
-        raise ShapeError(f"{op}: {name} must be (..., n, H) bfloat16; got {describe(tensor)}")
+    check_stream_dtype(op, name, tensor, "(..., n, H)", 2)
     num_streams, hidden_size = tensor.shape[-2:]
     check_num_streams(op, num_streams)
     check_hidden_size(op, hidden_size)
     check_device(op, name, tensor)
     check_contiguous(op, name, tensor)
     return num_streams, hidden_size
+
+
+def check_stream_dtype(op: str, name: str, tensor: Tensor, shape: str, dims: int) -> None:
+    """A float64 stream is sound, and has no kernel; one of integers is a mistake."""
+    if tensor.dtype in STREAM_DTYPES and tensor.ndim >= dims:
+        return
+    message = f"{op}: {name} must be {shape} bfloat16, float16 or float32; got {describe(tensor)}"
+    if tensor.is_floating_point() and tensor.ndim >= dims:
+        raise UnsupportedError(message)
+    raise ShapeError(message)
 
 
 def check_num_streams(op: str, num_streams: int) -> None:
@@ -104,10 +120,9 @@ def check_num_streams(op: str, num_streams: int) -> None:
 
 
 def check_hidden_size(op: str, hidden_size: int) -> None:
-    if hidden_size % HIDDEN_MULTIPLE or not 0 < hidden_size <= MAX_HIDDEN:
+    if not 0 < hidden_size <= MAX_HIDDEN:
         raise UnsupportedError(
-            f"{op}: the hidden size H must be a multiple of {HIDDEN_MULTIPLE} "
-            f"from {HIDDEN_MULTIPLE} to {MAX_HIDDEN}; got {hidden_size}"
+            f"{op}: the hidden size H must be from 1 to {MAX_HIDDEN}; got {hidden_size}"
         )
 
 

@@ -33,7 +33,7 @@ def expand_backward(grad: Tensor) -> Tensor:
 
 def merge_norm_weight(weight: Tensor, norm_weight: Tensor | None) -> Tensor:
     """Fold a weight of the RMS norm, (K,), into the projection weight (N, K)."""
-    return weight if norm_weight is None else weight * norm_weight
+    return weight if norm_weight is None else weight * norm_weight.to(weight.dtype)
 
 
 def round_to_tf32(x: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def projection_with_rms(
 ) -> tuple[Tensor, Tensor]:
     """The mixes (..., N), and the factor inv_rms (...) = rsqrt(mean(x**2) + norm_eps)."""
     dtype = _accumulate_dtype(residual, weight, norm_weight)
-    merged = merge_norm_weight(weight.to(dtype), norm_weight).to(dtype)
+    merged = merge_norm_weight(weight.to(dtype), norm_weight)
     if tf32:
         merged = round_to_tf32(merged)
     x = residual.flatten(-2).to(dtype)
@@ -101,7 +101,8 @@ def projection_backward(
     the bare product is rounded too, as TileKernels does.
     """
     dtype = mixes.dtype
-    merged = merge_norm_weight(weight.to(dtype), norm_weight).to(dtype)
+    wide_weight = weight.to(dtype)
+    merged = merge_norm_weight(wide_weight, norm_weight)
     x = residual.flatten(-2).to(dtype)
     rms = inv_rms.unsqueeze(-1)
     grad_product = grad * rms
@@ -111,8 +112,10 @@ def projection_backward(
     along = (grad * mixes).sum(-1, keepdim=True) * rms / x.shape[-1]
     grad_x = (grad_product @ merged - (x * rms) * along).view_as(residual) + added
     grad_merged = grad_product.reshape(-1, merged.shape[0]).mT @ x.reshape(-1, x.shape[-1])
-    grad_weight = grad_merged if norm_weight is None else grad_merged * norm_weight
-    grad_norm_weight = None if norm_weight is None else (grad_merged * weight).sum(0)
+    grad_norm_weight = None
+    if norm_weight is not None:
+        grad_norm_weight = (grad_merged * wide_weight).sum(0).to(norm_weight.dtype)
+    grad_weight = merge_norm_weight(grad_merged, norm_weight).to(weight.dtype)
     return grad_x.to(residual.dtype), grad_weight, grad_norm_weight
 
 
@@ -127,7 +130,7 @@ def split_mixes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """pre = sigmoid(z_pre) + pre_eps, post = post_mult * sigmoid(z_post), comb = z_comb"""
     n = num_streams
-    logits = mixes * _spread(scale, n) + bias
+    logits = mixes * _spread(scale, n).to(mixes.dtype) + bias.to(mixes.dtype)
     pre, post, comb = logits.split((n, n, n * n), dim=-1)
     return pre.sigmoid() + pre_eps, post.sigmoid() * post_mult, comb.unflatten(-1, (n, n))
 
@@ -151,8 +154,8 @@ def split_mixes_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of mixes, scale and bias."""
     n = num_streams
-    wide = _spread(scale, n)
-    pre, post = (mixes * wide + bias)[..., : 2 * n].sigmoid().split((n, n), dim=-1)
+    wide = _spread(scale, n).to(mixes.dtype)
+    pre, post = (mixes * wide + bias.to(mixes.dtype))[..., : 2 * n].sigmoid().split((n, n), dim=-1)
     shape = mixes.shape[:-1]
     grad_logits = torch.cat(
         (
@@ -164,7 +167,8 @@ def split_mixes_backward(
     )
     by_mix = (grad_logits * mixes).reshape(-1, n * (n + 2)).sum(0)
     grad_scale = torch.stack([part.sum() for part in by_mix.split((n, n, n * n))])
-    return grad_logits * wide, grad_scale, grad_logits.reshape(-1, n * (n + 2)).sum(0)
+    grad_bias = grad_logits.reshape(-1, n * (n + 2)).sum(0)
+    return grad_logits * wide, grad_scale.to(scale.dtype), grad_bias.to(bias.dtype)
 
 
 def sinkhorn(logits: Tensor, *, repeat: int = 10, eps: float = 1e-6) -> Tensor:
@@ -208,40 +212,71 @@ def aggregate_backward(grad: Tensor, residual: Tensor, pre_mix: Tensor) -> tuple
     return (mix * wide).to(residual.dtype), grad_mix.view_as(pre_mix)
 
 
-def post(layer_output: Tensor, residual: Tensor, post_mix: Tensor, comb_mix: Tensor) -> Tensor:
-    """out[t, j] = post_mix[t, j] * layer_output[t] + sum_i comb_mix[t, i, j] * residual[t, i]"""
+def post(
+    layer_output: Tensor,
+    residual: Tensor,
+    post_mix: Tensor,
+    comb_mix: Tensor,
+    *,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """out[t, j] = post_mix[t, j] * (layer_output[t] + bias)
+    + sum_i comb_mix[t, i, j] * residual[t, i]"""
     dtype = _accumulate_dtype(residual, comb_mix)
     mix = post_mix.to(dtype).reshape(*residual.shape[:-1], 1)
-    added = mix * layer_output.to(dtype).unsqueeze(-2)
+    added = mix * _biased(layer_output, bias, dtype).unsqueeze(-2)
     return (added + comb_mix.to(dtype).mT @ residual.to(dtype)).to(residual.dtype)
 
 
+def _biased(layer_output: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    wide = layer_output.to(dtype)
+    return wide if bias is None else wide + bias.to(dtype)
+
+
 def post_backward(
-    grad: Tensor, layer_output: Tensor, residual: Tensor, post_mix: Tensor, comb_mix: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of layer_output, residual, post_mix and comb_mix."""
+    grad: Tensor,
+    layer_output: Tensor,
+    residual: Tensor,
+    post_mix: Tensor,
+    comb_mix: Tensor,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of layer_output, residual, post_mix, comb_mix and bias.
+
+    That of the bias is summed from what is not rounded yet.
+    """
     dtype = _accumulate_dtype(residual, comb_mix)
     mix = post_mix.to(dtype).reshape(*residual.shape[:-1], 1)
     wide = grad.to(dtype)
-    grad_output = (mix * wide).sum(-2).to(layer_output.dtype)
+    grad_output = (mix * wide).sum(-2)
     grad_residual = (comb_mix.to(dtype) @ wide).to(residual.dtype)
-    grad_post = (wide * layer_output.to(dtype).unsqueeze(-2)).sum(-1).view_as(post_mix)
-    return grad_output, grad_residual, grad_post, residual.to(dtype) @ wide.mT
+    output = _biased(layer_output, bias, dtype).unsqueeze(-2)
+    grad_post = (wide * output).sum(-1).view_as(post_mix)
+    grad_comb = residual.to(dtype) @ wide.mT
+    grad_bias = None
+    if bias is not None:
+        grad_bias = grad_output.reshape(-1, bias.shape[0]).sum(0).to(bias.dtype)
+    return grad_output.to(layer_output.dtype), grad_residual, grad_post, grad_comb, grad_bias
 
 
 def head_mix(mixes: Tensor, scale: Tensor, bias: Tensor, *, pre_eps: float = 1e-6) -> Tensor:
     """sigmoid(mixes * scale + bias) + pre_eps"""
-    return (mixes * scale + bias).sigmoid() + pre_eps
+    return _gate(mixes, scale, bias) + pre_eps
+
+
+def _gate(mixes: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    return (mixes * scale.to(mixes.dtype) + bias.to(mixes.dtype)).sigmoid()
 
 
 def head_mix_backward(
     grad: Tensor, mixes: Tensor, scale: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of mixes, scale and bias."""
-    gate = (mixes * scale + bias).sigmoid()
+    gate = _gate(mixes, scale, bias)
     grad_logits = grad * gate * (1 - gate)
-    grad_scale = (grad_logits * mixes).sum().reshape(scale.shape)
-    return grad_logits * scale, grad_scale, grad_logits.reshape(-1, mixes.shape[-1]).sum(0)
+    grad_scale = (grad_logits * mixes).sum().reshape(scale.shape).to(scale.dtype)
+    grad_bias = grad_logits.reshape(-1, mixes.shape[-1]).sum(0).to(bias.dtype)
+    return grad_logits * scale.to(mixes.dtype), grad_scale, grad_bias
 
 
 def contract(

@@ -6,14 +6,15 @@ check then cover it.
 
 import importlib
 import importlib.util
+import itertools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tile_mhc.errors import HIDDEN_MULTIPLE, MAX_HIDDEN, SUPPORTED_STREAMS
-from tile_mhc.kernels._shapes import HISTORY_STEP, TABLE_SLOTS
+from tile_mhc.errors import MAX_HIDDEN, PARAMETER_DTYPES, STREAM_DTYPES, SUPPORTED_STREAMS
+from tile_mhc.kernels._shapes import HISTORY_STEP, NO_TENSOR, TABLE_SLOTS
 
 Arguments = tuple[int | str, ...]
 
@@ -23,12 +24,27 @@ Arguments = tuple[int | str, ...]
 ARCHS = ("sm_90a", "sm_100a", "sm_103a")
 
 
+# The dtypes of streams and parameters where nothing else is asked for.
+DTYPE = "bfloat16"
+PARAMETERS = ("float32",)
+
+
 class Sizes(NamedTuple):
-    """What a user chooses: n streams of width H, and how often Sinkhorn normalises."""
+    """What a user chooses.
+
+    Attributes:
+        n: the number of streams.
+        hidden: the width of one.
+        repeat: how often Sinkhorn normalises.
+        dtype: of the streams.
+        parameters: the dtypes that each parameter may have, on its own.
+    """
 
     n: int
     hidden: int
     repeat: int = HISTORY_STEP
+    dtype: str = DTYPE
+    parameters: tuple[str, ...] = PARAMETERS
 
     @property
     def mixes(self) -> int:
@@ -60,8 +76,31 @@ def _n(s: Sizes) -> list[Arguments]:
     return [(s.n,)]
 
 
-def _n_hidden(s: Sizes) -> list[Arguments]:
-    return [(s.n, s.hidden)]
+def _streams(s: Sizes) -> list[Arguments]:
+    return [(s.n, s.hidden, s.dtype)]
+
+
+def _gates(s: Sizes) -> list[Arguments]:
+    """The dtypes of scale and bias, each on its own."""
+    return list(itertools.product(s.parameters, repeat=2))
+
+
+def _n_gates(s: Sizes) -> list[Arguments]:
+    return [(s.n, *gates) for gates in _gates(s)]
+
+
+def _streams_gates(s: Sizes) -> list[Arguments]:
+    return [(*_streams(s)[0], *gates) for gates in _gates(s)]
+
+
+def _column_sums(s: Sizes) -> list[Arguments]:
+    # One column a bias and a scale.
+    return [(*count, *gates) for count in ((s.mixes, 3), (s.n, 1)) for gates in _gates(s)]
+
+
+def _posts(s: Sizes) -> list[Arguments]:
+    # Without a bias, and with one.
+    return [(*_streams(s)[0], bias) for bias in (NO_TENSOR, *s.parameters)]
 
 
 def _projections(s: Sizes) -> list[Arguments]:
@@ -90,34 +129,34 @@ def _with_parameters(arguments: Callable[[Sizes], list[Arguments]]) -> Callable[
 _PROJECTION = ("projection", "contract", "fused_pre")
 
 SPECS = (
-    Spec("expand_fwd", "expand", ("expand",), _n_hidden),
-    Spec("expand_bwd", "expand", ("expand",), _n_hidden),
+    Spec("expand_fwd", "expand", ("expand",), _streams),
+    Spec("expand_bwd", "expand", ("expand",), _streams),
     Spec("projection_fwd", "projection", _PROJECTION, _with_parameters(_projections)),
     Spec("projection_norm", "projection", ("projection",), _with_parameters(_projections)),
     Spec("projection_norm_bwd", "projection", _PROJECTION, _projection_norm_backwards),
     Spec("projection_bwd", "projection", _PROJECTION, _with_parameters(_projection_backwards)),
     Spec("projection_weight_bwd", "projection", _PROJECTION, _with_parameters(_projections)),
-    Spec("split_mixes_fwd", "mixes", ("split_mixes", "fused_pre"), _n),
-    Spec("split_mixes_bwd", "mixes", ("split_mixes", "fused_pre"), _n),
-    # One column a bias and a scale.
+    Spec("split_mixes_fwd", "mixes", ("split_mixes", "fused_pre"), _n_gates),
+    Spec("split_mixes_bwd", "mixes", ("split_mixes", "fused_pre"), _n_gates),
     Spec(
         "column_sums",
         "mixes",
         ("split_mixes", "contract", "head_mix", "fused_pre"),
-        lambda s: [(s.mixes, 3), (s.n, 1)],
+        _column_sums,
     ),
     Spec("sinkhorn_fwd", "sinkhorn", ("sinkhorn",), _n),
     Spec("sinkhorn_bwd", "sinkhorn", ("sinkhorn", "fused_pre"), lambda s: [(s.n, s.capacity)]),
-    Spec("aggregate_fwd", "aggregate", ("aggregate",), _n_hidden),
-    Spec("aggregate_bwd", "aggregate", ("aggregate",), _n_hidden),
-    Spec("aggregate_mix_bwd", "aggregate", ("fused_pre", "contract"), _n_hidden),
-    Spec("post_fwd", "post", ("post",), _n_hidden),
-    Spec("post_bwd", "post", ("post",), _n_hidden),
-    Spec("head_mix_fwd", "contract", ("head_mix", "contract"), _n),
-    Spec("head_mix_bwd", "contract", ("head_mix", "contract"), _n),
-    Spec("contract_fwd", "contract", ("contract",), _with_parameters(_n_hidden)),
-    Spec("fused_pre", "fused_pre", ("fused_pre",), _with_parameters(_n_hidden)),
-    Spec("recompute", "recompute", ("recompute",), _n_hidden),
+    Spec("aggregate_fwd", "aggregate", ("aggregate",), _streams),
+    Spec("aggregate_bwd", "aggregate", ("aggregate",), _streams),
+    Spec("aggregate_mix_bwd", "aggregate", ("fused_pre", "contract"), _streams),
+    Spec("post_fwd", "post", ("post",), _posts),
+    Spec("post_bwd", "post", ("post",), _posts),
+    Spec("post_bias_bwd", "post", ("post",), lambda s: [(s.hidden, p) for p in s.parameters]),
+    Spec("head_mix_fwd", "contract", ("head_mix", "contract"), _n_gates),
+    Spec("head_mix_bwd", "contract", ("head_mix", "contract"), _n_gates),
+    Spec("contract_fwd", "contract", ("contract",), _with_parameters(_streams_gates)),
+    Spec("fused_pre", "fused_pre", ("fused_pre",), _with_parameters(_streams_gates)),
+    Spec("recompute", "recompute", ("recompute",), _streams),
     Spec("recompute_table", "recompute", ("recompute",), lambda _: [(TABLE_SLOTS,)]),
 )
 
@@ -161,13 +200,29 @@ def device_functions() -> set[str]:
 def compile_command(name: str, args: Arguments, arch: str) -> str | None:
     """The command line that puts this kernel into the cache; None where the table has no entry."""
     spec = _BY_NAME[name]
-    widths = range(HIDDEN_MULTIPLE, MAX_HIDDEN + 1, HIDDEN_MULTIPLE)
-    repeats = {HISTORY_STEP, args[-1]} if name == "sinkhorn_bwd" else {HISTORY_STEP}
-    for n in SUPPORTED_STREAMS:
-        for hidden in widths:
-            for repeat in repeats:
-                if args in spec.arguments(Sizes(n, hidden, repeat)):
-                    command = f"tile-mhc compile --arch {arch} --hidden {hidden} --streams {n}"
-                    command += f" --repeat {repeat}" if repeat != HISTORY_STEP else ""
-                    return f"{command} --ops {spec.ops[0]}"
+    for size in _sizes_of(name, args):
+        if args in spec.arguments(size):
+            command = f"tile-mhc compile --arch {arch} --hidden {size.hidden} --streams {size.n}"
+            if size.repeat != HISTORY_STEP:
+                command += f" --repeat {size.repeat}"
+            if size.dtype != DTYPE:
+                command += f" --dtype {size.dtype}"
+            if size.parameters != PARAMETERS:
+                command += f" --param-dtype {','.join(size.parameters)}"
+            return f"{command} --ops {spec.ops[0]}"
     return None
+
+
+def _sizes_of(name: str, args: Arguments) -> Iterator[Sizes]:
+    """Every choice that may give these arguments, the defaults first."""
+    numbers = [arg for arg in args if isinstance(arg, int)]
+    words = {arg for arg in args if isinstance(arg, str)}
+    repeats = {HISTORY_STEP, numbers[-1]} if name == "sinkhorn_bwd" else {HISTORY_STEP}
+    dtypes = [DTYPE, *words.intersection(STREAM_DTYPES.values())]
+    one_each = [(dtype,) for dtype in PARAMETER_DTYPES.values()]
+    for n in SUPPORTED_STREAMS:
+        # A kernel has H, n*H, or neither.
+        widths = [64, *numbers, *(number // n for number in numbers)]
+        hidden = [width for width in widths if 0 < width <= MAX_HIDDEN]
+        choices = (hidden, repeats, dtypes, [*one_each, tuple(PARAMETER_DTYPES.values())])
+        yield from (Sizes(n, *choice) for choice in itertools.product(*choices))

@@ -8,8 +8,11 @@ from tilelang import PassConfigKey
 
 Builder = TypeVar("Builder", bound=Callable[..., Any])
 
-# bfloat16 values in one 16-byte access, the widest a thread can make.
+# Bytes of the widest access a thread can make, and bfloat16 values in one.
+ACCESS = 16
 VECTOR = 8
+
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 # The kernels written thread by thread: there is no tile copy to hand to a producer warp.
 SIMT = {
@@ -28,12 +31,23 @@ def builder(pass_configs: dict[Any, Any]) -> Callable[[Builder], Builder]:
     return attach
 
 
-def row_threads(hidden_size: int, limit: int = 256) -> int:
-    """The thread count, in warps, that covers H in 16-byte steps with the fewest idle lanes.
+def row_vector(hidden_size: int, dtype: str) -> int:
+    """Elements of one access to a row of H: as many as are aligned in every row, up to 16 bytes.
+
+    One where H is odd: slower, and right.
+    """
+    vector = ACCESS // BYTES[dtype]
+    while hidden_size % vector:
+        vector //= 2
+    return vector
+
+
+def row_threads(hidden_size: int, vector: int, limit: int = 256) -> int:
+    """The thread count, in warps, that covers H in accesses with the fewest idle lanes.
 
     Of equal ones the largest: more loads of one token in flight.
     """
-    lanes = -(-hidden_size // VECTOR)
+    lanes = -(-hidden_size // vector)
 
     def idle(threads: int) -> int:
         return -(-lanes // threads) * threads - lanes
@@ -41,13 +55,13 @@ def row_threads(hidden_size: int, limit: int = 256) -> int:
     return min(range(32, limit + 1, 32), key=lambda threads: (idle(threads), -threads))
 
 
-def row_chunks(hidden_size: int, threads: int) -> int:
-    """CTAs a token, each of which takes one 16-byte step of its threads.
+def row_chunks(hidden_size: int, threads: int, vector: int) -> int:
+    """CTAs a token, each of which takes one access of its threads.
 
     They are the fastest part of a CTA's index: what runs at one time is a block of whole tokens,
     one stretch of memory, and not a piece of each of a thousand tokens.
     """
-    return -(-hidden_size // (threads * VECTOR))
+    return -(-hidden_size // (threads * vector))
 
 
 @T.macro
@@ -82,19 +96,19 @@ def store_mixes(local: T.Buffer, count: int, out: T.Tensor, t: T.int32, first: T
 
 @T.macro
 def load_streams(streams: T.Tensor, token: T.int32, h: T.int32, n: int, local: T.Buffer):
-    """local[i, :] = streams[token, i, h : h + VECTOR], n independent 16-byte loads."""
+    """local[i, :] = streams[token, i, h : h + vector], n independent loads."""
     for i in T.unroll(n):
-        for v in T.vectorized(VECTOR):
+        for v in T.vectorized(local.shape[1]):
             local[i, v] = streams[token, i, h + v]
 
 
 @T.macro
 def weighted_sum(mix: T.Buffer, streams: T.Buffer, n: int, out: T.Buffer):
     """out[v] = sum_i mix[i] * streams[i, v] in fp32, i ascending: every aggregate's arithmetic."""
-    for v in T.unroll(VECTOR):
+    for v in T.unroll(out.shape[0]):
         out[v] = 0.0
     for i in T.unroll(n):
-        for v in T.unroll(VECTOR):
+        for v in T.unroll(out.shape[0]):
             out[v] += mix[i] * T.cast(streams[i, v], T.float32)
 
 

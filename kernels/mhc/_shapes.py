@@ -15,6 +15,9 @@ TOKENS_PER_PARTIAL = 128
 # this many, so that the repeat counts in use (10, 20) share one.
 HISTORY_STEP = 32
 
+# The dtype that a builder is given for an optional tensor that is not there.
+NO_TENSOR = "none"
+
 # recompute: addresses that one launch of the table kernel takes by value.
 TABLE_SLOTS = 48
 

@@ -9,13 +9,13 @@ import tilelang.language as T
 
 from tile_mhc.kernels._common import (
     SIMT,
-    VECTOR,
     block_sums,
     builder,
     follow_previous,
     load_streams,
     row_chunks,
     row_threads,
+    row_vector,
     sum_lanes,
     sums_shape,
     weighted_sum,
@@ -23,31 +23,32 @@ from tile_mhc.kernels._common import (
 
 
 @builder(SIMT)
-def aggregate_fwd(n: int, hidden_size: int):
+def aggregate_fwd(n: int, hidden_size: int, dtype: str = "bfloat16"):
     tokens = T.dynamic("num_tokens")
-    threads = row_threads(hidden_size)
-    chunks = row_chunks(hidden_size, threads)
+    vector = row_vector(hidden_size, dtype)
+    threads = row_threads(hidden_size, vector)
+    chunks = row_chunks(hidden_size, threads, vector)
 
     @T.prim_func
     def aggregate_fwd_kernel(
-        residual: T.Tensor[(tokens, n, hidden_size), T.bfloat16],
+        residual: T.Tensor[(tokens, n, hidden_size), dtype],
         pre_mix: T.Tensor[(tokens, n), T.float32],
-        out: T.Tensor[(tokens, hidden_size), T.bfloat16],
+        out: T.Tensor[(tokens, hidden_size), dtype],
     ):
         with T.Kernel(tokens * chunks, threads=threads) as block:
             follow_previous()
             t = block // chunks
-            h = (block % chunks * threads + T.get_thread_binding()) * VECTOR
-            streams = T.alloc_local((n, VECTOR), T.bfloat16)
+            h = (block % chunks * threads + T.get_thread_binding()) * vector
+            streams = T.alloc_local((n, vector), dtype)
             mix = T.alloc_local((n,), T.float32)
-            total = T.alloc_local((VECTOR,), T.float32)
+            total = T.alloc_local((vector,), T.float32)
             if h < hidden_size:
                 load_streams(residual, t, h, n, streams)
                 for i in T.unroll(n):
                     mix[i] = pre_mix[t, i]
                 weighted_sum(mix, streams, n, total)
-                for v in T.vectorized(VECTOR):
-                    out[t, h + v] = T.cast(total[v], T.bfloat16)
+                for v in T.vectorized(vector):
+                    out[t, h + v] = T.cast(total[v], dtype)
 
     return aggregate_fwd_kernel
 
@@ -61,30 +62,31 @@ def row_products(wide: T.Buffer, streams: T.Buffer, n: int, sums: T.Buffer):
     partial = T.alloc_local((1,), T.float32)
     for i in T.unroll(n):
         partial[0] = 0.0
-        for v in T.unroll(VECTOR):
+        for v in T.unroll(wide.shape[0]):
             partial[0] += T.cast(wide[v], T.float32) * T.cast(streams[i, v], T.float32)
         sums[i] += partial[0]
 
 
 @builder(SIMT)
-def aggregate_bwd(n: int, hidden_size: int):
+def aggregate_bwd(n: int, hidden_size: int, dtype: str = "bfloat16"):
     tokens = T.dynamic("num_tokens")
-    threads = row_threads(hidden_size)
+    vector = row_vector(hidden_size, dtype)
+    threads = row_threads(hidden_size, vector)
     lanes = sum_lanes(n, threads)
 
     @T.prim_func
     def aggregate_bwd_kernel(
-        grad: T.Tensor[(tokens, hidden_size), T.bfloat16],
-        residual: T.Tensor[(tokens, n, hidden_size), T.bfloat16],
+        grad: T.Tensor[(tokens, hidden_size), dtype],
+        residual: T.Tensor[(tokens, n, hidden_size), dtype],
         pre_mix: T.Tensor[(tokens, n), T.float32],
-        grad_residual: T.Tensor[(tokens, n, hidden_size), T.bfloat16],
+        grad_residual: T.Tensor[(tokens, n, hidden_size), dtype],
         grad_mix: T.Tensor[(tokens, n), T.float32],
     ):
         with T.Kernel(tokens, threads=threads) as t:
             follow_previous()
             tid = T.get_thread_binding()
-            streams = T.alloc_local((n, VECTOR), T.bfloat16)
-            wide = T.alloc_local((VECTOR,), T.bfloat16)
+            streams = T.alloc_local((n, vector), dtype)
+            wide = T.alloc_local((vector,), dtype)
             mix = T.alloc_local((n,), T.float32)
             sums = T.alloc_local((n,), T.float32)
             total = T.alloc_local((1,), T.float32)
@@ -92,17 +94,17 @@ def aggregate_bwd(n: int, hidden_size: int):
             for i in T.unroll(n):
                 mix[i] = pre_mix[t, i]
                 sums[i] = 0.0
-            for c in T.serial(T.ceildiv(hidden_size, threads * VECTOR)):
-                h = (c * threads + tid) * VECTOR
+            for c in T.serial(T.ceildiv(hidden_size, threads * vector)):
+                h = (c * threads + tid) * vector
                 if h < hidden_size:
-                    for v in T.vectorized(VECTOR):
+                    for v in T.vectorized(vector):
                         wide[v] = grad[t, h + v]
                     load_streams(residual, t, h, n, streams)
                     row_products(wide, streams, n, sums)
                     for i in T.unroll(n):
-                        for v in T.vectorized(VECTOR):
+                        for v in T.vectorized(vector):
                             grad_residual[t, i, h + v] = T.cast(
-                                mix[i] * T.cast(wide[v], T.float32), T.bfloat16
+                                mix[i] * T.cast(wide[v], T.float32), dtype
                             )
             block_sums(sums, n, threads, shared, total)
             if tid % lanes == 0 and tid < n * lanes:
@@ -112,16 +114,17 @@ def aggregate_bwd(n: int, hidden_size: int):
 
 
 @builder(SIMT)
-def aggregate_mix_bwd(n: int, hidden_size: int):
+def aggregate_mix_bwd(n: int, hidden_size: int, dtype: str = "bfloat16"):
     """The gradient of pre_mix alone: the projection's backward takes the rest along."""
     tokens = T.dynamic("num_tokens")
-    threads = row_threads(hidden_size)
+    vector = row_vector(hidden_size, dtype)
+    threads = row_threads(hidden_size, vector)
     lanes = sum_lanes(n, threads)
 
     @T.prim_func
     def aggregate_mix_bwd_kernel(
-        grad: T.Tensor[(tokens, hidden_size), T.bfloat16],
-        residual: T.Tensor[(tokens, n, hidden_size), T.bfloat16],
+        grad: T.Tensor[(tokens, hidden_size), dtype],
+        residual: T.Tensor[(tokens, n, hidden_size), dtype],
         grad_mix: T.Tensor[(tokens, n), T.float32],
     ):
         with T.Kernel(tokens, threads=threads) as block:
@@ -129,17 +132,17 @@ def aggregate_mix_bwd(n: int, hidden_size: int):
             # The last tokens first: the projection's backward then finds its first in L2.
             t = tokens - 1 - block
             tid = T.get_thread_binding()
-            streams = T.alloc_local((n, VECTOR), T.bfloat16)
-            wide = T.alloc_local((VECTOR,), T.bfloat16)
+            streams = T.alloc_local((n, vector), dtype)
+            wide = T.alloc_local((vector,), dtype)
             sums = T.alloc_local((n,), T.float32)
             total = T.alloc_local((1,), T.float32)
             shared = T.alloc_shared(sums_shape(n, threads), T.float32)
             for i in T.unroll(n):
                 sums[i] = 0.0
-            for c in T.serial(T.ceildiv(hidden_size, threads * VECTOR)):
-                h = (c * threads + tid) * VECTOR
+            for c in T.serial(T.ceildiv(hidden_size, threads * vector)):
+                h = (c * threads + tid) * vector
                 if h < hidden_size:
-                    for v in T.vectorized(VECTOR):
+                    for v in T.vectorized(vector):
                         wide[v] = grad[t, h + v]
                     load_streams(residual, t, h, n, streams)
                     row_products(wide, streams, n, sums)

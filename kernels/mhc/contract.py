@@ -13,6 +13,7 @@ from tile_mhc.kernels._common import (
     follow_previous,
     load_mixes,
     row_threads,
+    row_vector,
     store_mixes,
     sum_lanes,
     sums_shape,
@@ -23,15 +24,15 @@ from tile_mhc.kernels.projection import norm_shape
 
 
 @builder(SIMT)
-def head_mix_fwd(n: int):
+def head_mix_fwd(n: int, scale_dtype: str = "float32", bias_dtype: str = "float32"):
     tokens = T.dynamic("num_tokens")
     block_tokens = tokens_per_block(n)
 
     @T.prim_func
     def head_mix_fwd_kernel(
         mixes: T.Tensor[(tokens, n), T.float32],
-        scale: T.Tensor[(1,), T.float32],
-        bias: T.Tensor[(n,), T.float32],
+        scale: T.Tensor[(1,), scale_dtype],
+        bias: T.Tensor[(n,), bias_dtype],
         out: T.Tensor[(tokens, n), T.float32],
         pre_eps: T.float32,
     ):
@@ -49,7 +50,7 @@ def head_mix_fwd(n: int):
 
 
 @builder(SIMT)
-def head_mix_bwd(n: int):
+def head_mix_bwd(n: int, scale_dtype: str = "float32", bias_dtype: str = "float32"):
     tokens = T.dynamic("num_tokens")
     rows = T.dynamic("num_partials")
     lanes = sum_lanes(n + 1, THREADS)
@@ -58,8 +59,8 @@ def head_mix_bwd(n: int):
     def head_mix_bwd_kernel(
         grad: T.Tensor[(tokens, n), T.float32],
         mixes: T.Tensor[(tokens, n), T.float32],
-        scale: T.Tensor[(1,), T.float32],
-        bias: T.Tensor[(n,), T.float32],
+        scale: T.Tensor[(1,), scale_dtype],
+        bias: T.Tensor[(n,), bias_dtype],
         grad_mixes: T.Tensor[(tokens, n), T.float32],
         partials: T.Tensor[(rows, n + 1), T.float32],
     ):
@@ -86,7 +87,7 @@ def head_mix_bwd(n: int):
                     gate[0] = T.sigmoid(z[0]) * T.sigmoid(-z[0])
                     sums[k] = out[k] * gate[0]
                     sums[n] += sums[k] * mix[k]
-                    out[k] = sums[k] * scale[0]
+                    out[k] = sums[k] * T.cast(scale[0], T.float32)
                 store_mixes(out, n, grad_mixes, t, 0)
             block_sums(sums, n + 1, THREADS, shared, partial)
             if tid % lanes == 0 and tid < (n + 1) * lanes:
@@ -96,23 +97,32 @@ def head_mix_bwd(n: int):
 
 
 @builder(SIMT)
-def contract_fwd(n: int, hidden_size: int, weight_dtype: str = "float32", norm_dtype: str = ""):
+def contract_fwd(
+    n: int,
+    hidden_size: int,
+    dtype: str = "bfloat16",
+    scale_dtype: str = "float32",
+    bias_dtype: str = "float32",
+    weight_dtype: str = "float32",
+    norm_dtype: str = "",
+):
     tokens = T.dynamic("num_tokens")
     splits = T.dynamic("num_splits")
     size = n * hidden_size
-    threads = row_threads(hidden_size)
+    vector = row_vector(hidden_size, dtype)
+    threads = row_threads(hidden_size, vector)
 
     @T.prim_func
     def contract_fwd_kernel(
         products: T.Tensor[(splits, tokens, n), T.float32],
         squares: T.Tensor[(splits, tokens), T.float32],
-        scale: T.Tensor[(1,), T.float32],
-        bias: T.Tensor[(n,), T.float32],
-        residual: T.Tensor[(tokens, n, hidden_size), T.bfloat16],
-        x: T.Tensor[(tokens, size), T.bfloat16],
+        scale: T.Tensor[(1,), scale_dtype],
+        bias: T.Tensor[(n,), bias_dtype],
+        residual: T.Tensor[(tokens, n, hidden_size), dtype],
+        x: T.Tensor[(tokens, size), dtype],
         weight: T.Tensor[(n, size), weight_dtype],
         norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
-        out: T.Tensor[(tokens, hidden_size), T.bfloat16],
+        out: T.Tensor[(tokens, hidden_size), dtype],
         mixes: T.Tensor[(tokens, n), T.float32],
         inv_rms: T.Tensor[(tokens,), T.float32],
         norm_eps: T.float32,
@@ -133,6 +143,7 @@ def contract_fwd(n: int, hidden_size: int, weight_dtype: str = "float32", norm_d
                 n,
                 hidden_size,
                 threads,
+                vector,
                 scale[0],
                 bias,
                 residual,

@@ -9,11 +9,11 @@ import tilelang.language as T
 
 from tile_mhc.kernels._common import (
     SIMT,
-    VECTOR,
     builder,
     follow_previous,
     load_streams,
     row_threads,
+    row_vector,
     weighted_sum,
 )
 from tile_mhc.kernels.mixes import logit
@@ -37,7 +37,8 @@ def gated_aggregate(
     n: int,
     hidden_size: int,
     threads: int,
-    scale: T.float32,
+    vector: int,
+    scale: T.PrimExpr,
     bias: T.Tensor,
     residual: T.Tensor,
     out: T.Tensor,
@@ -53,11 +54,11 @@ def gated_aggregate(
     z = T.alloc_local((1,), T.float32)
     gate = T.alloc_shared((n,), T.float32)
     mix = T.alloc_local((n,), T.float32)
-    streams = T.alloc_local((n, VECTOR), T.bfloat16)
-    total = T.alloc_local((VECTOR,), T.float32)
+    streams = T.alloc_local((n, vector), residual.dtype)
+    total = T.alloc_local((vector,), T.float32)
     # Asked for before the mixes are summed: the two latencies overlap.
-    if tid * VECTOR < hidden_size:
-        load_streams(residual, t, tid * VECTOR, n, streams)
+    if tid * vector < hidden_size:
+        load_streams(residual, t, tid * vector, n, streams)
     if tid < n:
         size = n * hidden_size
         token_mix(
@@ -83,23 +84,32 @@ def gated_aggregate(
     T.sync_threads()
     for i in T.unroll(n):
         mix[i] = gate[i]
-    for c in T.serial(T.ceildiv(hidden_size, threads * VECTOR)):
-        h = (c * threads + tid) * VECTOR
+    for c in T.serial(T.ceildiv(hidden_size, threads * vector)):
+        h = (c * threads + tid) * vector
         if h < hidden_size:
             if c > 0:
                 load_streams(residual, t, h, n, streams)
             weighted_sum(mix, streams, n, total)
-            for v in T.vectorized(VECTOR):
-                out[t, h + v] = T.cast(total[v], T.bfloat16)
+            for v in T.vectorized(vector):
+                out[t, h + v] = T.cast(total[v], out.dtype)
 
 
 @builder(SIMT)
-def fused_pre(n: int, hidden_size: int, weight_dtype: str = "float32", norm_dtype: str = ""):
+def fused_pre(
+    n: int,
+    hidden_size: int,
+    dtype: str = "bfloat16",
+    scale_dtype: str = "float32",
+    bias_dtype: str = "float32",
+    weight_dtype: str = "float32",
+    norm_dtype: str = "",
+):
     tokens = T.dynamic("num_tokens")
     splits = T.dynamic("num_splits")
     num_mixes = n * (n + 2)
     size = n * hidden_size
-    threads = max(row_threads(hidden_size), -(-num_mixes // 32) * 32)
+    vector = row_vector(hidden_size, dtype)
+    threads = max(row_threads(hidden_size, vector), -(-num_mixes // 32) * 32)
     # Tokens whose mixes one CTA sums at once, a thread a mix.
     group = threads // num_mixes
 
@@ -107,13 +117,13 @@ def fused_pre(n: int, hidden_size: int, weight_dtype: str = "float32", norm_dtyp
     def fused_pre_kernel(
         products: T.Tensor[(splits, tokens, num_mixes), T.float32],
         squares: T.Tensor[(splits, tokens), T.float32],
-        scale: T.Tensor[(3,), T.float32],
-        bias: T.Tensor[(num_mixes,), T.float32],
-        residual: T.Tensor[(tokens, n, hidden_size), T.bfloat16],
-        x: T.Tensor[(tokens, size), T.bfloat16],
+        scale: T.Tensor[(3,), scale_dtype],
+        bias: T.Tensor[(num_mixes,), bias_dtype],
+        residual: T.Tensor[(tokens, n, hidden_size), dtype],
+        x: T.Tensor[(tokens, size), dtype],
         weight: T.Tensor[(num_mixes, size), weight_dtype],
         norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
-        layer_input: T.Tensor[(tokens, hidden_size), T.bfloat16],
+        layer_input: T.Tensor[(tokens, hidden_size), dtype],
         post_mix: T.Tensor[(tokens, n), T.float32],
         comb_mix: T.Tensor[(tokens, n * n), T.float32],
         mixes: T.Tensor[(tokens, num_mixes), T.float32],
@@ -181,6 +191,7 @@ def fused_pre(n: int, hidden_size: int, weight_dtype: str = "float32", norm_dtyp
                     n,
                     hidden_size,
                     threads,
+                    vector,
                     scale[0],
                     bias,
                     residual,

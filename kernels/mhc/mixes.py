@@ -29,13 +29,13 @@ def tokens_per_block(rows: int) -> int:
 
 
 @T.macro
-def logit(mix: T.float32, scale: T.float32, bias: T.float32, out: T.Buffer):
+def logit(mix: T.float32, scale: T.PrimExpr, bias: T.PrimExpr, out: T.Buffer):
     """out[0] = mix * scale + bias: every gate's argument, rounded alike in every kernel."""
-    out[0] = T.ieee_fmaf(mix, scale, bias)
+    out[0] = T.ieee_fmaf(mix, T.cast(scale, T.float32), T.cast(bias, T.float32))
 
 
 @builder(SIMT)
-def split_mixes_fwd(n: int):
+def split_mixes_fwd(n: int, scale_dtype: str = "float32", bias_dtype: str = "float32"):
     tokens = T.dynamic("num_tokens")
     num_mixes = n * (n + 2)
     rows = n + 2
@@ -44,8 +44,8 @@ def split_mixes_fwd(n: int):
     @T.prim_func
     def split_mixes_fwd_kernel(
         mixes: T.Tensor[(tokens, num_mixes), T.float32],
-        scale: T.Tensor[(3,), T.float32],
-        bias: T.Tensor[(num_mixes,), T.float32],
+        scale: T.Tensor[(3,), scale_dtype],
+        bias: T.Tensor[(num_mixes,), bias_dtype],
         pre: T.Tensor[(tokens, n), T.float32],
         post: T.Tensor[(tokens, n), T.float32],
         comb: T.Tensor[(tokens, n * n), T.float32],
@@ -81,7 +81,7 @@ def split_mixes_fwd(n: int):
 
 
 @builder(SIMT)
-def split_mixes_bwd(n: int):
+def split_mixes_bwd(n: int, scale_dtype: str = "float32", bias_dtype: str = "float32"):
     tokens = T.dynamic("num_tokens")
     rows = T.dynamic("num_partials")
     num_mixes = n * (n + 2)
@@ -93,8 +93,8 @@ def split_mixes_bwd(n: int):
         grad_post: T.Tensor[(tokens, n), T.float32],
         grad_comb: T.Tensor[(tokens, n * n), T.float32],
         mixes: T.Tensor[(tokens, num_mixes), T.float32],
-        scale: T.Tensor[(3,), T.float32],
-        bias: T.Tensor[(num_mixes,), T.float32],
+        scale: T.Tensor[(3,), scale_dtype],
+        bias: T.Tensor[(num_mixes,), bias_dtype],
         grad_mixes: T.Tensor[(tokens, num_mixes), T.float32],
         partials: T.Tensor[(rows, num_mixes + 3), T.float32],
         post_mult: T.float32,
@@ -136,7 +136,7 @@ def split_mixes_bwd(n: int):
                 for k in T.unroll(n * n):
                     sums[num_mixes + 2] += sums[2 * n + k] * mix[2 * n + k]
                 for k in T.unroll(num_mixes):
-                    mix[k] = sums[k] * scale[T.min(k // n, 2)]
+                    mix[k] = sums[k] * T.cast(scale[T.min(k // n, 2)], T.float32)
                 store_mixes(mix, num_mixes, grad_mixes, t, 0)
             block_sums(sums, num_mixes + 3, THREADS, shared, partial)
             if tid % lanes == 0 and tid < (num_mixes + 3) * lanes:
@@ -146,7 +146,9 @@ def split_mixes_bwd(n: int):
 
 
 @builder(SIMT)
-def column_sums(biases: int, scales: int):
+def column_sums(
+    biases: int, scales: int, bias_dtype: str = "float32", scale_dtype: str = "float32"
+):
     """Sums over the rows of partials: the bias gradients, then the scale gradients."""
     rows = T.dynamic("num_partials")
     columns = biases + scales
@@ -154,8 +156,8 @@ def column_sums(biases: int, scales: int):
     @T.prim_func
     def column_sums_kernel(
         partials: T.Tensor[(rows, columns), T.float32],
-        grad_bias: T.Tensor[(biases,), T.float32],
-        grad_scale: T.Tensor[(scales,), T.float32],
+        grad_bias: T.Tensor[(biases,), bias_dtype],
+        grad_scale: T.Tensor[(scales,), scale_dtype],
     ):
         # One CTA a column: each thread a stride of rows, then the CTA's sum.
         with T.Kernel(columns, threads=THREADS) as column:
@@ -170,8 +172,8 @@ def column_sums(biases: int, scales: int):
             block_sums(total, 1, THREADS, shared, total)
             if tid == 0:
                 if column < biases:
-                    grad_bias[column] = total[0]
+                    grad_bias[column] = T.cast(total[0], bias_dtype)
                 else:
-                    grad_scale[column - biases] = total[0]
+                    grad_scale[column - biases] = T.cast(total[0], scale_dtype)
 
     return column_sums_kernel

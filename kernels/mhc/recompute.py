@@ -8,12 +8,12 @@ import tilelang.language as T
 
 from tile_mhc.kernels._common import (
     SIMT,
-    VECTOR,
     builder,
     follow_previous,
     load_streams,
     row_chunks,
     row_threads,
+    row_vector,
     weighted_sum,
 )
 from tile_mhc.kernels._shapes import TABLE_SLOTS
@@ -23,66 +23,67 @@ PRE_MIX, LAYER_INPUT, LAYER_OUTPUT, POST_MIX, COMB_MIX, RESIDUAL = range(6)
 
 
 @builder(SIMT)
-def recompute(n: int, hidden_size: int):
+def recompute(n: int, hidden_size: int, dtype: str = "bfloat16"):
     tokens = T.dynamic("num_tokens")
     rows = T.dynamic("num_layers")
-    threads = row_threads(hidden_size)
-    chunks = row_chunks(hidden_size, threads)
+    vector = row_vector(hidden_size, dtype)
+    threads = row_threads(hidden_size, vector)
+    chunks = row_chunks(hidden_size, threads, vector)
 
     @T.prim_func
     def recompute_kernel(
-        initial_residual: T.Tensor[(tokens, n, hidden_size), T.bfloat16],
+        initial_residual: T.Tensor[(tokens, n, hidden_size), dtype],
         table: T.Tensor[(rows, 6), T.ptr],
         posts: T.int32,
     ):
         with T.Kernel(tokens * chunks, threads=threads) as block:
             follow_previous()
             t = block // chunks
-            h = (block % chunks * threads + T.get_thread_binding()) * VECTOR
-            streams = T.alloc_local((n, VECTOR), T.bfloat16)
-            mixed = T.alloc_local((n, VECTOR), T.bfloat16)
-            output = T.alloc_local((VECTOR,), T.bfloat16)
+            h = (block % chunks * threads + T.get_thread_binding()) * vector
+            streams = T.alloc_local((n, vector), dtype)
+            mixed = T.alloc_local((n, vector), dtype)
+            output = T.alloc_local((vector,), dtype)
             pre = T.alloc_local((n,), T.float32)
             post = T.alloc_local((n,), T.float32)
             comb = T.alloc_local((n, n), T.float32)
-            total = T.alloc_local((VECTOR,), T.float32)
+            total = T.alloc_local((vector,), T.float32)
             if h < hidden_size:
                 load_streams(initial_residual, t, h, n, streams)
                 for layer in T.serial(rows):
                     pre_mix = T.make_tensor(table[layer, PRE_MIX], (tokens, n), T.float32)
                     layer_input = T.make_tensor(
-                        table[layer, LAYER_INPUT], (tokens, hidden_size), T.bfloat16
+                        table[layer, LAYER_INPUT], (tokens, hidden_size), dtype
                     )
                     for i in T.unroll(n):
                         pre[i] = pre_mix[t, i]
                     if layer < posts:
                         # Read before the aggregate is written: the loads overlap its arithmetic.
                         layer_output = T.make_tensor(
-                            table[layer, LAYER_OUTPUT], (tokens, hidden_size), T.bfloat16
+                            table[layer, LAYER_OUTPUT], (tokens, hidden_size), dtype
                         )
                         post_mix = T.make_tensor(table[layer, POST_MIX], (tokens, n), T.float32)
                         comb_mix = T.make_tensor(table[layer, COMB_MIX], (tokens, n, n), T.float32)
-                        for v in T.vectorized(VECTOR):
+                        for v in T.vectorized(vector):
                             output[v] = layer_output[t, h + v]
                         for i in T.unroll(n):
                             post[i] = post_mix[t, i]
                             for j in T.vectorized(n):
                                 comb[i, j] = comb_mix[t, i, j]
                     weighted_sum(pre, streams, n, total)
-                    for v in T.vectorized(VECTOR):
-                        layer_input[t, h + v] = T.cast(total[v], T.bfloat16)
+                    for v in T.vectorized(vector):
+                        layer_input[t, h + v] = T.cast(total[v], dtype)
                     if layer < posts:
                         residual = T.make_tensor(
-                            table[layer, RESIDUAL], (tokens, n, hidden_size), T.bfloat16
+                            table[layer, RESIDUAL], (tokens, n, hidden_size), dtype
                         )
                         for j in T.unroll(n):
                             combine(post, comb, output, streams, j, n, total)
-                            for v in T.vectorized(VECTOR):
-                                mixed[j, v] = T.cast(total[v], T.bfloat16)
-                            for v in T.vectorized(VECTOR):
+                            for v in T.vectorized(vector):
+                                mixed[j, v] = T.cast(total[v], dtype)
+                            for v in T.vectorized(vector):
                                 residual[t, j, h + v] = mixed[j, v]
                         for j in T.unroll(n):
-                            for v in T.vectorized(VECTOR):
+                            for v in T.vectorized(vector):
                                 streams[j, v] = mixed[j, v]
 
     return recompute_kernel

@@ -2,6 +2,8 @@
 // manual or in TileLang's templates. A kernel that uses another name does not compile: add it here.
 #pragma once
 
+#include <immintrin.h>
+
 #include <cmath>
 #include <utility>
 
@@ -57,6 +59,21 @@ inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {float(v.x), float(v
 inline __nv_bfloat162 __float22bfloat162_rn(float2 v) { return {bfloat16_t(v.x), bfloat16_t(v.y)}; }
 inline uint __pack_nv_bfloat162(bfloat16_t x, bfloat16_t y) { return uint(y.bits) << 16 | x.bits; }
 inline uint __pack_half2(bfloat16_t x, bfloat16_t y) { return __pack_nv_bfloat162(x, y); }
+
+struct half_t {
+  uint16_t bits;
+  half_t() = default;
+  explicit half_t(float value) {
+    bits = value != value ? 0x7fff : _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
+  }
+  explicit half_t(double value) : half_t(float(value)) {}
+  explicit half_t(int value) : half_t(float(value)) {}
+  operator float() const { return _cvtsh_ss(bits); }
+};
+struct half2 { half_t x, y; };
+inline float2 __half22float2(half2 v) { return {float(v.x), float(v.y)}; }
+inline half2 __float22half2_rn(float2 v) { return {half_t(v.x), half_t(v.y)}; }
+inline uint __pack_half2(half_t x, half_t y) { return uint(y.bits) << 16 | x.bits; }
 
 // CUDA's max and min return the operand that is not NaN.
 inline float max(float a, float b) { return fmaxf(a, b); }

@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 # Contracted to fused multiply-adds, as nvcc does. Registers that nothing wrote hold a pattern, and
 # an index past a register array traps.
 FLAGS = (
-    "-std=c++17", "-O1", "-mfma", "-ffp-contract=fast", "-fno-strict-aliasing", "-w",
+    "-std=c++17", "-O1", "-mfma", "-mf16c", "-ffp-contract=fast", "-fno-strict-aliasing", "-w",
     "-ftrivial-auto-var-init=pattern", "-fsanitize=bounds", "-fsanitize-undefined-trap-on-error",
     "-shared", "-fPIC", f"-I{HERE}",
 )  # fmt: skip

@@ -78,6 +78,8 @@ def compile_command(
     hidden: tuple[int, ...],
     streams: tuple[int, ...],
     repeat: tuple[int, ...],
+    dtypes: tuple[str, ...],
+    parameters: tuple[str, ...],
     ops: tuple[str, ...],
     jobs: int,
     fail_on_spills: bool,
@@ -108,7 +110,7 @@ def compile_command(
     wanted = [
         (name, args, a)
         for a in arch
-        for name, args in specs.select(sizes(hidden, streams, repeat), ops)
+        for name, args in specs.select(sizes(hidden, streams, repeat, dtypes, parameters), ops)
     ]
     start = time.perf_counter()
     outcomes = _compile_all(wanted, jobs, quiet=as_json)

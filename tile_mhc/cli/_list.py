@@ -14,12 +14,14 @@ def list_command(
     hidden: tuple[int, ...],
     streams: tuple[int, ...],
     repeat: tuple[int, ...],
+    dtypes: tuple[str, ...],
+    parameters: tuple[str, ...],
     ops: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Show which kernels there are, and the arguments that these sizes give them."""
     chosen: dict[str, list[specs.Arguments]] = {}
-    for name, args in specs.select(sizes(hidden, streams, repeat), ops):
+    for name, args in specs.select(sizes(hidden, streams, repeat, dtypes, parameters), ops):
         chosen.setdefault(name, []).append(args)
     rows = [(spec, chosen[spec.name]) for spec in specs.SPECS if spec.name in chosen]
     if as_json:

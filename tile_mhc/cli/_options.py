@@ -1,5 +1,6 @@
 """Options that several commands share, and how their values are checked."""
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tile_mhc import specs
-from tile_mhc.errors import HIDDEN_MULTIPLE, MAX_HIDDEN, SUPPORTED_STREAMS
+from tile_mhc.errors import MAX_HIDDEN, PARAMETER_DTYPES, STREAM_DTYPES, SUPPORTED_STREAMS
 from tile_mhc.kernels._shapes import HISTORY_STEP
 from tile_mhc.ops.sinkhorn import MAX_REPEAT
 
@@ -67,10 +68,7 @@ class Numbers(click.ParamType):  # type: ignore[type-arg, unused-ignore]
         return tuple(dict.fromkeys(numbers))
 
 
-HIDDEN = Numbers(
-    lambda h: h % HIDDEN_MULTIPLE == 0 and 0 < h <= MAX_HIDDEN,
-    f"a multiple of {HIDDEN_MULTIPLE} from {HIDDEN_MULTIPLE} to {MAX_HIDDEN}",
-)
+HIDDEN = Numbers(lambda h: 0 < h <= MAX_HIDDEN, f"an integer from 1 to {MAX_HIDDEN}")
 STREAMS = Numbers(
     lambda n: n in SUPPORTED_STREAMS, f"one of {', '.join(map(str, SUPPORTED_STREAMS))}"
 )
@@ -78,7 +76,7 @@ REPEAT = Numbers(lambda r: 0 < r <= MAX_REPEAT, f"an integer from 1 to {MAX_REPE
 
 
 def kernel_options(hidden_required: bool) -> Callable[[Command], Command]:
-    """--hidden, --streams, --repeat and --ops."""
+    """--hidden, --streams, --dtype, --param-dtype, --repeat and --ops."""
     presence: dict[str, Any] = {"required": True}
     if not hidden_required:
         presence = {"default": (4096,), "show_default": "4096"}
@@ -98,6 +96,22 @@ def kernel_options(hidden_required: bool) -> Callable[[Command], Command]:
                 default=(HISTORY_STEP,),
                 show_default=f"up to {HISTORY_STEP}",
                 help="Sinkhorn repeat counts, comma-separated.",
+            ),
+            click.option(
+                "--param-dtype",
+                "parameters",
+                type=Words(tuple(PARAMETER_DTYPES.values())),
+                default=specs.PARAMETERS,
+                show_default=",".join(specs.PARAMETERS),
+                help="Dtypes that each of the parameters may have, comma-separated.",
+            ),
+            click.option(
+                "--dtype",
+                "dtypes",
+                type=Words(tuple(STREAM_DTYPES.values())),
+                default=(specs.DTYPE,),
+                show_default=specs.DTYPE,
+                help="Dtypes of the streams, comma-separated.",
             ),
             click.option(
                 "--streams",
@@ -139,9 +153,14 @@ def cache_option(command: Command) -> Command:
 
 
 def sizes(
-    hidden: tuple[int, ...], streams: tuple[int, ...], repeat: tuple[int, ...]
+    hidden: tuple[int, ...],
+    streams: tuple[int, ...],
+    repeat: tuple[int, ...],
+    dtypes: tuple[str, ...],
+    parameters: tuple[str, ...],
 ) -> list[specs.Sizes]:
-    return [specs.Sizes(n, h, r) for n in streams for h in hidden for r in repeat]
+    choices = itertools.product(streams, hidden, repeat, dtypes)
+    return [specs.Sizes(*choice, parameters) for choice in choices]
 
 
 def print_json(value: Any) -> None:

@@ -23,13 +23,15 @@ def aggregate(
     layer_input[t, h] = sum_i pre_mix[t, i] * residual[t, i, h]        (fp32 sum, i ascending)
 
     Args:
-        residual: (..., n, H) bfloat16, contiguous; n in 2, 4, 8; H a multiple of 64.
+        residual: (..., n, H) bfloat16, float16 or float32, contiguous; n in 2, 4, 8; H up to
+            16384.
         pre_mix: (..., n) or (..., n, 1) float32.
         grad_accumulator: gathers the gradient of the residual from all ops that get it.
-        out: optional destination (..., H) bfloat16; not allowed when a gradient is needed.
+        out: optional destination (..., H), of the dtype of the residual; not allowed when a
+            gradient is needed.
 
     Returns:
-        (..., H) bfloat16.
+        (..., H), of the dtype of the residual.
 
     Raises:
         ShapeError: a shape, dtype, device or layout does not match.
@@ -57,7 +59,7 @@ def check_mix(op: str, name: str, mix: Tensor, streams: tuple[str, Tensor]) -> N
 def _launch(residual: Tensor, pre_mix: Tensor, out: Tensor) -> None:
     n, hidden_size = residual.shape[-2:]
     if out.numel():
-        jit.kernel("aggregate_fwd", n, hidden_size)(
+        jit.kernel("aggregate_fwd", n, hidden_size, errors.STREAM_DTYPES[residual.dtype])(
             residual.view(-1, n, hidden_size),
             pre_mix.contiguous().view(-1, n),
             out.view(-1, hidden_size),
@@ -82,7 +84,7 @@ def _backward_cuda(grad: Tensor, residual: Tensor, pre_mix: Tensor) -> tuple[Ten
     n, hidden_size = residual.shape[-2:]
     grad_residual, grad_mix = _backward_fake(grad, residual, pre_mix)
     if residual.numel():
-        jit.kernel("aggregate_bwd", n, hidden_size)(
+        jit.kernel("aggregate_bwd", n, hidden_size, errors.STREAM_DTYPES[residual.dtype])(
             grad.contiguous().view(-1, hidden_size),
             residual.view(-1, n, hidden_size),
             pre_mix.contiguous().view(-1, n),

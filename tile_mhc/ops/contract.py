@@ -10,7 +10,7 @@ from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops._destinations import NOWHERE, Destinations, Route, call, register_into
 from tile_mhc.ops._library import empty_gradients, register
-from tile_mhc.ops.mixes import check_gates, column_sums, partial_rows
+from tile_mhc.ops.mixes import check_gates, column_sums, gate_dtypes, partial_rows
 
 
 def contract(
@@ -35,11 +35,12 @@ def contract(
     same `num_splits`; the gradient of the residual is rounded once for both its uses.
 
     Args:
-        residual: (..., n, H) bfloat16, contiguous; n in 2, 4, 8; H a multiple of 64.
-        weight: (n, n*H) float32.
-        scale: (1,) float32.
-        bias: (n,) float32.
-        norm_weight: optional (n*H,) float32, a learnable weight of the RMS norm.
+        residual: (..., n, H) bfloat16, float16 or float32, contiguous; n in 2, 4, 8; H up to
+            16384.
+        weight: (n, n*H) float32 or bfloat16.
+        scale: (1,) float32 or bfloat16.
+        bias: (n,) float32 or bfloat16.
+        norm_weight: optional (n*H,) float32 or bfloat16, a learnable weight of the RMS norm.
         norm_eps: added to the mean square of the RMS norm.
         pre_eps: added to the gate.
         num_splits: as in `projection`.
@@ -47,7 +48,7 @@ def contract(
         grad_accumulator: gathers the gradient of the residual from all ops that get it.
 
     Returns:
-        (..., H) bfloat16.
+        (..., H), of the dtype of the residual.
 
     Raises:
         ShapeError: a shape, dtype, device or layout does not match.
@@ -73,8 +74,8 @@ def head_mix(mixes: Tensor, scale: Tensor, bias: Tensor, *, pre_eps: float = 1e-
 
     Args:
         mixes: (..., n) float32; n in 2, 4, 8.
-        scale: (1,) float32.
-        bias: (n,) float32.
+        scale: (1,) float32 or bfloat16.
+        bias: (n,) float32 or bfloat16.
         pre_eps: added to the gate.
 
     Returns:
@@ -116,7 +117,9 @@ def _contract_cuda(
         products, squares = projection_op.split_products(x, weight, norm_weight, num_splits, tf32)
         dtypes = projection_op.parameter_dtypes(weight, norm_weight)
         out, mixes, inv_rms = outputs
-        jit.kernel("contract_fwd", n, hidden_size, *dtypes)(
+        dtype = errors.STREAM_DTYPES[residual.dtype]
+        gates = gate_dtypes(scale, bias)
+        jit.kernel("contract_fwd", n, hidden_size, dtype, *gates, *dtypes)(
             products,
             squares,
             scale,
@@ -166,7 +169,7 @@ def _contract_backward_cuda(
     gate = _cuda(mixes, scale, bias, pre_eps)
     grad_gate = torch.empty_like(gate)
     if residual.numel():
-        jit.kernel("aggregate_mix_bwd", n, hidden_size)(
+        jit.kernel("aggregate_mix_bwd", n, hidden_size, errors.STREAM_DTYPES[residual.dtype])(
             grad.view(-1, hidden_size), residual.view(-1, n, hidden_size), grad_gate.view(-1, n)
         )
     grad_mixes, grad_scale, grad_bias = _backward_cuda(grad_gate, mixes, scale, bias)
@@ -210,7 +213,8 @@ def _cuda(mixes: Tensor, scale: Tensor, bias: Tensor, pre_eps: float) -> Tensor:
     out = mixes.new_empty(mixes.shape)
     n = mixes.shape[-1]
     if out.numel():
-        jit.kernel("head_mix_fwd", n)(
+        scale_dtype, bias_dtype = gate_dtypes(scale, bias)
+        jit.kernel("head_mix_fwd", n, scale_dtype, bias_dtype)(
             mixes.contiguous().view(-1, n), scale, bias.contiguous(), out.view(-1, n), pre_eps
         )
     return out
@@ -226,7 +230,8 @@ def _backward_cuda(
         return grad_mixes, torch.zeros_like(scale), torch.zeros_like(bias)
     # One row of partial sums a CTA: the bias gradients, then the scale gradient.
     partials = mixes.new_empty(partial_rows(num_tokens), n + 1)
-    jit.kernel("head_mix_bwd", n)(
+    scale_dtype, bias_dtype = gate_dtypes(scale, bias)
+    jit.kernel("head_mix_bwd", n, scale_dtype, bias_dtype)(
         grad.contiguous().view(-1, n),
         mixes.contiguous().view(-1, n),
         scale,

@@ -1,6 +1,5 @@
 """1 -> n: copy an embedding into every stream."""
 
-import torch
 from torch import Tensor
 
 from tile_mhc import errors, jit, reference
@@ -13,12 +12,13 @@ def expand(hidden: Tensor, num_streams: int = 4, *, out: Tensor | None = None) -
     out[t, i, h] = hidden[t, h]; the gradient is the fp32 sum over i, ascending, rounded once.
 
     Args:
-        hidden: (..., H) bfloat16, contiguous.
+        hidden: (..., H) bfloat16, float16 or float32, contiguous; H up to 16384.
         num_streams: n, one of 2, 4, 8.
-        out: optional destination (..., n, H) bfloat16; not allowed when a gradient is needed.
+        out: optional destination (..., n, H), of the dtype of hidden; not allowed when a gradient
+            is needed.
 
     Returns:
-        (..., n, H) bfloat16.
+        (..., n, H), of the dtype of hidden.
 
     Raises:
         ShapeError: a shape, dtype, device or layout does not match.
@@ -28,10 +28,7 @@ def expand(hidden: Tensor, num_streams: int = 4, *, out: Tensor | None = None) -
     """
     errors.require_tensor("expand", "hidden", hidden)
     errors.check_num_streams("expand", num_streams)
-    if hidden.dtype != torch.bfloat16 or hidden.ndim < 1:
-        raise errors.ShapeError(
-            f"expand: hidden must be (..., H) bfloat16; got {errors.describe(hidden)}"
-        )
+    errors.check_stream_dtype("expand", "hidden", hidden, "(..., H)", 1)
     errors.check_hidden_size("expand", hidden.shape[-1])
     errors.check_device("expand", "hidden", hidden)
     errors.check_contiguous("expand", "hidden", hidden)
@@ -47,7 +44,8 @@ def expand(hidden: Tensor, num_streams: int = 4, *, out: Tensor | None = None) -
 def _launch(hidden: Tensor, out: Tensor) -> None:
     num_streams, hidden_size = out.shape[-2:]
     if out.numel():
-        kernel = jit.kernel("expand_fwd", num_streams, hidden_size)
+        dtype = errors.STREAM_DTYPES[hidden.dtype]
+        kernel = jit.kernel("expand_fwd", num_streams, hidden_size, dtype)
         kernel(hidden.view(-1, hidden_size), out.view(-1, num_streams, hidden_size))
 
 
@@ -69,7 +67,8 @@ def _backward_cuda(grad: Tensor) -> Tensor:
     num_streams, hidden_size = grad.shape[-2:]
     grad_hidden = _backward_fake(grad)
     if grad_hidden.numel():
-        kernel = jit.kernel("expand_bwd", num_streams, hidden_size)
+        dtype = errors.STREAM_DTYPES[grad.dtype]
+        kernel = jit.kernel("expand_bwd", num_streams, hidden_size, dtype)
         kernel(
             grad.contiguous().view(-1, num_streams, hidden_size), grad_hidden.view(-1, hidden_size)
         )

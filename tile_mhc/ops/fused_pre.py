@@ -45,11 +45,12 @@ def fused_pre(
     that output, or nothing; any other use of the residual itself stays right too.
 
     Args:
-        residual: (..., n, H) bfloat16, contiguous; n in 2, 4, 8; H a multiple of 64.
-        weight: (n*(n+2), n*H) float32.
-        scale: (3,) float32.
-        bias: (n*(n+2),) float32.
-        norm_weight: optional (n*H,) float32, a learnable weight of the RMS norm.
+        residual: (..., n, H) bfloat16, float16 or float32, contiguous; n in 2, 4, 8; H up to
+            16384.
+        weight: (n*(n+2), n*H) float32 or bfloat16.
+        scale: (3,) float32 or bfloat16.
+        bias: (n*(n+2),) float32 or bfloat16.
+        norm_weight: optional (n*H,) float32 or bfloat16, a learnable weight of the RMS norm.
         norm_eps: added to the mean square of the RMS norm.
         pre_eps: added to pre_mix.
         sinkhorn_eps: added to the softmax and the divisors of Sinkhorn.
@@ -60,8 +61,8 @@ def fused_pre(
         passes_residual: whether to return the residual, too.
 
     Returns:
-        layer_input (..., H) bfloat16, post_mix (..., n) and comb_mix (..., n, n) float32; with
-        `passes_residual`, then a view of the residual.
+        layer_input (..., H), of the dtype of the residual; post_mix (..., n) and comb_mix
+        (..., n, n) float32; with `passes_residual`, then a view of the residual.
 
     Raises:
         ShapeError: a shape, dtype, device or layout does not match.
@@ -122,7 +123,9 @@ def _cuda(
         products, squares = projection_op.split_products(x, weight, norm_weight, num_splits, tf32)
         dtypes = projection_op.parameter_dtypes(weight, norm_weight)
         layer_input, post_mix, comb_mix, mixes, inv_rms = outputs
-        jit.kernel("fused_pre", n, hidden_size, *dtypes)(
+        dtype = errors.STREAM_DTYPES[residual.dtype]
+        gates = mixes_op.gate_dtypes(scale, bias)
+        jit.kernel("fused_pre", n, hidden_size, dtype, *gates, *dtypes)(
             products,
             squares,
             scale.contiguous(),
@@ -181,7 +184,7 @@ def _backward_cuda(
     grad_input = grad_input.contiguous()
     grad_pre = torch.empty_like(pre_mix)
     if residual.numel():
-        jit.kernel("aggregate_mix_bwd", n, hidden_size)(
+        jit.kernel("aggregate_mix_bwd", n, hidden_size, errors.STREAM_DTYPES[residual.dtype])(
             grad_input.view(-1, hidden_size),
             residual.view(-1, n, hidden_size),
             grad_pre.view(-1, n),

@@ -27,8 +27,8 @@ def split_mixes(
 
     Args:
         mixes: (..., n*(n+2)) float32.
-        scale: (3,) float32.
-        bias: (n*(n+2),) float32.
+        scale: (3,) float32 or bfloat16.
+        bias: (n*(n+2),) float32 or bfloat16.
         num_streams: n, one of 2, 4, 8.
         post_mult: factor of post_mix (DeepSeek-V4 uses 2).
         pre_eps: added to pre_mix.
@@ -57,14 +57,20 @@ def split_mixes(
 def check_gates(
     op: str, scale: Tensor, bias: Tensor, scales: int, biases: int, like: tuple[str, Tensor]
 ) -> None:
-    errors.check_tensor(op, "scale", scale, [(scales,)], torch.float32, like)
-    errors.check_tensor(op, "bias", bias, [(biases,)], torch.float32, like)
+    errors.check_tensor(op, "scale", scale, [(scales,)], errors.PARAMETER, like)
+    errors.check_tensor(op, "bias", bias, [(biases,)], errors.PARAMETER, like)
+
+
+def gate_dtypes(scale: Tensor, bias: Tensor) -> tuple[str, str]:
+    return errors.PARAMETER_DTYPES[scale.dtype], errors.PARAMETER_DTYPES[bias.dtype]
 
 
 def column_sums(partials: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of scale and bias from rows of partial sums: bias columns, then scale columns."""
     grad_scale, grad_bias = torch.empty_like(scale), torch.empty_like(bias)
-    jit.kernel("column_sums", bias.numel(), scale.numel())(partials, grad_bias, grad_scale)
+    scale_dtype, bias_dtype = gate_dtypes(scale, bias)
+    kernel = jit.kernel("column_sums", bias.numel(), scale.numel(), bias_dtype, scale_dtype)
+    kernel(partials, grad_bias, grad_scale)
     return grad_scale, grad_bias
 
 
@@ -86,7 +92,8 @@ def launch(
     outputs = _fake(mixes, scale, bias, num_streams, post_mult, pre_eps)
     n = num_streams
     if mixes.numel():
-        jit.kernel("split_mixes_fwd", n)(
+        scale_dtype, bias_dtype = gate_dtypes(scale, bias)
+        jit.kernel("split_mixes_fwd", n, scale_dtype, bias_dtype)(
             mixes.contiguous().view(-1, n * (n + 2)),
             scale.contiguous(),
             bias.contiguous(),
@@ -125,7 +132,8 @@ def launch_backward(
         return grad_mixes, torch.zeros_like(scale), torch.zeros_like(bias)
     # One row of partial sums a CTA: the bias gradients, then the three scale gradients.
     partials = mixes.new_empty(partial_rows(num_tokens), num_mixes + 3)
-    jit.kernel("split_mixes_bwd", n)(
+    scale_dtype, bias_dtype = gate_dtypes(scale, bias)
+    jit.kernel("split_mixes_bwd", n, scale_dtype, bias_dtype)(
         grad_pre.contiguous().view(-1, n),
         grad_post.contiguous().view(-1, n),
         grad_comb.contiguous().view(-1, n * n),

@@ -5,11 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import errors, jit, reference
+from tile_mhc import config, errors, jit, reference
 from tile_mhc.accumulator import GradAccumulator
-from tile_mhc.ops._destinations import NOWHERE, Destinations, Route, call, register_into
-from tile_mhc.ops._library import register
+from tile_mhc.kernels._shapes import NO_TENSOR
+from tile_mhc.ops._destinations import NOWHERE, Destinations, Route, call, register_into, room
+from tile_mhc.ops._library import empty_gradients, register
 from tile_mhc.ops.aggregate import check_mix
+
+# CTAs of the backward that fit an SM, by their registers.
+CTAS_PER_SM = 4
 
 
 def post(
@@ -18,30 +22,39 @@ def post(
     post_mix: Tensor,
     comb_mix: Tensor,
     *,
+    bias: Tensor | None = None,
     grad_accumulator: GradAccumulator | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Write the layer output back into the residual streams, mixing them on the way.
 
-    out[t, j, h] = post_mix[t, j] * layer_output[t, h] + sum_i comb_mix[t, i, j] * residual[t, i, h]
+    out[t, j, h] = post_mix[t, j] * (layer_output[t, h] + bias[h])
+                   + sum_i comb_mix[t, i, j] * residual[t, i, h]
     (fp32, the layer output first, then i ascending)
 
+    The gradient of the bias is the fp32 sum over the tokens of the gradient of layer_output before
+    that is rounded, by slices of tokens and then over the slices, in a fixed order.
+
     Args:
-        layer_output: (..., H) bfloat16, contiguous.
-        residual: (..., n, H) bfloat16, contiguous; n in 2, 4, 8; H a multiple of 64.
+        layer_output: (..., H), contiguous, of the dtype of the residual.
+        residual: (..., n, H) bfloat16, float16 or float32, contiguous; n in 2, 4, 8; H up to
+            16384.
         post_mix: (..., n) or (..., n, 1) float32.
         comb_mix: (..., n, n) float32, index [in, out].
+        bias: optional (H,) float32 or bfloat16, the bias of the layer's last linear map.
         grad_accumulator: gathers the gradient of the residual from all ops that get it.
-        out: optional destination (..., n, H) bfloat16; not allowed when a gradient is needed.
+        out: optional destination (..., n, H), of the dtype of the residual; not allowed when a
+            gradient is needed.
 
     Returns:
-        (..., n, H) bfloat16.
+        (..., n, H), of the dtype of the residual.
 
     Raises:
         ShapeError: a shape, dtype, device or layout does not match.
-        UnsupportedError: n or H has no kernel.
+        UnsupportedError: n, H or the dtype has no kernel.
 
-    Source: mHC paper (arXiv 2512.24880), eq. 3; TileKernels `mhc/post_kernel.py`.
+    Source: mHC paper (arXiv 2512.24880), eq. 3; TileKernels `mhc/post_kernel.py`; the bias is
+    Megatron-LM's and TransformerEngine's.
     """
     num_streams, hidden_size = errors.check_streams("post", "residual", residual)
     like = ("residual", residual)
@@ -51,114 +64,170 @@ def post(
     check_mix("post", "post_mix", post_mix, like)
     comb_shape = (*residual.shape[:-1], num_streams)
     errors.check_tensor("post", "comb_mix", comb_mix, [comb_shape], torch.float32, like)
+    if bias is not None:
+        errors.check_tensor("post", "bias", bias, [(hidden_size,)], errors.PARAMETER, like)
     if out is None:
-        inputs = (layer_output, residual, post_mix, comb_mix)
+        inputs = (layer_output, residual, post_mix, comb_mix, bias)
         return call(_ROUTE, inputs, grad_accumulator)
     errors.check_tensor("post", "out", out, [residual.shape], residual.dtype, like)
     inputs = [("layer_output", layer_output), like, ("post_mix", post_mix), ("comb_mix", comb_mix)]
+    if bias is not None:
+        inputs.append(("bias", bias))
     errors.check_out("post", out, inputs)
-    _post_out(layer_output, residual, post_mix, comb_mix, out)
+    _post_out(layer_output, residual, post_mix, comb_mix, bias, out)
     return out
 
 
 def _launch(
-    layer_output: Tensor, residual: Tensor, post_mix: Tensor, comb_mix: Tensor, out: Tensor
+    layer_output: Tensor,
+    residual: Tensor,
+    post_mix: Tensor,
+    comb_mix: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
 ) -> None:
     n, hidden_size = residual.shape[-2:]
     if out.numel():
-        jit.kernel("post_fwd", n, hidden_size)(
+        dtype = errors.STREAM_DTYPES[residual.dtype]
+        jit.kernel("post_fwd", n, hidden_size, dtype, _dtype_of(bias))(
             layer_output.view(-1, hidden_size),
             residual.view(-1, n, hidden_size),
             post_mix.contiguous().view(-1, n),
             comb_mix.contiguous().view(-1, n, n),
             out.view(-1, n, hidden_size),
+            *([] if bias is None else [bias.contiguous()]),
         )
 
 
-def _cuda(layer_output: Tensor, residual: Tensor, post_mix: Tensor, comb_mix: Tensor) -> Tensor:
-    out = _fake(layer_output, residual, post_mix, comb_mix)
-    _launch(layer_output, residual, post_mix, comb_mix, out)
+def _dtype_of(bias: Tensor | None) -> str:
+    return NO_TENSOR if bias is None else errors.PARAMETER_DTYPES[bias.dtype]
+
+
+def _cuda(
+    layer_output: Tensor,
+    residual: Tensor,
+    post_mix: Tensor,
+    comb_mix: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    out = residual.new_empty(residual.shape)
+    _launch(layer_output, residual, post_mix, comb_mix, bias, out)
     return out
 
 
-def _fake(layer_output: Tensor, residual: Tensor, post_mix: Tensor, comb_mix: Tensor) -> Tensor:
+def _fake(layer_output: Tensor, residual: Tensor, *_: Any) -> Tensor:
     return residual.new_empty(residual.shape)
 
 
-def _cpu_out(
-    layer_output: Tensor, residual: Tensor, post_mix: Tensor, comb_mix: Tensor, out: Tensor
-) -> None:
-    out.copy_(reference.post(layer_output, residual, post_mix, comb_mix))
+def _cpu(*tensors: Any) -> Tensor:
+    *others, bias = tensors
+    return reference.post(*others, bias=bias)
+
+
+def _cpu_out(*tensors: Any) -> None:
+    *inputs, out = tensors
+    out.copy_(_cpu(*inputs))
 
 
 def _backward_cuda(
-    grad: Tensor, layer_output: Tensor, residual: Tensor, post_mix: Tensor, comb_mix: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad: Tensor,
+    layer_output: Tensor,
+    residual: Tensor,
+    post_mix: Tensor,
+    comb_mix: Tensor,
+    bias: Tensor | None,
+) -> tuple[Tensor, ...]:
     n, hidden_size = residual.shape[-2:]
-    grads = _backward_fake(grad, layer_output, residual, post_mix, comb_mix)
-    grad_output, grad_residual, grad_post, grad_comb = grads
-    if residual.numel():
-        jit.kernel("post_bwd", n, hidden_size)(
-            grad.contiguous().view(-1, n, hidden_size),
-            layer_output.view(-1, hidden_size),
-            residual.view(-1, n, hidden_size),
-            post_mix.contiguous().view(-1, n),
-            comb_mix.contiguous().view(-1, n, n),
-            grad_output.view(-1, hidden_size),
-            grad_residual.view(-1, n, hidden_size),
-            grad_post.view(-1, n),
-            grad_comb.view(-1, n * n),
-        )
+    grads = empty_gradients(layer_output, residual, post_mix, comb_mix, bias)
+    grad_output, grad_residual, grad_post, grad_comb, grad_bias = grads
+    if residual.numel() == 0:
+        grad_bias.zero_()
+        return grads
+    of_bias = []
+    if bias is not None:
+        num_tokens = residual.numel() // (n * hidden_size)
+        partials = post_mix.new_empty(bias_slices(num_tokens), hidden_size)
+        of_bias = [bias.contiguous(), partials]
+    dtype = errors.STREAM_DTYPES[residual.dtype]
+    jit.kernel("post_bwd", n, hidden_size, dtype, _dtype_of(bias))(
+        grad.contiguous().view(-1, n, hidden_size),
+        layer_output.view(-1, hidden_size),
+        residual.view(-1, n, hidden_size),
+        post_mix.contiguous().view(-1, n),
+        comb_mix.contiguous().view(-1, n, n),
+        grad_output.view(-1, hidden_size),
+        grad_residual.view(-1, n, hidden_size),
+        grad_post.view(-1, n),
+        grad_comb.view(-1, n * n),
+        *of_bias,
+    )
+    if bias is not None:
+        jit.kernel("post_bias_bwd", hidden_size, _dtype_of(bias))(partials, grad_bias)
     return grads
 
 
-def _backward_fake(
-    grad: Tensor, layer_output: Tensor, residual: Tensor, post_mix: Tensor, comb_mix: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        layer_output.new_empty(layer_output.shape),
-        residual.new_empty(residual.shape),
-        post_mix.new_empty(post_mix.shape),
-        comb_mix.new_empty(comb_mix.shape),
+def bias_slices(num_tokens: int) -> int:
+    """CTAs of the backward with a bias, each with a sum of its own: as many as run at one time."""
+    return min(num_tokens, CTAS_PER_SM * config.get_num_sms())
+
+
+def _backward_cpu(
+    grad: Tensor,
+    layer_output: Tensor,
+    residual: Tensor,
+    post_mix: Tensor,
+    comb_mix: Tensor,
+    bias: Tensor | None,
+) -> tuple[Tensor, ...]:
+    *grads, grad_bias = reference.post_backward(
+        grad, layer_output, residual, post_mix, comb_mix, bias
     )
+    return *grads, comb_mix.new_empty(0) if grad_bias is None else grad_bias
+
+
+def _backward_fake(grad: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    return empty_gradients(*inputs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward_arguments(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+def _backward_arguments(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad, *ctx.saved_tensors
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _post_backward(*_backward_arguments(ctx, grad))
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    arguments = _backward_arguments(ctx, grad)
+    *grads, grad_bias = _post_backward(*arguments)
+    return *grads, None if arguments[5] is None else grad_bias
 
 
 _BACKWARD = (
     "post_backward(Tensor grad, Tensor layer_output, Tensor residual, Tensor post_mix, "
-    "Tensor comb_mix) -> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor comb_mix, Tensor? bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _post_backward = register(
     _BACKWARD,
     cuda=_backward_cuda,
-    cpu=reference.post_backward,
+    cpu=_backward_cpu,
     fake=_backward_fake,
 )
 _post = register(
-    "post(Tensor layer_output, Tensor residual, Tensor post_mix, Tensor comb_mix) -> Tensor",
+    "post(Tensor layer_output, Tensor residual, Tensor post_mix, Tensor comb_mix, Tensor? bias) "
+    "-> Tensor",
     cuda=_cuda,
-    cpu=reference.post,
+    cpu=_cpu,
     fake=_fake,
     backward=_backward,
     setup_context=_setup_context,
 )
 _post_out = register(
     "post_out(Tensor layer_output, Tensor residual, Tensor post_mix, Tensor comb_mix, "
-    "Tensor(a!) out) -> ()",
+    "Tensor? bias, Tensor(a!) out) -> ()",
     cuda=_launch,
     cpu=_cpu_out,
-    fake=lambda layer_output, residual, post_mix, comb_mix, out: None,
+    fake=lambda *_: None,
 )
 _ROUTE = Route(
     name="post",
@@ -169,7 +238,7 @@ _ROUTE = Route(
         _BACKWARD,
         (1,),
         cuda=_backward_cuda,
-        cpu=reference.post_backward,
+        cpu=_backward_cpu,
         fake=_backward_fake,
     ),
     residual=1,

@@ -1,5 +1,6 @@
 """Replay the aggregates and posts of many sub-layers in one pass, for checkpointing."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -26,18 +27,19 @@ def recompute(
     x_0 = initial_residual;  layer_inputs[l] = aggregate(x_l, pre_mixes[l])
     residuals[l] = x_{l+1} = post(layer_outputs[l], x_l, post_mixes[l], comb_mixes[l])
 
-    The residual stays in registers from layer to layer (rounded to bfloat16, as memory would
-    round it), so each tensor is read or written once. Bitwise equal to the separate ops. One
+    The residual stays in registers from layer to layer (rounded as memory would round
+    it), so each tensor is read or written once. Bitwise equal to the separate ops. One
     kernel serves any number of layers.
 
     Args:
-        initial_residual: (..., n, H) bfloat16, contiguous; n in 2, 4, 8; H a multiple of 64.
+        initial_residual: (..., n, H) bfloat16, float16 or float32, contiguous; n in 2, 4, 8; H up
+            to 16384. The other streams have its dtype.
         pre_mixes: L tensors (..., n) or (..., n, 1) float32, contiguous.
-        layer_outputs: P tensors (..., H) bfloat16, contiguous; P is L or L - 1.
+        layer_outputs: P tensors (..., H), contiguous; P is L or L - 1.
         post_mixes: P tensors (..., n) or (..., n, 1) float32, contiguous.
         comb_mixes: P tensors (..., n, n) float32, contiguous.
-        layer_inputs: optional L destinations (..., H) bfloat16.
-        residuals: optional P destinations (..., n, H) bfloat16.
+        layer_inputs: optional L destinations (..., H).
+        residuals: optional P destinations (..., n, H).
 
     Returns:
         layer_inputs and residuals. The replay has no gradient of its own.
@@ -87,10 +89,10 @@ def recompute(
         if len(tensors) != count:
             raise errors.ShapeError(f"{op}: {name} must hold {count} tensors; got {len(tensors)}")
     like = ("initial_residual", initial_residual)
-    bf16 = torch.bfloat16
-    _check_all("layer_outputs", layer_outputs, (*lead, hidden_size), bf16, like)
-    _check_all("layer_inputs", layer_inputs, (*lead, hidden_size), bf16, like)
-    _check_all("residuals", residuals, initial_residual.shape, bf16, like)
+    dtype = initial_residual.dtype
+    _check_all("layer_outputs", layer_outputs, (*lead, hidden_size), dtype, like)
+    _check_all("layer_inputs", layer_inputs, (*lead, hidden_size), dtype, like)
+    _check_all("residuals", residuals, initial_residual.shape, dtype, like)
     comb_shape = (*lead, num_streams, num_streams)
     _check_all("comb_mixes", comb_mixes, comb_shape, torch.float32, like)
     for name, mixes in (("pre_mixes", pre_mixes), ("post_mixes", post_mixes)):
@@ -121,8 +123,8 @@ def _check_all(
     for index, tensor in enumerate(tensors):
         errors.check_tensor("recompute", f"{name}[{index}]", tensor, [shape], dtype, like)
         errors.check_contiguous("recompute", f"{name}[{index}]", tensor)
-        # One access moves 16 bytes of a stream, or a row of a comb.
-        alignment = min(errors.STREAM_ALIGNMENT, shape[-1] * dtype.itemsize)
+        # One access moves up to 16 bytes of a stream, as its rows allow, or a row of a comb.
+        alignment = math.gcd(errors.STREAM_ALIGNMENT, shape[-1] * dtype.itemsize)
         errors.check_aligned("recompute", f"{name}[{index}]", tensor, alignment)
 
 
@@ -172,7 +174,9 @@ def _cuda(
         for column in columns
     ]
     _write_table(addresses, table.view(-1))
-    jit.kernel("recompute", n, hidden_size)(initial_residual.view(-1, n, hidden_size), table, posts)
+    dtype = errors.STREAM_DTYPES[initial_residual.dtype]
+    kernel = jit.kernel("recompute", n, hidden_size, dtype)
+    kernel(initial_residual.view(-1, n, hidden_size), table, posts)
 
 
 def _write_table(addresses: list[int], table: Tensor) -> None:

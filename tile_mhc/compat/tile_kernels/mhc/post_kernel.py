@@ -53,9 +53,9 @@ def mhc_post_bwd(
         )
     with torch.no_grad():
         grads = torch.ops.tile_mhc.post_backward(
-            d_o.contiguous(), x, residual, post_layer_mix, comb_res_mix
+            d_o.contiguous(), x, residual, post_layer_mix, comb_res_mix, None
         )
     if fuse_grad_acc:
         setattr(storage, POSTED, grads[1])
-    d_x, d_residual, d_post_layer_mix, d_comb_res_mix = grads
+    d_x, d_residual, d_post_layer_mix, d_comb_res_mix = grads[:4]
     return d_x, d_residual, d_post_layer_mix, d_comb_res_mix
