@@ -1,7 +1,6 @@
 """A small model under a data-parallel wrapper: what each rank of the tests runs."""
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cases import contract_inputs, pre_inputs
-from tile_mhc import contract, fused_pre, main_grad, post, reference
+from tile_mhc import contract, fused_pre, post, reference
 
 STREAMS, HIDDEN = 4, 64
 RANKS, MICRO_BATCHES, TOKENS = 2, 3, 24
@@ -57,8 +56,10 @@ class Network(nn.Module):
             first = residual
             residual = layer(residual)
         outputs = readout(residual, **self.head) + readout(first, **self.head)
-        return outputs.float().square().mean() if outputs.dtype != torch.float64 else (
-            outputs.square().mean()
+        return (
+            outputs.float().square().mean()
+            if outputs.dtype != torch.float64
+            else (outputs.square().mean())
         )
 
 
@@ -123,7 +124,9 @@ def megatron_ddp(
     with (
         process_group(rank, ranks, folder, "nccl" if device == "cuda" else "gloo"),
         # Where it keeps its buffers.
-        mock.patch.object(torch.cuda, "current_device", lambda: 0 if device == "cuda" else "cpu"),
+        mock.patch.object(
+            torch.cuda, "current_device", return_value=0 if device == "cuda" else "cpu"
+        ),
     ):
         parallel_state.initialize_model_parallel()
         model = DistributedDataParallel(
@@ -140,9 +143,7 @@ def megatron_ddp(
             model.zero_grad_buffer()
             run_steps(model, rank, model.no_sync)
             model.finish_grad_sync()
-        parameters = {
-            name: p for name, p in model.module.named_parameters() if p.requires_grad
-        }
+        parameters = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
         if not all(p.grad_added_to_main_grad for p in parameters.values()):
             raise RuntimeError("a gradient went through autograd")
         if rank == 0:

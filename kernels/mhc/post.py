@@ -14,6 +14,7 @@ import tilelang.language as T
 
 from tile_mhc.kernels._common import (
     SIMT,
+    add_streams,
     block_sums,
     builder,
     follow_previous,
@@ -123,8 +124,17 @@ def post_fwd(n: int, hidden_size: int, dtype: str = "bfloat16", bias_dtype: str 
 
 
 @builder(SIMT)
-def post_bwd(n: int, hidden_size: int, dtype: str = "bfloat16", bias_dtype: str = NO_TENSOR):
-    """All gradients of a token; with a bias of a slice of tokens, and their sum for the bias."""
+def post_bwd(
+    n: int,
+    hidden_size: int,
+    dtype: str = "bfloat16",
+    bias_dtype: str = NO_TENSOR,
+    into: str = "",
+):
+    """All gradients of a token; with a bias of a slice of tokens, and their sum for the bias.
+
+    With `into`, its dtype, the gradient of the residual may be added to what is there.
+    """
     tokens = T.dynamic("num_tokens")
     slices = T.dynamic("num_slices")
     num_sums = n * (n + 1)
@@ -149,6 +159,7 @@ def post_bwd(n: int, hidden_size: int, dtype: str = "bfloat16", bias_dtype: str 
         grad_residual: T.Tensor,
         grad_post: T.Tensor,
         grad_comb: T.Tensor,
+        adds: T.int32,
         bias: T.Tensor,
         partials: T.Tensor,
     ):
@@ -215,8 +226,10 @@ def post_bwd(n: int, hidden_size: int, dtype: str = "bfloat16", bias_dtype: str 
                                         wide[j, v], T.float32
                                     )
                                 sums[i * n + j] += partial[0]
+                            if into and adds != 0:
+                                add_streams(grad_residual, t, i, h, total)
                             for v in T.vectorized(vector):
-                                grad_residual[t, i, h + v] = T.cast(total[v], dtype)
+                                grad_residual[t, i, h + v] = T.cast(total[v], into or dtype)
                 block_sums(sums, num_sums, threads, shared, partial)
                 if tid % lanes == 0:
                     if tid < n * n * lanes:
@@ -240,9 +253,10 @@ def post_bwd(n: int, hidden_size: int, dtype: str = "bfloat16", bias_dtype: str 
             post_mix: T.Tensor[(tokens, n), T.float32],
             comb_mix: T.Tensor[(tokens, n, n), T.float32],
             grad_output: T.Tensor[(tokens, hidden_size), dtype],
-            grad_residual: T.Tensor[(tokens, n, hidden_size), dtype],
+            grad_residual: T.Tensor[(tokens, n, hidden_size), into or dtype],
             grad_post: T.Tensor[(tokens, n), T.float32],
             grad_comb: T.Tensor[(tokens, n * n), T.float32],
+            adds: T.int32,
         ):
             backward(
                 grad,
@@ -254,6 +268,7 @@ def post_bwd(n: int, hidden_size: int, dtype: str = "bfloat16", bias_dtype: str 
                 grad_residual,
                 grad_post,
                 grad_comb,
+                adds,
                 None,
                 None,
             )
@@ -268,9 +283,10 @@ def post_bwd(n: int, hidden_size: int, dtype: str = "bfloat16", bias_dtype: str 
         post_mix: T.Tensor[(tokens, n), T.float32],
         comb_mix: T.Tensor[(tokens, n, n), T.float32],
         grad_output: T.Tensor[(tokens, hidden_size), dtype],
-        grad_residual: T.Tensor[(tokens, n, hidden_size), dtype],
+        grad_residual: T.Tensor[(tokens, n, hidden_size), into or dtype],
         grad_post: T.Tensor[(tokens, n), T.float32],
         grad_comb: T.Tensor[(tokens, n * n), T.float32],
+        adds: T.int32,
         bias: T.Tensor[(hidden_size,), bias_dtype],
         partials: T.Tensor[(slices, hidden_size), T.float32],
     ):
@@ -284,6 +300,7 @@ def post_bwd(n: int, hidden_size: int, dtype: str = "bfloat16", bias_dtype: str 
             grad_residual,
             grad_post,
             grad_comb,
+            adds,
             bias,
             partials,
         )

@@ -46,10 +46,24 @@ def room(into: Destinations, *inputs: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(grads)
 
 
+def adds(into: Destinations, position: int) -> bool:
+    return position in into and into[position].adds
+
+
+def dtypes_of(into: Destinations, *positions: int) -> tuple[str, ...]:
+    """What builders call the dtypes of destinations; nothing where there is none."""
+    return tuple(errors.dtype_name(into[p].tensor.dtype) for p in positions if p in into)
+
+
+def moved(into: Destinations, positions: Mapping[int, int]) -> Destinations:
+    """The destinations of a part of the op, at the positions that they have there."""
+    return {positions[p]: target for p, target in into.items() if p in positions}
+
+
 def clear(into: Destinations, grads: Mapping[int, Tensor]) -> None:
     """Gradients that are sums over no token: zero, or what the destination has."""
     for position, grad in grads.items():
-        if position not in into or not into[position].adds:
+        if not adds(into, position):
             grad.zero_()
 
 
@@ -83,10 +97,10 @@ def register_into(
         function: Callable[[Sequence[Any], Destinations], Sequence[Tensor]],
     ) -> Callable[..., tuple[Tensor, ...]]:
         def run(*args: Any) -> tuple[Tensor, ...]:
-            *given, adds = args[-count:]
+            *given, flags = args[-count:]
             into = {
-                p: Into(tensor, add)
-                for p, tensor, add in zip(positions, given, adds, strict=True)
+                p: Into(tensor, flag)
+                for p, tensor, flag in zip(positions, given, flags, strict=True)
                 if tensor is not None
             }
             grads = function(args[:-count], into)
@@ -99,8 +113,8 @@ def register_into(
         grads = []
         for p, (grad, like) in enumerate(zip(cpu(*wide), fake(*args), strict=True)):
             if p in into:
-                target, adds = into[p]
-                (target.add_ if adds else target.copy_)(grad.view(target.shape))
+                target = into[p].tensor
+                (target.add_ if into[p].adds else target.copy_)(grad.view(target.shape))
             grads.append(grad.to(like.dtype).contiguous())
         return grads
 
@@ -113,8 +127,7 @@ def register_into(
 
     def run(args: Sequence[Any], into: Destinations) -> tuple[Tensor, ...]:
         tensors = [into[p].tensor if p in into else None for p in positions]
-        adds = [p in into and into[p].adds for p in positions]
-        return operator(*args, *tensors, adds)
+        return operator(*args, *tensors, [adds(into, p) for p in positions])
 
     return run
 
@@ -242,8 +255,8 @@ class _Directed(torch.autograd.Function):
         if collects:
             ctx.state.written()
             results[route.residual] = None
-        for (target, adds), made in later:
-            (target.add_ if adds else target.copy_)(made)
+        for target, made in later:
+            (target.tensor.add_ if target.adds else target.tensor.copy_)(made)
         for p, parameter in done.items():
             results[p] = main_grad.finish(parameter)
         for p in range(len(results)):

@@ -7,7 +7,16 @@ from torch import Tensor
 
 from tile_mhc import errors, jit, reference
 from tile_mhc.accumulator import GradAccumulator
-from tile_mhc.ops._destinations import NOWHERE, Destinations, Route, call, register_into
+from tile_mhc.ops._destinations import (
+    NOWHERE,
+    Destinations,
+    Route,
+    adds,
+    call,
+    dtypes_of,
+    register_into,
+    room,
+)
 from tile_mhc.ops._library import register
 
 
@@ -80,16 +89,20 @@ def _cpu_out(residual: Tensor, pre_mix: Tensor, out: Tensor) -> None:
     out.copy_(reference.aggregate(residual, pre_mix))
 
 
-def _backward_cuda(grad: Tensor, residual: Tensor, pre_mix: Tensor) -> tuple[Tensor, Tensor]:
+def _backward_cuda(
+    grad: Tensor, residual: Tensor, pre_mix: Tensor, into: Destinations = NOWHERE
+) -> tuple[Tensor, ...]:
     n, hidden_size = residual.shape[-2:]
-    grad_residual, grad_mix = _backward_fake(grad, residual, pre_mix)
+    grad_residual, grad_mix = room(into, residual, pre_mix)
     if residual.numel():
-        jit.kernel("aggregate_bwd", n, hidden_size, errors.STREAM_DTYPES[residual.dtype])(
+        dtypes = (errors.STREAM_DTYPES[residual.dtype], *dtypes_of(into, 0))
+        jit.kernel("aggregate_bwd", n, hidden_size, *dtypes)(
             grad.contiguous().view(-1, hidden_size),
             residual.view(-1, n, hidden_size),
             pre_mix.contiguous().view(-1, n),
             grad_residual.view(-1, n, hidden_size),
             grad_mix.view(-1, n),
+            adds(into, 0),
         )
     return grad_residual, grad_mix
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from tile_mhc import errors, jit, reference
 from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.ops import projection as projection_op
-from tile_mhc.ops._destinations import NOWHERE, Destinations, Route, call, register_into
+from tile_mhc.ops._destinations import NOWHERE, Destinations, Route, call, moved, register_into
 from tile_mhc.ops._library import empty_gradients, register
-from tile_mhc.ops.mixes import check_gates, column_sums, gate_dtypes, partial_rows
+from tile_mhc.ops.mixes import check_gates, column_sums, gate_dtypes, no_sums, partial_rows
 
 
 def contract(
@@ -163,6 +163,7 @@ def _contract_backward_cuda(
     inv_rms: Tensor,
     pre_eps: float,
     tf32: bool,
+    into: Destinations = NOWHERE,
 ) -> tuple[Tensor, ...]:
     n, hidden_size = residual.shape[-2:]
     grad = grad.contiguous()
@@ -172,9 +173,19 @@ def _contract_backward_cuda(
         jit.kernel("aggregate_mix_bwd", n, hidden_size, errors.STREAM_DTYPES[residual.dtype])(
             grad.view(-1, hidden_size), residual.view(-1, n, hidden_size), grad_gate.view(-1, n)
         )
-    grad_mixes, grad_scale, grad_bias = _backward_cuda(grad_gate, mixes, scale, bias)
+    grad_mixes, grad_scale, grad_bias = _backward_cuda(
+        grad_gate, mixes, scale, bias, moved(into, {2: 1, 3: 2})
+    )
     grad_residual, grad_weight, grad_norm_weight = projection_op.launch_backward(
-        grad_mixes, residual, weight, norm_weight, mixes, inv_rms, tf32, aggregated=(grad, gate)
+        grad_mixes,
+        residual,
+        weight,
+        norm_weight,
+        mixes,
+        inv_rms,
+        tf32,
+        aggregated=(grad, gate),
+        into=moved(into, {0: 0, 1: 1, 4: 2}),
     )
     return grad_residual, grad_weight, grad_scale, grad_bias, grad_norm_weight
 
@@ -221,13 +232,13 @@ def _cuda(mixes: Tensor, scale: Tensor, bias: Tensor, pre_eps: float) -> Tensor:
 
 
 def _backward_cuda(
-    grad: Tensor, mixes: Tensor, scale: Tensor, bias: Tensor
+    grad: Tensor, mixes: Tensor, scale: Tensor, bias: Tensor, into: Destinations = NOWHERE
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = mixes.shape[-1]
     grad_mixes = mixes.new_empty(mixes.shape)
     num_tokens = mixes.numel() // n
     if num_tokens == 0:
-        return grad_mixes, torch.zeros_like(scale), torch.zeros_like(bias)
+        return grad_mixes, *no_sums(scale, bias, into)
     # One row of partial sums a CTA: the bias gradients, then the scale gradient.
     partials = mixes.new_empty(partial_rows(num_tokens), n + 1)
     scale_dtype, bias_dtype = gate_dtypes(scale, bias)
@@ -239,7 +250,7 @@ def _backward_cuda(
         grad_mixes.view(-1, n),
         partials,
     )
-    return grad_mixes, *column_sums(partials, scale, bias)
+    return grad_mixes, *column_sums(partials, scale, bias, into)
 
 
 def _backward_fake(

@@ -10,7 +10,7 @@ from tile_mhc import errors, jit, reference
 from tile_mhc.ops import mixes as mixes_op
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops import sinkhorn as sinkhorn_op
-from tile_mhc.ops._destinations import NOWHERE, Destinations, Route, call, register_into
+from tile_mhc.ops._destinations import NOWHERE, Destinations, Route, call, moved, register_into
 from tile_mhc.ops._library import empty_gradients, register
 
 
@@ -178,6 +178,7 @@ def _backward_cuda(
     sinkhorn_repeat: int,
     tf32: bool,
     accumulated: Tensor | None,
+    into: Destinations = NOWHERE,
 ) -> tuple[Tensor, ...]:
     n, hidden_size = residual.shape[-2:]
     pre_mix, _, logits = mixes_op.launch(mixes, scale, bias, n, post_mult, pre_eps)
@@ -191,7 +192,15 @@ def _backward_cuda(
         )
     grad_logits = sinkhorn_op.launch_backward(grad_comb, logits, sinkhorn_repeat, sinkhorn_eps)
     grad_mixes, grad_scale, grad_bias = mixes_op.launch_backward(
-        grad_pre, grad_post, grad_logits, mixes, scale, bias, n, post_mult
+        grad_pre,
+        grad_post,
+        grad_logits,
+        mixes,
+        scale,
+        bias,
+        n,
+        post_mult,
+        into=moved(into, {2: 1, 3: 2}),
     )
     grad_residual, grad_weight, grad_norm_weight = projection_op.launch_backward(
         grad_mixes,
@@ -203,6 +212,7 @@ def _backward_cuda(
         tf32,
         aggregated=(grad_input, pre_mix),
         accumulated=None if accumulated is None else accumulated.contiguous(),
+        into=moved(into, {1: 1, 4: 2}),
     )
     return grad_residual, grad_weight, grad_scale, grad_bias, grad_norm_weight
 

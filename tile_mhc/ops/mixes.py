@@ -7,7 +7,16 @@ from torch import Tensor
 
 from tile_mhc import errors, jit, reference
 from tile_mhc.kernels._shapes import TOKENS_PER_PARTIAL
-from tile_mhc.ops._destinations import NOWHERE, Destinations, Route, call, register_into
+from tile_mhc.ops._destinations import (
+    NOWHERE,
+    Destinations,
+    Route,
+    adds,
+    call,
+    clear,
+    register_into,
+    room,
+)
 from tile_mhc.ops._library import register
 
 
@@ -65,12 +74,19 @@ def gate_dtypes(scale: Tensor, bias: Tensor) -> tuple[str, str]:
     return errors.PARAMETER_DTYPES[scale.dtype], errors.PARAMETER_DTYPES[bias.dtype]
 
 
-def column_sums(partials: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of scale and bias from rows of partial sums: bias columns, then scale columns."""
-    grad_scale, grad_bias = torch.empty_like(scale), torch.empty_like(bias)
-    scale_dtype, bias_dtype = gate_dtypes(scale, bias)
-    kernel = jit.kernel("column_sums", bias.numel(), scale.numel(), bias_dtype, scale_dtype)
-    kernel(partials, grad_bias, grad_scale)
+def column_sums(
+    partials: Tensor, scale: Tensor, bias: Tensor, into: Destinations = NOWHERE
+) -> tuple[Tensor, Tensor]:
+    """Gradients of scale and bias from rows of partial sums: bias columns, then scale columns.
+
+    `into` has them at the positions 1 and 2.
+    """
+    _, grad_scale, grad_bias = room(into, partials, scale, bias)
+    scale_dtype, bias_dtype = gate_dtypes(grad_scale, grad_bias)
+    directed = (True,) if 1 in into or 2 in into else ()
+    jit.kernel("column_sums", bias.numel(), scale.numel(), bias_dtype, scale_dtype, *directed)(
+        partials, grad_bias, grad_scale, adds(into, 2), adds(into, 1)
+    )
     return grad_scale, grad_bias
 
 
@@ -124,12 +140,13 @@ def launch_backward(
     bias: Tensor,
     num_streams: int,
     post_mult: float,
+    into: Destinations = NOWHERE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, num_mixes = num_streams, mixes.shape[-1]
     grad_mixes = mixes.new_empty(mixes.shape)
     num_tokens = mixes.numel() // num_mixes
     if num_tokens == 0:
-        return grad_mixes, torch.zeros_like(scale), torch.zeros_like(bias)
+        return grad_mixes, *no_sums(scale, bias, into)
     # One row of partial sums a CTA: the bias gradients, then the three scale gradients.
     partials = mixes.new_empty(partial_rows(num_tokens), num_mixes + 3)
     scale_dtype, bias_dtype = gate_dtypes(scale, bias)
@@ -144,7 +161,14 @@ def launch_backward(
         partials,
         post_mult,
     )
-    return grad_mixes, *column_sums(partials, scale, bias)
+    return grad_mixes, *column_sums(partials, scale, bias, into)
+
+
+def no_sums(scale: Tensor, bias: Tensor, into: Destinations) -> tuple[Tensor, Tensor]:
+    """What `column_sums` gives for no token."""
+    _, grad_scale, grad_bias = room(into, bias, scale, bias)
+    clear(into, {1: grad_scale, 2: grad_bias})
+    return grad_scale, grad_bias
 
 
 def _backward_fake(

@@ -8,7 +8,16 @@ from torch import Tensor
 from tile_mhc import config, errors, jit, reference
 from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.kernels._shapes import NO_TENSOR
-from tile_mhc.ops._destinations import NOWHERE, Destinations, Route, call, register_into, room
+from tile_mhc.ops._destinations import (
+    NOWHERE,
+    Destinations,
+    Route,
+    adds,
+    call,
+    dtypes_of,
+    register_into,
+    room,
+)
 from tile_mhc.ops._library import empty_gradients, register
 from tile_mhc.ops.aggregate import check_mix
 
@@ -136,9 +145,10 @@ def _backward_cuda(
     post_mix: Tensor,
     comb_mix: Tensor,
     bias: Tensor | None,
+    into: Destinations = NOWHERE,
 ) -> tuple[Tensor, ...]:
     n, hidden_size = residual.shape[-2:]
-    grads = empty_gradients(layer_output, residual, post_mix, comb_mix, bias)
+    grads = room(into, layer_output, residual, post_mix, comb_mix, bias)
     grad_output, grad_residual, grad_post, grad_comb, grad_bias = grads
     if residual.numel() == 0:
         grad_bias.zero_()
@@ -148,8 +158,8 @@ def _backward_cuda(
         num_tokens = residual.numel() // (n * hidden_size)
         partials = post_mix.new_empty(bias_slices(num_tokens), hidden_size)
         of_bias = [bias.contiguous(), partials]
-    dtype = errors.STREAM_DTYPES[residual.dtype]
-    jit.kernel("post_bwd", n, hidden_size, dtype, _dtype_of(bias))(
+    dtypes = (errors.STREAM_DTYPES[residual.dtype], _dtype_of(bias), *dtypes_of(into, 1))
+    jit.kernel("post_bwd", n, hidden_size, *dtypes)(
         grad.contiguous().view(-1, n, hidden_size),
         layer_output.view(-1, hidden_size),
         residual.view(-1, n, hidden_size),
@@ -159,6 +169,7 @@ def _backward_cuda(
         grad_residual.view(-1, n, hidden_size),
         grad_post.view(-1, n),
         grad_comb.view(-1, n * n),
+        adds(into, 1),
         *of_bias,
     )
     if bias is not None:

@@ -20,8 +20,10 @@ from tile_mhc.ops._destinations import (
     NOWHERE,
     Destinations,
     Route,
+    adds,
     call,
     clear,
+    dtypes_of,
     register_into,
     room,
 )
@@ -218,7 +220,6 @@ def launch_backward(
     `aggregated`, (gradient of the layer input, pre_mix), adds the gradient of an aggregate of the
     same streams before the one rounding; `accumulated`, only with it, a gradient they already have.
     """
-    of_residual, of_weight, of_norm = (into.get(position) for position in range(3))
     grad_residual, grad_weight, grad_norm_weight = room(into, residual, weight, norm_weight)
     if residual.numel() == 0:
         clear(into, {1: grad_weight, 2: grad_norm_weight})
@@ -234,7 +235,7 @@ def launch_backward(
         streams = n
         grad_input = aggregated[0].contiguous().view(-1, hidden_size)
         pre_mix = aggregated[1].view(-1, n)
-    if of_residual is not None and of_residual.adds:
+    if adds(into, 0):
         accumulated = grad_residual
     # Per token: the gradient of the bare product in two bfloat16 parts, and a few factors.
     grad_parts = x.new_empty(num_tokens, 2 * padded(num_mixes))
@@ -248,41 +249,44 @@ def launch_backward(
         factors,
         tf32,
     )
-    pieces = backward_pieces(num_mixes, size, streams, of_residual is not None)
+    pieces = backward_pieces(num_mixes, size, streams, 0 in into)
     slice_tokens = backward_slice(num_tokens, size, num_mixes, pieces * PIECE)
     slices = -(-num_tokens // slice_tokens)
     # The gradient of a single slice is the gradient.
     is_sum = slices > 1 or norm_weight is not None or grad_weight.dtype != torch.float32
-    is_sum = is_sum or (of_weight is not None and of_weight.adds)
+    is_sum = is_sum or adds(into, 1)
     partials = inv_rms.new_empty(slices, num_mixes, size) if is_sum else grad_weight.unsqueeze(0)
     dtypes = parameter_dtypes(weight, norm_weight)
-    kinds: tuple[int | str, ...] = (streams, accumulated is not None, *dtypes)
-    if of_residual is not None:
-        dtypes_of_weight = dtypes or ("float32", "")
-        kinds = (*kinds[:2], *dtypes_of_weight, errors.dtype_name(grad_residual.dtype))
-    jit.kernel("projection_bwd", num_mixes, size, *kinds)(
+    if into:
+        # Not the defaults: the dtypes of the destinations come after them.
+        dtypes = dtypes or ("float32", "")
+    kinds = (*dtypes, *dtypes_of(into, 0))
+    of_others = absent(x.device, grad_residual.dtype)
+    if accumulated is not None:
+        of_others = accumulated.view(-1, size)
+    jit.kernel("projection_bwd", num_mixes, size, streams, accumulated is not None, *kinds)(
         grad_parts,
         factors,
         x,
         *parameters(weight, norm_weight),
         grad_input,
-        absent(x.device, grad_residual.dtype) if accumulated is None else accumulated.view(-1, size),
+        of_others,
         grad_residual.view(-1, size),
         partials,
         slice_tokens,
         tf32,
     )
     if is_sum:
-        if of_weight is not None or of_norm is not None:
-            names = [errors.dtype_name(g.dtype) for g in (grad_weight, grad_norm_weight)]
-            dtypes = (*(dtypes or ("float32", "")), names[0], names[1] if norm_weight is not None else "")
+        grads = [grad_weight] if norm_weight is None else [grad_weight, grad_norm_weight]
+        if 1 in into or 2 in into:
+            dtypes = (*dtypes, *(errors.dtype_name(grad.dtype) for grad in grads))
         jit.kernel("projection_weight_bwd", num_mixes, size, *dtypes)(
             partials,
             *parameters(weight, norm_weight),
             grad_weight,
             absent(x.device) if norm_weight is None else grad_norm_weight,
-            of_weight is not None and of_weight.adds,
-            of_norm is not None and of_norm.adds,
+            adds(into, 1),
+            adds(into, 2),
         )
     return grad_residual, grad_weight, grad_norm_weight
 
