@@ -72,6 +72,8 @@ def row_products(wide: T.Buffer, streams: T.Buffer, n: int, sums: T.Buffer):
 def aggregate_bwd(n: int, hidden_size: int, dtype: str = "bfloat16", into: str = ""):
     """Both gradients; with `into`, its dtype, the residual's may be added to what is there."""
     tokens = T.dynamic("num_tokens")
+    directed = into != ""
+    target = into or dtype
     vector = row_vector(hidden_size, dtype)
     threads = row_threads(hidden_size, vector)
     lanes = sum_lanes(n, threads)
@@ -81,7 +83,7 @@ def aggregate_bwd(n: int, hidden_size: int, dtype: str = "bfloat16", into: str =
         grad: T.Tensor[(tokens, hidden_size), dtype],
         residual: T.Tensor[(tokens, n, hidden_size), dtype],
         pre_mix: T.Tensor[(tokens, n), T.float32],
-        grad_residual: T.Tensor[(tokens, n, hidden_size), into or dtype],
+        grad_residual: T.Tensor[(tokens, n, hidden_size), target],
         grad_mix: T.Tensor[(tokens, n), T.float32],
         adds: T.int32,
     ):
@@ -105,14 +107,14 @@ def aggregate_bwd(n: int, hidden_size: int, dtype: str = "bfloat16", into: str =
                     load_streams(residual, t, h, n, streams)
                     row_products(wide, streams, n, sums)
                     for i in T.unroll(n):
-                        if into:
+                        if directed:
                             product = T.alloc_local((vector,), T.float32)
                             for v in T.unroll(vector):
                                 product[v] = mix[i] * T.cast(wide[v], T.float32)
                             if adds != 0:
                                 add_streams(grad_residual, t, i, h, product)
                             for v in T.vectorized(vector):
-                                grad_residual[t, i, h + v] = T.cast(product[v], into)
+                                grad_residual[t, i, h + v] = T.cast(product[v], target)
                         else:
                             for v in T.vectorized(vector):
                                 grad_residual[t, i, h + v] = T.cast(

@@ -138,6 +138,8 @@ def post_bwd(
     tokens = T.dynamic("num_tokens")
     slices = T.dynamic("num_slices")
     num_sums = n * (n + 1)
+    directed = into != ""
+    target = into or dtype
     vector = row_vector(hidden_size, dtype)
     # One thread a sum at least, to write them.
     threads = max(row_threads(hidden_size, vector, 128), -(-num_sums // 32) * 32)
@@ -229,7 +231,7 @@ def post_bwd(
                             if into and adds != 0:
                                 add_streams(grad_residual, t, i, h, total)
                             for v in T.vectorized(vector):
-                                grad_residual[t, i, h + v] = T.cast(total[v], into or dtype)
+                                grad_residual[t, i, h + v] = T.cast(total[v], target)
                 block_sums(sums, num_sums, threads, shared, partial)
                 if tid % lanes == 0:
                     if tid < n * n * lanes:
@@ -253,7 +255,7 @@ def post_bwd(
             post_mix: T.Tensor[(tokens, n), T.float32],
             comb_mix: T.Tensor[(tokens, n, n), T.float32],
             grad_output: T.Tensor[(tokens, hidden_size), dtype],
-            grad_residual: T.Tensor[(tokens, n, hidden_size), into or dtype],
+            grad_residual: T.Tensor[(tokens, n, hidden_size), target],
             grad_post: T.Tensor[(tokens, n), T.float32],
             grad_comb: T.Tensor[(tokens, n * n), T.float32],
             adds: T.int32,
@@ -283,7 +285,7 @@ def post_bwd(
         post_mix: T.Tensor[(tokens, n), T.float32],
         comb_mix: T.Tensor[(tokens, n, n), T.float32],
         grad_output: T.Tensor[(tokens, hidden_size), dtype],
-        grad_residual: T.Tensor[(tokens, n, hidden_size), into or dtype],
+        grad_residual: T.Tensor[(tokens, n, hidden_size), target],
         grad_post: T.Tensor[(tokens, n), T.float32],
         grad_comb: T.Tensor[(tokens, n * n), T.float32],
         adds: T.int32,
