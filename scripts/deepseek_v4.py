@@ -202,10 +202,7 @@ def check(original: dict[str, Any], patched: dict[str, Any], device: torch.devic
         bound = FLOAT32_BOUND if kind == "float32" else slack * original[name]
         if not patched[name] <= bound:  # a NaN fails too
             failures.append(f"{kind}: {name} must be within {bound:.2e}; got {patched[name]:.2e}")
-    if kind == "float32":
-        expected = "reference (float32 streams)"
-    else:
-        expected = "TileLang" if device.type == "cuda" else f"reference (on {device.type})"
+    expected = "TileLang" if device.type == "cuda" else f"reference (on {device.type})"
     if patched["backend"] != expected:
         failures.append(f"{kind}: the backend must be {expected}; got {patched['backend']!r}")
     return failures

@@ -59,9 +59,17 @@ MIX_CASES = (
     Case(4097, 2, 64, "one token over"),
     Case(20000, 4, 64, "more rows of partial sums than threads of a CTA"),
 )
+# Any width, on kernels that load as wide as its rows are aligned; for every op, and for recompute.
+WIDTH_CASES = (
+    Case(13, 4, 5129, "TransformerEngine's odd width: one element an access"),
+    Case(65, 2, 65, "an odd width of fewest streams: rows of x aligned to 4 bytes"),
+    Case(130, 8, 100, "accesses of four, and columns of a block in two streams"),
+    Case(3, 2, 1, "the narrowest: most of a block is masked"),
+)
 # For what is built of ops that all cases above cover.
 FEW_STREAM_CASES = tuple(case for case in STREAM_CASES if case.hidden_size in (64, 128, 192, 1280))
 streams = pytest.mark.parametrize("case", STREAM_CASES, ids=str)
+widths = pytest.mark.parametrize("case", WIDTH_CASES, ids=str)
 few_streams = pytest.mark.parametrize("case", FEW_STREAM_CASES, ids=str)
 mixes = pytest.mark.parametrize("case", MIX_CASES, ids=str)
 
@@ -191,14 +199,53 @@ OPS = (
 PARAMETERS = ("weight", "norm_weight", "scale", "bias")
 
 
+@dataclass(frozen=True)
+class Dtypes:
+    """The dtype of the streams, and of the parameters that are not float32."""
+
+    streams: torch.dtype
+    bfloat16_parameters: tuple[str, ...]
+    why: str
+
+    def __str__(self) -> str:
+        streams = str(self.streams).removeprefix("torch.")
+        return "-".join((streams, *self.bfloat16_parameters))
+
+    def of(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs of an op in these dtypes."""
+        cast = {name: torch.bfloat16 for name in self.bfloat16_parameters}
+        return {
+            name: tensor.to(
+                self.streams if tensor.dtype == torch.bfloat16 else cast.get(name, tensor.dtype)
+            )
+            for name, tensor in tensors.items()
+        }
+
+
+DEFAULT_DTYPES = Dtypes(torch.bfloat16, (), "what the other tests have")
+DTYPES = (
+    Dtypes(torch.float16, (), "float16 streams: two exact parts"),
+    Dtypes(torch.float32, (), "float32 streams: two parts"),
+    *(Dtypes(torch.bfloat16, (name,), f"a bfloat16 {name} alone") for name in PARAMETERS),
+    Dtypes(torch.float32, PARAMETERS, "float32 streams beside bfloat16 parameters"),
+)
+dtypes = pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+
+
 def recompute_inputs(
-    layers: int, posts: int, lead: Sequence[int], n: int, hidden_size: int, device: str
+    layers: int,
+    posts: int,
+    lead: Sequence[int],
+    n: int,
+    hidden_size: int,
+    device: str,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """The arguments of `recompute`. Combs near doubly stochastic keep the residual near 1."""
     return (
-        stream(*lead, n, hidden_size, device=device),
+        normal(*lead, n, hidden_size, device=device, dtype=dtype),
         [torch.rand(*lead, n, device=device) for _ in range(layers)],
-        [stream(*lead, hidden_size, device=device) for _ in range(posts)],
+        [normal(*lead, hidden_size, device=device, dtype=dtype) for _ in range(posts)],
         [torch.rand(*lead, n, device=device) for _ in range(posts)],
         [normal(*lead, n, n, device=device).softmax(-1) for _ in range(posts)],
     )

@@ -12,14 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 SUPPORTED_STREAMS = (2, 4, 8)
 MAX_HIDDEN = 16384
-# What kernels call the dtypes that streams, and parameters, may have.
-STREAM_DTYPES = {
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float32: "float32",
-}
-PARAMETER_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-PARAMETER = tuple(PARAMETER_DTYPES)
+# The dtypes that streams, and parameters, may have.
+STREAMS = (torch.bfloat16, torch.float16, torch.float32)
+PARAMETERS = (torch.float32, torch.bfloat16)
 # Bytes: a load of stream values, and the widest load of all.
 STREAM_ALIGNMENT = 16
 ALIGNMENT = 32
@@ -104,7 +99,7 @@ def check_streams(op: str, name: str, value: object) -> tuple[int, int]:
 
 def check_stream_dtype(op: str, name: str, tensor: Tensor, shape: str, dims: int) -> None:
     """A float64 stream is sound, and has no kernel; one of integers is a mistake."""
-    if tensor.dtype in STREAM_DTYPES and tensor.ndim >= dims:
+    if tensor.dtype in STREAMS and tensor.ndim >= dims:
         return
     message = f"{op}: {name} must be {shape} bfloat16, float16 or float32; got {describe(tensor)}"
     if tensor.is_floating_point() and tensor.ndim >= dims:

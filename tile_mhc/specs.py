@@ -4,6 +4,7 @@ Adding a kernel means adding one line to SPECS: `tile-mhc compile`, the CI compi
 check then cover it.
 """
 
+import functools
 import importlib
 import importlib.util
 import itertools
@@ -13,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tile_mhc.errors import MAX_HIDDEN, PARAMETER_DTYPES, STREAM_DTYPES, SUPPORTED_STREAMS
-from tile_mhc.kernels._shapes import HISTORY_STEP, NO_TENSOR, TABLE_SLOTS
+from tile_mhc import errors
+from tile_mhc.errors import MAX_HIDDEN, SUPPORTED_STREAMS
+from tile_mhc.kernels._shapes import FAST_HIDDEN, HISTORY_STEP, TABLE_SLOTS
 
 Arguments = tuple[int | str, ...]
 
@@ -26,7 +28,11 @@ ARCHS = ("sm_90a", "sm_100a", "sm_103a")
 
 # The dtypes of streams and parameters where nothing else is asked for.
 DTYPE = "bfloat16"
-PARAMETERS = ("float32",)
+PARAMETER = "float32"
+PARAMETERS = (PARAMETER,)
+# And all that there are.
+STREAMS = tuple(map(errors.dtype_name, errors.STREAMS))
+EVERY_PARAMETER = tuple(map(errors.dtype_name, errors.PARAMETERS))
 
 
 class Sizes(NamedTuple):
@@ -38,6 +44,7 @@ class Sizes(NamedTuple):
         repeat: how often Sinkhorn normalises.
         dtype: of the streams.
         parameters: the dtypes that each parameter may have, on its own.
+        grads: those that gradient accumulators, or every main_grad, may have.
     """
 
     n: int
@@ -45,6 +52,7 @@ class Sizes(NamedTuple):
     repeat: int = HISTORY_STEP
     dtype: str = DTYPE
     parameters: tuple[str, ...] = PARAMETERS
+    grads: tuple[str, ...] = ()
 
     @property
     def mixes(self) -> int:
@@ -53,6 +61,61 @@ class Sizes(NamedTuple):
     @property
     def capacity(self) -> int:
         return -(-self.repeat // HISTORY_STEP) * HISTORY_STEP
+
+
+def dtypes(*given: tuple[str, str]) -> tuple[str, ...]:
+    """The trailing arguments of a builder from (dtype, the builder's default) of each.
+
+    Those up to the last that is no default: a kernel has one key.
+    """
+    count = max((i + 1 for i, (dtype, default) in enumerate(given) if dtype != default), default=0)
+    return tuple(dtype for dtype, _ in given[:count])
+
+
+@functools.cache
+def stream_dtypes(dtype: str) -> tuple[str, ...]:
+    return dtypes((dtype, DTYPE))
+
+
+@functools.cache
+def parameter_dtypes(dtype: str) -> tuple[str, ...]:
+    return dtypes((dtype, PARAMETER))
+
+
+@functools.cache
+def directed_dtypes(dtype: str, into: str) -> tuple[str, ...]:
+    return dtypes((dtype, DTYPE), (into, ""))
+
+
+@functools.cache
+def post_dtypes(dtype: str, bias: str, into: str = "") -> tuple[str, ...]:
+    return dtypes((dtype, DTYPE), (bias, ""), (into, ""))
+
+
+@functools.cache
+def gate_dtypes(scale: str, bias: str) -> tuple[str, ...]:
+    return dtypes((scale, PARAMETER), (bias, PARAMETER))
+
+
+@functools.cache
+def sums_dtypes(scale: str, bias: str, directed: bool) -> Arguments:
+    return (scale, bias, directed) if directed else gate_dtypes(scale, bias)
+
+
+@functools.cache
+def weight_dtypes(weight: str, norm_weight: str, *into: str) -> tuple[str, ...]:
+    return dtypes((weight, PARAMETER), (norm_weight, ""), *((dtype, "") for dtype in into))
+
+
+@functools.cache
+def pre_dtypes(dtype: str, weight: str, norm_weight: str, scale: str, bias: str) -> tuple[str, ...]:
+    return dtypes(
+        (weight, PARAMETER),
+        (norm_weight, ""),
+        (dtype, DTYPE),
+        (scale, PARAMETER),
+        (bias, PARAMETER),
+    )
 
 
 @dataclass(frozen=True)
@@ -77,30 +140,53 @@ def _n(s: Sizes) -> list[Arguments]:
 
 
 def _streams(s: Sizes) -> list[Arguments]:
-    return [(s.n, s.hidden, s.dtype)]
+    return [(s.n, s.hidden, *stream_dtypes(s.dtype))]
 
 
-def _gates(s: Sizes) -> list[Arguments]:
-    """The dtypes of scale and bias, each on its own."""
-    return list(itertools.product(s.parameters, repeat=2))
+def _gated(sizes: Arguments, s: Sizes) -> list[Arguments]:
+    """With the dtypes of scale and bias, each on its own."""
+    return [(*sizes, *gate_dtypes(*gates)) for gates in itertools.product(s.parameters, repeat=2)]
 
 
 def _n_gates(s: Sizes) -> list[Arguments]:
-    return [(s.n, *gates) for gates in _gates(s)]
-
-
-def _streams_gates(s: Sizes) -> list[Arguments]:
-    return [(*_streams(s)[0], *gates) for gates in _gates(s)]
+    return _gated((s.n,), s)
 
 
 def _column_sums(s: Sizes) -> list[Arguments]:
     # One column a bias and a scale.
-    return [(*count, *gates) for count in ((s.mixes, 3), (s.n, 1)) for gates in _gates(s)]
+    counts = ((s.mixes, 3), (s.n, 1))
+    directed = [(*count, *sums_dtypes(grad, grad, True)) for count in counts for grad in s.grads]
+    return [*(args for count in counts for args in _gated(count, s)), *directed]
+
+
+def _accumulators(s: Sizes) -> list[str]:
+    return [grad for grad in s.grads if grad in ("float32", s.dtype)]
+
+
+def _aggregate_backwards(s: Sizes) -> list[Arguments]:
+    # To autograd, and into an accumulator.
+    return [(s.n, s.hidden, *directed_dtypes(s.dtype, into)) for into in ("", *_accumulators(s))]
 
 
 def _posts(s: Sizes) -> list[Arguments]:
     # Without a bias, and with one.
-    return [(*_streams(s)[0], bias) for bias in (NO_TENSOR, *s.parameters)]
+    return [(s.n, s.hidden, *post_dtypes(s.dtype, bias)) for bias in ("", *s.parameters)]
+
+
+def _post_backwards(s: Sizes) -> list[Arguments]:
+    choices = itertools.product(("", *s.parameters), ("", *_accumulators(s)))
+    return [(s.n, s.hidden, *post_dtypes(s.dtype, *choice)) for choice in choices]
+
+
+def _post_biases(s: Sizes) -> list[Arguments]:
+    return [(s.hidden, *parameter_dtypes(bias)) for bias in s.parameters]
+
+
+def _pres(s: Sizes) -> list[Arguments]:
+    """What reads the streams, the weight without and with a norm weight, scale and bias."""
+    norms = ("", *s.parameters)
+    choices = itertools.product(s.parameters, norms, s.parameters, s.parameters)
+    return [(s.n, s.hidden, *pre_dtypes(s.dtype, *choice)) for choice in choices]
 
 
 def _projections(s: Sizes) -> list[Arguments]:
@@ -120,10 +206,69 @@ def _projection_backwards(s: Sizes) -> list[Arguments]:
     return [*alone, (s.mixes, s.n * s.hidden, s.n, True)]
 
 
-def _with_parameters(arguments: Callable[[Sizes], list[Arguments]]) -> Callable[..., Any]:
-    """For kernels that read the weight: it alone, and with a norm weight."""
-    kinds: list[Arguments] = [(), ("float32", "float32")]
-    return lambda s: [(*sizes, *kind) for sizes in arguments(s) for kind in kinds]
+def _directed_projection_backwards(s: Sizes) -> list[Arguments]:
+    # projection and contract: the first writes to an accumulator, others add.
+    size = s.n * s.hidden
+    readers = ((s.mixes, size, 0), (s.n, size, 0), (s.n, size, s.n))
+    return [(*reader, adds) for reader in readers for adds in (False, True)]
+
+
+def _has_fast_projection(s: Sizes) -> bool:
+    return s.dtype == DTYPE and s.hidden % FAST_HIDDEN == 0
+
+
+Choice = Callable[[Sizes], list[Arguments]]
+
+
+def _fast(arguments: Choice) -> Choice:
+    """For kernels that read the weight of a fast projection: it alone, and with a norm weight."""
+    return lambda s: _with_weights(arguments(s), s) if _has_fast_projection(s) else []
+
+
+def _into_accumulator(arguments: Choice) -> Choice:
+    """Also those that leave the gradient of the streams in an accumulator."""
+
+    def of(s: Sizes) -> list[Arguments]:
+        directed = _directed_projection_backwards(s)
+        dtype = (s.dtype,) if not _has_fast_projection(s) else ()
+        sizes = [(*size, *dtype) for size in directed]
+        return arguments(s) + [
+            args for into in _accumulators(s) for args in _with_weights(sizes, s, into)
+        ]
+
+    return of
+
+
+def _into_main_grad(arguments: Choice) -> Choice:
+    """Also those that leave the gradient of the weight, and of a norm weight, in main_grad."""
+
+    def of(s: Sizes) -> list[Arguments]:
+        plain = arguments(s)
+        grads = s.grads if plain else ()
+        return plain + [args for g in grads for args in _with_weights(_projections(s), s, g, g)]
+
+    return of
+
+
+def _any(arguments: Choice, reads_streams: bool = True) -> Choice:
+    """The same for those that take any dtype of streams, which comes first, and any width."""
+
+    def of(s: Sizes) -> list[Arguments]:
+        dtype = (s.dtype,) if reads_streams else ()
+        sizes = [(*size, *dtype) for size in arguments(s)]
+        return [] if _has_fast_projection(s) else _with_weights(sizes, s)
+
+    return of
+
+
+def _with_weights(sizes: list[Arguments], s: Sizes, *into: str) -> list[Arguments]:
+    kinds = list(itertools.product(s.parameters, ("", *s.parameters)))
+    # The second destination is that of the norm weight.
+    return [
+        (*size, *weight_dtypes(*kind, *(into if kind[1] else into[:1])))
+        for size in sizes
+        for kind in kinds
+    ]
 
 
 _PROJECTION = ("projection", "contract", "fused_pre")
@@ -131,11 +276,30 @@ _PROJECTION = ("projection", "contract", "fused_pre")
 SPECS = (
     Spec("expand_fwd", "expand", ("expand",), _streams),
     Spec("expand_bwd", "expand", ("expand",), _streams),
-    Spec("projection_fwd", "projection", _PROJECTION, _with_parameters(_projections)),
-    Spec("projection_norm", "projection", ("projection",), _with_parameters(_projections)),
+    Spec("projection_fwd", "projection", _PROJECTION, _fast(_projections)),
+    Spec("projection_norm", "projection", ("projection",), _fast(_projections)),
     Spec("projection_norm_bwd", "projection", _PROJECTION, _projection_norm_backwards),
-    Spec("projection_bwd", "projection", _PROJECTION, _with_parameters(_projection_backwards)),
-    Spec("projection_weight_bwd", "projection", _PROJECTION, _with_parameters(_projections)),
+    Spec(
+        "projection_bwd",
+        "projection",
+        _PROJECTION,
+        _into_accumulator(_fast(_projection_backwards)),
+    ),
+    Spec("projection_weight_bwd", "projection", _PROJECTION, _into_main_grad(_fast(_projections))),
+    Spec("projection_any_fwd", "projection_any", _PROJECTION, _any(_projections)),
+    Spec("projection_any_norm", "projection_any", ("projection",), _any(_projections)),
+    Spec(
+        "projection_any_bwd",
+        "projection_any",
+        _PROJECTION,
+        _into_accumulator(_any(_projection_backwards)),
+    ),
+    Spec(
+        "projection_any_weight_bwd",
+        "projection_any",
+        _PROJECTION,
+        _into_main_grad(_any(_projections, reads_streams=False)),
+    ),
     Spec("split_mixes_fwd", "mixes", ("split_mixes", "fused_pre"), _n_gates),
     Spec("split_mixes_bwd", "mixes", ("split_mixes", "fused_pre"), _n_gates),
     Spec(
@@ -147,15 +311,15 @@ SPECS = (
     Spec("sinkhorn_fwd", "sinkhorn", ("sinkhorn",), _n),
     Spec("sinkhorn_bwd", "sinkhorn", ("sinkhorn", "fused_pre"), lambda s: [(s.n, s.capacity)]),
     Spec("aggregate_fwd", "aggregate", ("aggregate",), _streams),
-    Spec("aggregate_bwd", "aggregate", ("aggregate",), _streams),
+    Spec("aggregate_bwd", "aggregate", ("aggregate",), _aggregate_backwards),
     Spec("aggregate_mix_bwd", "aggregate", ("fused_pre", "contract"), _streams),
     Spec("post_fwd", "post", ("post",), _posts),
-    Spec("post_bwd", "post", ("post",), _posts),
-    Spec("post_bias_bwd", "post", ("post",), lambda s: [(s.hidden, p) for p in s.parameters]),
+    Spec("post_bwd", "post", ("post",), _post_backwards),
+    Spec("post_bias_bwd", "post", ("post",), _post_biases),
     Spec("head_mix_fwd", "contract", ("head_mix", "contract"), _n_gates),
     Spec("head_mix_bwd", "contract", ("head_mix", "contract"), _n_gates),
-    Spec("contract_fwd", "contract", ("contract",), _with_parameters(_streams_gates)),
-    Spec("fused_pre", "fused_pre", ("fused_pre",), _with_parameters(_streams_gates)),
+    Spec("contract_fwd", "contract", ("contract",), _pres),
+    Spec("fused_pre", "fused_pre", ("fused_pre",), _pres),
     Spec("recompute", "recompute", ("recompute",), _streams),
     Spec("recompute_table", "recompute", ("recompute",), lambda _: [(TABLE_SLOTS,)]),
 )
@@ -209,6 +373,8 @@ def compile_command(name: str, args: Arguments, arch: str) -> str | None:
                 command += f" --dtype {size.dtype}"
             if size.parameters != PARAMETERS:
                 command += f" --param-dtype {','.join(size.parameters)}"
+            if size.grads:
+                command += f" --grad-dtype {','.join(size.grads)}"
             return f"{command} --ops {spec.ops[0]}"
     return None
 
@@ -216,13 +382,14 @@ def compile_command(name: str, args: Arguments, arch: str) -> str | None:
 def _sizes_of(name: str, args: Arguments) -> Iterator[Sizes]:
     """Every choice that may give these arguments, the defaults first."""
     numbers = [arg for arg in args if isinstance(arg, int)]
-    words = {arg for arg in args if isinstance(arg, str)}
+    words = [arg for arg in args if isinstance(arg, str)]
     repeats = {HISTORY_STEP, numbers[-1]} if name == "sinkhorn_bwd" else {HISTORY_STEP}
-    dtypes = [DTYPE, *words.intersection(STREAM_DTYPES.values())]
-    one_each = [(dtype,) for dtype in PARAMETER_DTYPES.values()]
+    streams = [DTYPE, *(word for word in words if word in STREAMS)]
+    parameters = [*((dtype,) for dtype in EVERY_PARAMETER), EVERY_PARAMETER]
+    grads: list[tuple[str, ...]] = [(), *((word,) for word in dict.fromkeys(words) if word)]
     for n in SUPPORTED_STREAMS:
         # A kernel has H, n*H, or neither.
         widths = [64, *numbers, *(number // n for number in numbers)]
         hidden = [width for width in widths if 0 < width <= MAX_HIDDEN]
-        choices = (hidden, repeats, dtypes, [*one_each, tuple(PARAMETER_DTYPES.values())])
+        choices = (hidden, repeats, streams, parameters, grads)
         yield from (Sizes(n, *choice) for choice in itertools.product(*choices))

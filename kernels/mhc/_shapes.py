@@ -8,15 +8,18 @@ BLOCK_K = 128
 BACKWARD_TOKENS = 64
 PIECE = 64
 
+# Its fast kernels take bfloat16 streams of a width in whole pieces; `projection_any` the others.
+FAST_HIDDEN = PIECE
+# projection_any: the tile of x that one CTA takes at a time, in both directions.
+ANY_TOKENS = BACKWARD_TOKENS
+ANY_K = 64
+
 # mixes, contract: tokens summed by one CTA into one row of partial sums.
 TOKENS_PER_PARTIAL = 128
 
 # sinkhorn: the backward keeps every step in shared memory; its kernels are built for a multiple of
 # this many, so that the repeat counts in use (10, 20) share one.
 HISTORY_STEP = 32
-
-# The dtype that a builder is given for an optional tensor that is not there.
-NO_TENSOR = "none"
 
 # recompute: addresses that one launch of the table kernel takes by value.
 TABLE_SLOTS = 48

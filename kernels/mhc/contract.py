@@ -100,6 +100,8 @@ def head_mix_bwd(n: int, scale_dtype: str = "float32", bias_dtype: str = "float3
 def contract_fwd(
     n: int,
     hidden_size: int,
+    weight_dtype: str = "float32",
+    norm_dtype: str = "",
     dtype: str = "bfloat16",
     scale_dtype: str = "float32",
     bias_dtype: str = "float32",

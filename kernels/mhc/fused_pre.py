@@ -98,6 +98,8 @@ def gated_aggregate(
 def fused_pre(
     n: int,
     hidden_size: int,
+    weight_dtype: str = "float32",
+    norm_dtype: str = "",
     dtype: str = "bfloat16",
     scale_dtype: str = "float32",
     bias_dtype: str = "float32",

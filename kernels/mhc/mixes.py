@@ -149,8 +149,8 @@ def split_mixes_bwd(n: int, scale_dtype: str = "float32", bias_dtype: str = "flo
 def column_sums(
     biases: int,
     scales: int,
-    bias_dtype: str = "float32",
     scale_dtype: str = "float32",
+    bias_dtype: str = "float32",
     into: bool = False,
 ):
     """Sums over the rows of partials: the bias gradients, then the scale gradients.

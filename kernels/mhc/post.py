@@ -25,7 +25,6 @@ from tile_mhc.kernels._common import (
     sum_lanes,
     sums_shape,
 )
-from tile_mhc.kernels._shapes import NO_TENSOR
 
 
 @T.macro
@@ -58,12 +57,12 @@ def load_output(layer_output: T.Tensor, bias: T.Tensor, t: T.int32, h: T.int32, 
 
 
 @builder(SIMT)
-def post_fwd(n: int, hidden_size: int, dtype: str = "bfloat16", bias_dtype: str = NO_TENSOR):
+def post_fwd(n: int, hidden_size: int, dtype: str = "bfloat16", bias_dtype: str = ""):
     tokens = T.dynamic("num_tokens")
     vector = row_vector(hidden_size, dtype)
     threads = row_threads(hidden_size, vector)
     chunks = row_chunks(hidden_size, threads, vector)
-    has_bias = bias_dtype != NO_TENSOR
+    has_bias = bias_dtype != ""
 
     @T.macro
     def forward(
@@ -128,7 +127,7 @@ def post_bwd(
     n: int,
     hidden_size: int,
     dtype: str = "bfloat16",
-    bias_dtype: str = NO_TENSOR,
+    bias_dtype: str = "",
     into: str = "",
 ):
     """All gradients of a token; with a bias of a slice of tokens, and their sum for the bias.
@@ -148,7 +147,7 @@ def post_bwd(
     # us with this. 160 threads would have to spill.
     blocks_per_sm = 4 if n < 8 else 2
     lanes = sum_lanes(num_sums, threads)
-    has_bias = bias_dtype != NO_TENSOR
+    has_bias = bias_dtype != ""
 
     @T.macro
     def backward(
@@ -311,7 +310,7 @@ def post_bwd(
 
 
 @builder(SIMT)
-def post_bias_bwd(hidden_size: int, bias_dtype: str):
+def post_bias_bwd(hidden_size: int, bias_dtype: str = "float32"):
     """grad_bias: the sum of the slices, each of eight warps a stride of them, then the warps."""
     slices = T.dynamic("num_slices")
     warps = 8

@@ -541,7 +541,7 @@ def projection_weight_bwd(
     slices = T.dynamic("num_slices")
     vector = 4
     has_norm = norm_dtype != ""
-    into = into_weight != ""
+    directed = into_weight != ""
     # A thread takes one row of the weight; with a norm weight all, as it sums over them.
     rows = num_mixes if has_norm else 1
     threads = 32 if has_norm else THREADS

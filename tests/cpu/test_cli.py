@@ -76,11 +76,12 @@ HIDDEN = ("--hidden", "4096")
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
-        ((*ARCH, "--hidden", "100"), r"--hidden.*multiple of 64 from 64 to 16384; got '100'"),
-        ((*ARCH, "--hidden", "0"), r"multiple of 64 from 64 to 16384; got '0'"),
-        ((*ARCH, "--hidden", "16448"), r"multiple of 64 from 64 to 16384; got '16448'"),
-        ((*ARCH, "--hidden", "4096,big"), r"multiple of 64 from 64 to 16384; got 'big'"),
-        ((*ARCH, "--hidden", ""), r"multiple of 64 from 64 to 16384; got ''"),
+        ((*ARCH, "--hidden", "0"), r"--hidden.*an integer from 1 to 16384; got '0'"),
+        ((*ARCH, "--hidden", "16385"), r"an integer from 1 to 16384; got '16385'"),
+        ((*ARCH, "--hidden", "4096,big"), r"an integer from 1 to 16384; got 'big'"),
+        ((*ARCH, "--hidden", ""), r"an integer from 1 to 16384; got ''"),
+        ((*ARCH, *HIDDEN, "--dtype", "float64"), r"--dtype.*bfloat16, float16, .*got 'float64'"),
+        ((*ARCH, *HIDDEN, "--param-dtype", "float16"), r"--param-dtype.*float32.*got 'float16'"),
         ((*ARCH, *HIDDEN, "--streams", "3"), r"--streams.*must be one of 2, 4, 8; got '3'"),
         ((*ARCH, *HIDDEN, "--repeat", "0"), r"--repeat.*an integer from 1 to 1024; got '0'"),
         ((*ARCH, *HIDDEN, "--repeat", "1025"), r"--repeat.*from 1 to 1024; got '1025'"),
@@ -147,21 +148,43 @@ def test_list(run):
     code, out, err = run("list", "--hidden", "4096,7168", "--streams", "4")
     assert (code, err) == (0, "")
     for spec in specs.SPECS:
-        assert spec.name in out
+        assert (spec.name in out) == (spec.stem != "projection_any"), "for other streams"
     assert "(4, 7168)" in out
+
+
+def test_list_of_dtypes(run):
+    arguments = ("--streams", "4", "--hidden", "100", "--ops", "projection,post")
+    dtypes = ("--dtype", "float16,float32", "--param-dtype", "bfloat16")
+    code, out, _ = run("list", *arguments, *dtypes, "--json")
+    assert code == 0
+    listed = {kernel["name"]: kernel["arguments"] for kernel in json.loads(out)}
+    assert not [name for name in listed if name in ("projection_fwd", "projection_bwd")]
+    assert listed["post_fwd"] == [
+        [4, 100, *dtypes]
+        for streams in ("float16", "float32")
+        for dtypes in ([streams], [streams, "bfloat16"])
+    ]
+    assert [24, 400, "float16", "bfloat16", "bfloat16"] in listed["projection_any_fwd"]
+    assert [4, 400, "float32", "bfloat16"] in listed["projection_any_fwd"]
 
 
 def test_list_as_json(run):
     code, out, _ = run("list", "--hidden", "64", "--streams", "2,8", "--ops", "post", "--json")
+    biased = ["bfloat16", "float32"]
+    of_streams = [[2, 64], [2, 64, *biased], [8, 64], [8, 64, *biased]]
     assert code == 0
     assert json.loads(out) == [
         {
             "name": name,
             "stem": "post",
             "ops": ["post"],
-            "arguments": [[2, 64], [8, 64]],
+            "arguments": arguments,
         }
-        for name in ("post_fwd", "post_bwd")
+        for name, arguments in (
+            ("post_fwd", of_streams),
+            ("post_bwd", of_streams),
+            ("post_bias_bwd", [[64]]),
+        )
     ]
 
 

@@ -12,7 +12,16 @@ from tile_mhc import specs
 from tile_mhc.ops import recompute, sinkhorn
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZES = [specs.Sizes(2, 64), specs.Sizes(4, 1280), specs.Sizes(8, 7168, 40)]
+SIZES = [
+    specs.Sizes(2, 64),
+    specs.Sizes(4, 1280),
+    specs.Sizes(8, 7168, 40),
+    specs.Sizes(2, 33, dtype="float16"),
+    specs.Sizes(4, 5129, dtype="float32", parameters=("bfloat16",)),
+    specs.Sizes(8, 1),
+]
+# The first have no kernel of `projection_any`.
+ONE_OF_EACH = specs.select([SIZES[0], specs.Sizes(2, 33)])
 KERNELS = specs.select(SIZES)
 
 
@@ -34,7 +43,9 @@ def test_every_launch_is_in_the_table_and_the_other_way_round():
 
 
 def test_launches_pass_as_many_arguments_as_the_table():
-    table = {spec.name: len(spec.arguments(SIZES[0])[0]) for spec in specs.SPECS}
+    table: dict[str, int] = {}
+    for name, args in ONE_OF_EACH:
+        table.setdefault(name, len(args))
     for name, count in launches():
         assert count == table[name], name
 
@@ -94,9 +105,38 @@ def test_the_command_compiles_the_kernel(name, args):
     assert words[:4] == ["tile-mhc", "compile", "--arch", "sm_90a"]
     options = dict(zip(words[2::2], words[3::2], strict=True))
     size = specs.Sizes(
-        int(options["--streams"]), int(options["--hidden"]), int(options.get("--repeat", 1))
+        int(options["--streams"]),
+        int(options["--hidden"]),
+        int(options.get("--repeat", 1)),
+        options.get("--dtype", "bfloat16"),
+        tuple(options.get("--param-dtype", "float32").split(",")),
     )
     assert (name, args) in specs.select([size], [options["--ops"]])
+
+
+def test_the_command_for_parameters_of_two_dtypes():
+    dtypes = specs.pre_dtypes("float16", "bfloat16", "float32", "float32", "bfloat16")
+    command = specs.compile_command("fused_pre", (4, 100, *dtypes), "sm_90a")
+    assert command == (
+        "tile-mhc compile --arch sm_90a --hidden 100 --streams 4 --dtype float16 "
+        "--param-dtype float32,bfloat16 --ops fused_pre"
+    )
+
+
+def test_dtypes_that_are_defaults_are_left_out():
+    assert specs.pre_dtypes("bfloat16", "float32", "", "float32", "float32") == ()
+    assert specs.pre_dtypes("bfloat16", "bfloat16", "", "float32", "float32") == ("bfloat16",)
+    every = ("float32", "", "bfloat16", "float32", "bfloat16")
+    assert specs.pre_dtypes("bfloat16", "float32", "", "float32", "bfloat16") == every
+    assert specs.post_dtypes("float32", "") == ("float32",)
+
+
+def test_a_projection_has_one_kind_of_kernels():
+    fast = {name for name, _ in specs.select([specs.Sizes(4, 64)], ["projection"])}
+    other = {name for name, _ in specs.select([specs.Sizes(4, 65)], ["projection"])}
+    assert fast & other == {"projection_norm_bwd"}
+    for size in (specs.Sizes(4, 64, dtype="float16"), specs.Sizes(4, 64, dtype="float32")):
+        assert {name for name, _ in specs.select([size], ["projection"])} == other
 
 
 def test_no_command_for_what_no_size_gives():

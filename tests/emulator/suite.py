@@ -3,15 +3,18 @@
 import dataclasses
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import oracle
 from cases import (
     CONTRACT,
+    DEFAULT_DTYPES,
     FUSED_PRE,
     OPS,
     PROJECTION,
     Case,
+    Dtypes,
     Inputs,
     Op,
     norm_weight,
@@ -61,9 +64,11 @@ HEAD_PROJECTION = dataclasses.replace(PROJECTION, inputs=_head_inputs)
 EVERY_OP = (*OPS, PASSING, HEAD_PROJECTION)
 
 
-def run_recompute(case: Case, device: str = "cpu") -> dict[str, Tensor]:
+def run_recompute(
+    case: Case, device: str = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Tensor]:
     """A replay of three layers and two posts."""
-    outputs = recompute(*recompute_inputs(3, 2, *case.shape, device))
+    outputs = recompute(*recompute_inputs(3, 2, *case.shape, device, dtype))
     return {
         f"{name}[{i}]": tensor
         for name, tensors in zip(("layer_inputs", "residuals"), outputs, strict=True)
@@ -79,11 +84,12 @@ def with_norm(op: Op, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name != "norm_weight"}
 
 
-def run_everything(case: Case) -> None:
+def run_everything(case: Case, dtypes: Dtypes = DEFAULT_DTYPES) -> None:
     """Every op forward and backward, in every form that has kernels of its own."""
     for op in EVERY_OP:
         tensors, options = op.inputs(*case.shape, "cpu")
-        for given in (tensors, with_norm(op, tensors)):
+        for chosen in (tensors, with_norm(op, tensors)):
+            given = dtypes.of(chosen)
             upstream: list[Any] = oracle.upstream_of(op, given, options)
             oracle.evaluate(op.run, given, options, upstream, op.outputs)
-    run_recompute(case)
+    run_recompute(case, dtype=dtypes.streams)

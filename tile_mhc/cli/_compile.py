@@ -80,6 +80,7 @@ def compile_command(
     repeat: tuple[int, ...],
     dtypes: tuple[str, ...],
     parameters: tuple[str, ...],
+    grads: tuple[str, ...],
     ops: tuple[str, ...],
     jobs: int,
     fail_on_spills: bool,
@@ -110,7 +111,9 @@ def compile_command(
     wanted = [
         (name, args, a)
         for a in arch
-        for name, args in specs.select(sizes(hidden, streams, repeat, dtypes, parameters), ops)
+        for name, args in specs.select(
+            sizes(hidden, streams, repeat, dtypes, parameters, grads), ops
+        )
     ]
     start = time.perf_counter()
     outcomes = _compile_all(wanted, jobs, quiet=as_json)

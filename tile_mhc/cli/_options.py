@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tile_mhc import specs
-from tile_mhc.errors import MAX_HIDDEN, PARAMETER_DTYPES, STREAM_DTYPES, SUPPORTED_STREAMS
+from tile_mhc.errors import MAX_HIDDEN, SUPPORTED_STREAMS
 from tile_mhc.kernels._shapes import HISTORY_STEP
 from tile_mhc.ops.sinkhorn import MAX_REPEAT
 
@@ -76,7 +76,7 @@ REPEAT = Numbers(lambda r: 0 < r <= MAX_REPEAT, f"an integer from 1 to {MAX_REPE
 
 
 def kernel_options(hidden_required: bool) -> Callable[[Command], Command]:
-    """--hidden, --streams, --dtype, --param-dtype, --repeat and --ops."""
+    """--hidden, --streams, --dtype, --param-dtype, --grad-dtype, --repeat and --ops."""
     presence: dict[str, Any] = {"required": True}
     if not hidden_required:
         presence = {"default": (4096,), "show_default": "4096"}
@@ -100,15 +100,23 @@ def kernel_options(hidden_required: bool) -> Callable[[Command], Command]:
             click.option(
                 "--param-dtype",
                 "parameters",
-                type=Words(tuple(PARAMETER_DTYPES.values())),
+                type=Words(specs.EVERY_PARAMETER),
                 default=specs.PARAMETERS,
                 show_default=",".join(specs.PARAMETERS),
                 help="Dtypes that each of the parameters may have, comma-separated.",
             ),
             click.option(
+                "--grad-dtype",
+                "grads",
+                type=Words(("float32", "bfloat16")),
+                default=(),
+                show_default="none",
+                help="Dtypes of gradient accumulators and main_grad, comma-separated.",
+            ),
+            click.option(
                 "--dtype",
                 "dtypes",
-                type=Words(tuple(STREAM_DTYPES.values())),
+                type=Words(specs.STREAMS),
                 default=(specs.DTYPE,),
                 show_default=specs.DTYPE,
                 help="Dtypes of the streams, comma-separated.",
@@ -158,9 +166,10 @@ def sizes(
     repeat: tuple[int, ...],
     dtypes: tuple[str, ...],
     parameters: tuple[str, ...],
+    grads: tuple[str, ...] = (),
 ) -> list[specs.Sizes]:
     choices = itertools.product(streams, hidden, repeat, dtypes)
-    return [specs.Sizes(*choice, parameters) for choice in choices]
+    return [specs.Sizes(*choice, parameters, grads) for choice in choices]
 
 
 def print_json(value: Any) -> None:

@@ -11,12 +11,13 @@ What differs from the original arithmetic:
   original rounds both mixes to the dtype of the streams, then both products and their sum.
 - Under autocast the mixing runs in float32; the original projects in the autocast dtype.
 
-What runs is decided call by call. bfloat16 streams of a supported shape go to the operators of
-tile_mhc: TileLang on a CUDA device, the reference on a CPU. Any other dtype, number of streams or
-hidden size goes to `tile_mhc.reference`, which computes what the original does, at its speed;
-nothing is cast down unasked, and `backend_report()` gives the reason. transformers 5.17 loads the
-norms of a checkpoint in float32, so the layers' outputs can be float32 and widen the streams:
-`patch(streams_dtype=torch.bfloat16)` asks for bfloat16 streams throughout.
+What runs is decided call by call. Streams of bfloat16, float16 or float32, of a supported shape,
+go to the operators of tile_mhc: TileLang on a CUDA device, the reference on a CPU. Any other dtype,
+number of streams or hidden size goes to `tile_mhc.reference`, which computes what the original
+does, at its speed; nothing is cast down unasked, and `backend_report()` gives the reason.
+transformers 5.17 loads the norms of a checkpoint in float32, so the layers' outputs can be float32
+and widen the streams to twice the bytes: `patch(streams_dtype=torch.bfloat16)` asks for bfloat16
+streams throughout.
 
 Modules whose `forward` was captured before `patch()` (by accelerate's hooks, or by a compilation)
 keep what they captured: patch first.
@@ -185,7 +186,7 @@ def _has_operator(call: str, streams: Tensor) -> bool:
     num_streams, hidden_size = streams.shape[-2:]
     device = streams.device.type
     reason = ""
-    if streams.dtype != torch.bfloat16:
+    if streams.dtype not in errors.STREAMS:
         reason = f"{errors.dtype_name(streams.dtype)} streams"
     elif device not in ("cuda", "cpu", "meta"):
         reason = f"on {device}"
@@ -216,6 +217,10 @@ def _exact(streams: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False)
 
 
+def _parameter(value: Tensor) -> Tensor:
+    return value if value.dtype in errors.PARAMETERS else value.float()
+
+
 def _hyper_connection(self: Any, hidden_streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """post_mix, comb_mix and the layer input, in the order of the original."""
     streams = hidden_streams.to(_streams_dtype or hidden_streams.dtype).contiguous()
@@ -223,9 +228,9 @@ def _hyper_connection(self: Any, hidden_streams: Tensor) -> tuple[Tensor, Tensor
     with _exact(streams):
         layer_input, post_mix, comb_mix = pre(
             streams,
-            self.fn.float(),
-            self.scale.float(),
-            self.base.float(),
+            _parameter(self.fn),
+            _parameter(self.scale),
+            _parameter(self.base),
             norm_eps=self.input_norm.eps,
             pre_eps=self.hc_eps,
             sinkhorn_eps=self.hc_eps,
@@ -241,9 +246,9 @@ def _hyper_head(self: Any, x: Tensor) -> Tensor:
     with _exact(streams):
         return contract(
             streams,
-            self.hc_fn.float(),
-            self.hc_scale.float(),
-            self.hc_base.float(),
+            _parameter(self.hc_fn),
+            _parameter(self.hc_scale),
+            _parameter(self.hc_base),
             norm_eps=self.input_norm.eps,
             pre_eps=self.eps,
         )

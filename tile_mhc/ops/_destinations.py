@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tile_mhc import errors, main_grad
 from tile_mhc.accumulator import GradAccumulator, State
-from tile_mhc.ops._library import outside_graphs, register
+from tile_mhc.ops._library import dtype_of, outside_graphs, register
 
 
 class Into(NamedTuple):
@@ -50,9 +50,9 @@ def adds(into: Destinations, position: int) -> bool:
     return position in into and into[position].adds
 
 
-def dtypes_of(into: Destinations, *positions: int) -> tuple[str, ...]:
-    """What builders call the dtypes of destinations; nothing where there is none."""
-    return tuple(errors.dtype_name(into[p].tensor.dtype) for p in positions if p in into)
+def dtype_into(into: Destinations, position: int) -> str:
+    """What builders call the dtype of a destination; nothing where there is none."""
+    return dtype_of(into[position].tensor) if position in into else ""
 
 
 def moved(into: Destinations, positions: Mapping[int, int]) -> Destinations:

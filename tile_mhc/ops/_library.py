@@ -53,6 +53,14 @@ def absent(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(1, device=device, dtype=dtype)
 
 
+def dtype_of(tensor: Tensor | None) -> str:
+    """What builders call the dtype of a tensor: empty for one that is not there."""
+    return "" if tensor is None else _DTYPES[tensor.dtype]
+
+
+_DTYPES = {dtype: errors.dtype_name(dtype) for dtype in (*errors.STREAMS, *errors.PARAMETERS)}
+
+
 def _no_gradient_of(name: str) -> Callable[..., Any]:
     """A backward op's own backward: torch would leave out its terms in silence."""
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import errors, jit, reference
+from tile_mhc import errors, jit, reference, specs
 from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.ops._destinations import (
     NOWHERE,
@@ -13,11 +13,11 @@ from tile_mhc.ops._destinations import (
     Route,
     adds,
     call,
-    dtypes_of,
+    dtype_into,
     register_into,
     room,
 )
-from tile_mhc.ops._library import register
+from tile_mhc.ops._library import dtype_of, register
 
 
 def aggregate(
@@ -68,7 +68,7 @@ def check_mix(op: str, name: str, mix: Tensor, streams: tuple[str, Tensor]) -> N
 def _launch(residual: Tensor, pre_mix: Tensor, out: Tensor) -> None:
     n, hidden_size = residual.shape[-2:]
     if out.numel():
-        jit.kernel("aggregate_fwd", n, hidden_size, errors.STREAM_DTYPES[residual.dtype])(
+        jit.kernel("aggregate_fwd", n, hidden_size, *specs.stream_dtypes(dtype_of(residual)))(
             residual.view(-1, n, hidden_size),
             pre_mix.contiguous().view(-1, n),
             out.view(-1, hidden_size),
@@ -95,7 +95,7 @@ def _backward_cuda(
     n, hidden_size = residual.shape[-2:]
     grad_residual, grad_mix = room(into, residual, pre_mix)
     if residual.numel():
-        dtypes = (errors.STREAM_DTYPES[residual.dtype], *dtypes_of(into, 0))
+        dtypes = specs.directed_dtypes(dtype_of(residual), dtype_into(into, 0))
         jit.kernel("aggregate_bwd", n, hidden_size, *dtypes)(
             grad.contiguous().view(-1, hidden_size),
             residual.view(-1, n, hidden_size),

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import errors, jit, reference
+from tile_mhc import errors, jit, reference, specs
 from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops._destinations import NOWHERE, Destinations, Route, call, moved, register_into
-from tile_mhc.ops._library import empty_gradients, register
+from tile_mhc.ops._library import dtype_of, empty_gradients, register
 from tile_mhc.ops.mixes import check_gates, column_sums, gate_dtypes, no_sums, partial_rows
 
 
@@ -114,12 +114,12 @@ def _contract_cuda(
     if residual.numel():
         n, hidden_size = residual.shape[-2:]
         x = residual.view(-1, n * hidden_size)
-        products, squares = projection_op.split_products(x, weight, norm_weight, num_splits, tf32)
-        dtypes = projection_op.parameter_dtypes(weight, norm_weight)
+        products, squares = projection_op.split_products(
+            residual, weight, norm_weight, num_splits, tf32
+        )
+        dtypes = projection_op.pre_dtypes(residual, weight, norm_weight, scale, bias)
         out, mixes, inv_rms = outputs
-        dtype = errors.STREAM_DTYPES[residual.dtype]
-        gates = gate_dtypes(scale, bias)
-        jit.kernel("contract_fwd", n, hidden_size, dtype, *gates, *dtypes)(
+        jit.kernel("contract_fwd", n, hidden_size, *dtypes)(
             products,
             squares,
             scale,
@@ -170,7 +170,7 @@ def _contract_backward_cuda(
     gate = _cuda(mixes, scale, bias, pre_eps)
     grad_gate = torch.empty_like(gate)
     if residual.numel():
-        jit.kernel("aggregate_mix_bwd", n, hidden_size, errors.STREAM_DTYPES[residual.dtype])(
+        jit.kernel("aggregate_mix_bwd", n, hidden_size, *specs.stream_dtypes(dtype_of(residual)))(
             grad.view(-1, hidden_size), residual.view(-1, n, hidden_size), grad_gate.view(-1, n)
         )
     grad_mixes, grad_scale, grad_bias = _backward_cuda(
@@ -224,8 +224,7 @@ def _cuda(mixes: Tensor, scale: Tensor, bias: Tensor, pre_eps: float) -> Tensor:
     out = mixes.new_empty(mixes.shape)
     n = mixes.shape[-1]
     if out.numel():
-        scale_dtype, bias_dtype = gate_dtypes(scale, bias)
-        jit.kernel("head_mix_fwd", n, scale_dtype, bias_dtype)(
+        jit.kernel("head_mix_fwd", n, *gate_dtypes(scale, bias))(
             mixes.contiguous().view(-1, n), scale, bias.contiguous(), out.view(-1, n), pre_eps
         )
     return out
@@ -241,8 +240,7 @@ def _backward_cuda(
         return grad_mixes, *no_sums(scale, bias, into)
     # One row of partial sums a CTA: the bias gradients, then the scale gradient.
     partials = mixes.new_empty(partial_rows(num_tokens), n + 1)
-    scale_dtype, bias_dtype = gate_dtypes(scale, bias)
-    jit.kernel("head_mix_bwd", n, scale_dtype, bias_dtype)(
+    jit.kernel("head_mix_bwd", n, *gate_dtypes(scale, bias))(
         grad.contiguous().view(-1, n),
         mixes.contiguous().view(-1, n),
         scale,

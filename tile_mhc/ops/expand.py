@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from tile_mhc import errors, jit, reference
-from tile_mhc.ops._library import register
+from tile_mhc import errors, jit, reference, specs
+from tile_mhc.ops._library import dtype_of, register
 
 
 def expand(hidden: Tensor, num_streams: int = 4, *, out: Tensor | None = None) -> Tensor:
@@ -44,8 +44,8 @@ def expand(hidden: Tensor, num_streams: int = 4, *, out: Tensor | None = None) -
 def _launch(hidden: Tensor, out: Tensor) -> None:
     num_streams, hidden_size = out.shape[-2:]
     if out.numel():
-        dtype = errors.STREAM_DTYPES[hidden.dtype]
-        kernel = jit.kernel("expand_fwd", num_streams, hidden_size, dtype)
+        dtypes = specs.stream_dtypes(dtype_of(hidden))
+        kernel = jit.kernel("expand_fwd", num_streams, hidden_size, *dtypes)
         kernel(hidden.view(-1, hidden_size), out.view(-1, num_streams, hidden_size))
 
 
@@ -67,8 +67,8 @@ def _backward_cuda(grad: Tensor) -> Tensor:
     num_streams, hidden_size = grad.shape[-2:]
     grad_hidden = _backward_fake(grad)
     if grad_hidden.numel():
-        dtype = errors.STREAM_DTYPES[grad.dtype]
-        kernel = jit.kernel("expand_bwd", num_streams, hidden_size, dtype)
+        dtypes = specs.stream_dtypes(dtype_of(grad))
+        kernel = jit.kernel("expand_bwd", num_streams, hidden_size, *dtypes)
         kernel(
             grad.contiguous().view(-1, num_streams, hidden_size), grad_hidden.view(-1, hidden_size)
         )

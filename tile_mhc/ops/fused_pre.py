@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import errors, jit, reference
+from tile_mhc import errors, jit, reference, specs
 from tile_mhc.ops import mixes as mixes_op
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops import sinkhorn as sinkhorn_op
 from tile_mhc.ops._destinations import NOWHERE, Destinations, Route, call, moved, register_into
-from tile_mhc.ops._library import empty_gradients, register
+from tile_mhc.ops._library import dtype_of, empty_gradients, register
 
 
 def fused_pre(
@@ -120,12 +120,12 @@ def _cuda(
     if residual.numel():
         num_mixes, size = weight.shape
         x = residual.view(-1, size)
-        products, squares = projection_op.split_products(x, weight, norm_weight, num_splits, tf32)
-        dtypes = projection_op.parameter_dtypes(weight, norm_weight)
+        products, squares = projection_op.split_products(
+            residual, weight, norm_weight, num_splits, tf32
+        )
+        dtypes = projection_op.pre_dtypes(residual, weight, norm_weight, scale, bias)
         layer_input, post_mix, comb_mix, mixes, inv_rms = outputs
-        dtype = errors.STREAM_DTYPES[residual.dtype]
-        gates = mixes_op.gate_dtypes(scale, bias)
-        jit.kernel("fused_pre", n, hidden_size, dtype, *gates, *dtypes)(
+        jit.kernel("fused_pre", n, hidden_size, *dtypes)(
             products,
             squares,
             scale.contiguous(),
@@ -185,7 +185,7 @@ def _backward_cuda(
     grad_input = grad_input.contiguous()
     grad_pre = torch.empty_like(pre_mix)
     if residual.numel():
-        jit.kernel("aggregate_mix_bwd", n, hidden_size, errors.STREAM_DTYPES[residual.dtype])(
+        jit.kernel("aggregate_mix_bwd", n, hidden_size, *specs.stream_dtypes(dtype_of(residual)))(
             grad_input.view(-1, hidden_size),
             residual.view(-1, n, hidden_size),
             grad_pre.view(-1, n),

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import errors, jit, reference
+from tile_mhc import errors, jit, reference, specs
 from tile_mhc.kernels._shapes import TOKENS_PER_PARTIAL
 from tile_mhc.ops._destinations import (
     NOWHERE,
@@ -17,7 +17,7 @@ from tile_mhc.ops._destinations import (
     register_into,
     room,
 )
-from tile_mhc.ops._library import register
+from tile_mhc.ops._library import dtype_of, register
 
 
 def split_mixes(
@@ -66,12 +66,12 @@ def split_mixes(
 def check_gates(
     op: str, scale: Tensor, bias: Tensor, scales: int, biases: int, like: tuple[str, Tensor]
 ) -> None:
-    errors.check_tensor(op, "scale", scale, [(scales,)], errors.PARAMETER, like)
-    errors.check_tensor(op, "bias", bias, [(biases,)], errors.PARAMETER, like)
+    errors.check_tensor(op, "scale", scale, [(scales,)], errors.PARAMETERS, like)
+    errors.check_tensor(op, "bias", bias, [(biases,)], errors.PARAMETERS, like)
 
 
-def gate_dtypes(scale: Tensor, bias: Tensor) -> tuple[str, str]:
-    return errors.PARAMETER_DTYPES[scale.dtype], errors.PARAMETER_DTYPES[bias.dtype]
+def gate_dtypes(scale: Tensor, bias: Tensor) -> tuple[str, ...]:
+    return specs.gate_dtypes(dtype_of(scale), dtype_of(bias))
 
 
 def column_sums(
@@ -82,9 +82,8 @@ def column_sums(
     `into` has them at the positions 1 and 2.
     """
     _, grad_scale, grad_bias = room(into, partials, scale, bias)
-    scale_dtype, bias_dtype = gate_dtypes(grad_scale, grad_bias)
-    directed = (True,) if 1 in into or 2 in into else ()
-    jit.kernel("column_sums", bias.numel(), scale.numel(), bias_dtype, scale_dtype, *directed)(
+    dtypes = specs.sums_dtypes(dtype_of(grad_scale), dtype_of(grad_bias), 1 in into or 2 in into)
+    jit.kernel("column_sums", bias.numel(), scale.numel(), *dtypes)(
         partials, grad_bias, grad_scale, adds(into, 2), adds(into, 1)
     )
     return grad_scale, grad_bias
@@ -108,8 +107,7 @@ def launch(
     outputs = _fake(mixes, scale, bias, num_streams, post_mult, pre_eps)
     n = num_streams
     if mixes.numel():
-        scale_dtype, bias_dtype = gate_dtypes(scale, bias)
-        jit.kernel("split_mixes_fwd", n, scale_dtype, bias_dtype)(
+        jit.kernel("split_mixes_fwd", n, *gate_dtypes(scale, bias))(
             mixes.contiguous().view(-1, n * (n + 2)),
             scale.contiguous(),
             bias.contiguous(),
@@ -149,8 +147,7 @@ def launch_backward(
         return grad_mixes, *no_sums(scale, bias, into)
     # One row of partial sums a CTA: the bias gradients, then the three scale gradients.
     partials = mixes.new_empty(partial_rows(num_tokens), num_mixes + 3)
-    scale_dtype, bias_dtype = gate_dtypes(scale, bias)
-    jit.kernel("split_mixes_bwd", n, scale_dtype, bias_dtype)(
+    jit.kernel("split_mixes_bwd", n, *gate_dtypes(scale, bias))(
         grad_pre.contiguous().view(-1, n),
         grad_post.contiguous().view(-1, n),
         grad_comb.contiguous().view(-1, n * n),

@@ -5,20 +5,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import config, errors, jit, reference
+from tile_mhc import config, errors, jit, reference, specs
 from tile_mhc.accumulator import GradAccumulator
-from tile_mhc.kernels._shapes import NO_TENSOR
 from tile_mhc.ops._destinations import (
     NOWHERE,
     Destinations,
     Route,
     adds,
     call,
-    dtypes_of,
+    dtype_into,
     register_into,
     room,
 )
-from tile_mhc.ops._library import empty_gradients, register
+from tile_mhc.ops._library import dtype_of, empty_gradients, register
 from tile_mhc.ops.aggregate import check_mix
 
 # CTAs of the backward that fit an SM, by their registers.
@@ -74,7 +73,7 @@ def post(
     comb_shape = (*residual.shape[:-1], num_streams)
     errors.check_tensor("post", "comb_mix", comb_mix, [comb_shape], torch.float32, like)
     if bias is not None:
-        errors.check_tensor("post", "bias", bias, [(hidden_size,)], errors.PARAMETER, like)
+        errors.check_tensor("post", "bias", bias, [(hidden_size,)], errors.PARAMETERS, like)
     if out is None:
         inputs = (layer_output, residual, post_mix, comb_mix, bias)
         return call(_ROUTE, inputs, grad_accumulator)
@@ -97,8 +96,7 @@ def _launch(
 ) -> None:
     n, hidden_size = residual.shape[-2:]
     if out.numel():
-        dtype = errors.STREAM_DTYPES[residual.dtype]
-        jit.kernel("post_fwd", n, hidden_size, dtype, _dtype_of(bias))(
+        jit.kernel("post_fwd", n, hidden_size, *_dtypes(residual, bias))(
             layer_output.view(-1, hidden_size),
             residual.view(-1, n, hidden_size),
             post_mix.contiguous().view(-1, n),
@@ -108,8 +106,8 @@ def _launch(
         )
 
 
-def _dtype_of(bias: Tensor | None) -> str:
-    return NO_TENSOR if bias is None else errors.PARAMETER_DTYPES[bias.dtype]
+def _dtypes(residual: Tensor, bias: Tensor | None, into: str = "") -> tuple[str, ...]:
+    return specs.post_dtypes(dtype_of(residual), dtype_of(bias), into)
 
 
 def _cuda(
@@ -158,7 +156,7 @@ def _backward_cuda(
         num_tokens = residual.numel() // (n * hidden_size)
         partials = post_mix.new_empty(bias_slices(num_tokens), hidden_size)
         of_bias = [bias.contiguous(), partials]
-    dtypes = (errors.STREAM_DTYPES[residual.dtype], _dtype_of(bias), *dtypes_of(into, 1))
+    dtypes = _dtypes(residual, bias, dtype_into(into, 1))
     jit.kernel("post_bwd", n, hidden_size, *dtypes)(
         grad.contiguous().view(-1, n, hidden_size),
         layer_output.view(-1, hidden_size),
@@ -173,7 +171,8 @@ def _backward_cuda(
         *of_bias,
     )
     if bias is not None:
-        jit.kernel("post_bias_bwd", hidden_size, _dtype_of(bias))(partials, grad_bias)
+        dtypes = specs.parameter_dtypes(dtype_of(bias))
+        jit.kernel("post_bias_bwd", hidden_size, *dtypes)(partials, grad_bias)
     return grads
 
 

@@ -5,17 +5,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import config, errors, jit, reference
+from tile_mhc import config, errors, jit, reference, specs
 from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.kernels._shapes import (
     BACKWARD_TOKENS,
     BLOCK_K,
     BLOCK_TOKENS,
+    FAST_HIDDEN,
     PIECE,
     backward_pieces,
     factors_width,
     padded,
 )
+from tile_mhc.ops import projection_any
 from tile_mhc.ops._destinations import (
     NOWHERE,
     Destinations,
@@ -23,11 +25,11 @@ from tile_mhc.ops._destinations import (
     adds,
     call,
     clear,
-    dtypes_of,
+    dtype_into,
     register_into,
     room,
 )
-from tile_mhc.ops._library import absent, empty_gradients, register
+from tile_mhc.ops._library import absent, dtype_of, empty_gradients, register
 
 # What the start of the backward's pipeline costs a CTA, in tiles.
 START_TILES = 3
@@ -50,13 +52,15 @@ def projection(
 
     mixes[t] = (x[t] @ (weight * norm_weight).T) * rsqrt(mean(x[t]**2) + norm_eps),  x (T, n*H)
 
-    On CUDA the weight is split into two bfloat16 parts, so that the product is near fp32 (about
-    1e-5 relative to float64, where TF32 gives 2e-4); sums over K are fp32, in a fixed order.
+    On CUDA the weight, and streams that are not bfloat16, are split into two bfloat16 parts, so
+    that the product is near fp32 (about 1e-5 relative to float64, where TF32 gives 2e-4); sums over
+    K are fp32, in a fixed order.
 
     Args:
-        residual: (..., n, H) bfloat16, contiguous; n in 2, 4, 8; H a multiple of 64.
-        weight: (N, n*H) float32; N is n*(n+2) for a block, n for the head.
-        norm_weight: optional (n*H,) float32, a learnable weight of the RMS norm.
+        residual: (..., n, H) bfloat16, float16 or float32, contiguous; n in 2, 4, 8; H up to
+            16384. The fastest are bfloat16 and an H that is a multiple of 64.
+        weight: (N, n*H) float32 or bfloat16; N is n*(n+2) for a block, n for the head.
+        norm_weight: optional (n*H,) float32 or bfloat16, a learnable weight of the RMS norm.
         norm_eps: added to the mean square, inside the root.
         num_splits: the most slices of K to work on in parallel; by default as many as fill the
             GPU. The same number and shape give the same bits; `config.set_batch_invariant` makes
@@ -93,9 +97,9 @@ def check_projection(
     rows = num_mixes or (num_streams * (num_streams + 2), num_streams)
     size = num_streams * hidden_size
     like = ("residual", residual)
-    errors.check_tensor(op, "weight", weight, [(n, size) for n in rows], torch.float32, like)
+    errors.check_tensor(op, "weight", weight, [(n, size) for n in rows], errors.PARAMETERS, like)
     if norm_weight is not None:
-        errors.check_tensor(op, "norm_weight", norm_weight, [(size,)], torch.float32, like)
+        errors.check_tensor(op, "norm_weight", norm_weight, [(size,)], errors.PARAMETERS, like)
     errors.check_number(op, "norm_eps", norm_eps)
     errors.check_bool(op, "tf32", tf32)
     if num_splits is not None:
@@ -117,12 +121,19 @@ def blocks_per_split(num_tokens: int, size: int, num_splits: int | None) -> int:
     return max(4, -(-blocks // wanted))
 
 
-def parameter_dtypes(weight: Tensor, norm_weight: Tensor | None) -> tuple[str, ...]:
+def parameter_dtypes(weight: Tensor, norm_weight: Tensor | None, *into: str) -> tuple[str, ...]:
     """The trailing arguments of the builders that read the weight; none for their defaults."""
-    if norm_weight is None and weight.dtype == torch.float32:
-        return ()
-    norm = "" if norm_weight is None else errors.dtype_name(norm_weight.dtype)
-    return errors.dtype_name(weight.dtype), norm
+    return specs.weight_dtypes(dtype_of(weight), dtype_of(norm_weight), *into)
+
+
+def pre_dtypes(*tensors: Tensor | None) -> tuple[str, ...]:
+    """Those of the builders that read residual, weight, norm_weight, scale and bias."""
+    return specs.pre_dtypes(*map(dtype_of, tensors))
+
+
+def is_fast(residual: Tensor) -> bool:
+    """Whether the kernels of `projection` take these streams; else those of `projection_any`."""
+    return residual.dtype == torch.bfloat16 and residual.shape[-1] % FAST_HIDDEN == 0
 
 
 def parameters(weight: Tensor, norm_weight: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -133,20 +144,26 @@ def parameters(weight: Tensor, norm_weight: Tensor | None) -> tuple[Tensor, Tens
 
 
 def split_products(
-    x: Tensor,
+    residual: Tensor,
     weight: Tensor,
     norm_weight: Tensor | None,
     num_splits: int | None,
     tf32: bool,
 ) -> tuple[Tensor, Tensor]:
     """The products (S, T, N) and sums of squares (S, T) of S slices of K."""
-    num_tokens, size = x.shape
-    num_mixes = weight.shape[0]
+    num_mixes, size = weight.shape
+    x = residual.view(-1, size)
+    num_tokens = x.shape[0]
+    dtypes = parameter_dtypes(weight, norm_weight)
+    if not is_fast(residual):
+        return projection_any.split_products(
+            x, parameters(weight, norm_weight), dtypes, num_splits, tf32
+        )
     block = blocks_per_split(num_tokens, size, num_splits)
     splits = -(-(size // BLOCK_K) // block)
     products = x.new_empty(splits, num_tokens, num_mixes, dtype=torch.float32)
     squares = x.new_empty(splits, num_tokens, dtype=torch.float32)
-    jit.kernel("projection_fwd", num_mixes, size, *parameter_dtypes(weight, norm_weight))(
+    jit.kernel("projection_fwd", num_mixes, size, *dtypes)(
         x, *parameters(weight, norm_weight), products, squares, block, tf32
     )
     return products, squares
@@ -164,9 +181,13 @@ def _cuda(
     if residual.numel():
         num_mixes, size = weight.shape
         x = residual.view(-1, size)
-        products, squares = split_products(x, weight, norm_weight, num_splits, tf32)
+        products, squares = split_products(residual, weight, norm_weight, num_splits, tf32)
         dtypes = parameter_dtypes(weight, norm_weight)
-        jit.kernel("projection_norm", num_mixes, size, *dtypes)(
+        if is_fast(residual):
+            kernel = jit.kernel("projection_norm", num_mixes, size, *dtypes)
+        else:
+            kernel = projection_any.norm_kernel(x, num_mixes, dtypes)
+        kernel(
             products,
             squares,
             x,
@@ -200,7 +221,9 @@ def _fake(
     tf32: bool,
 ) -> tuple[Tensor, Tensor]:
     lead = residual.shape[:-2]
-    return weight.new_empty(*lead, weight.shape[0]), weight.new_empty(lead)
+    dtype = torch.float32
+    mixes = weight.new_empty((*lead, weight.shape[0]), dtype=dtype)
+    return mixes, weight.new_empty(lead, dtype=dtype)
 
 
 def launch_backward(
@@ -238,7 +261,7 @@ def launch_backward(
     if adds(into, 0):
         accumulated = grad_residual
     # Per token: the gradient of the bare product in two bfloat16 parts, and a few factors.
-    grad_parts = x.new_empty(num_tokens, 2 * padded(num_mixes))
+    grad_parts = x.new_empty(num_tokens, 2 * padded(num_mixes), dtype=torch.bfloat16)
     factors = inv_rms.new_empty(num_tokens, factors_width(streams))
     jit.kernel("projection_norm_bwd", num_mixes, size, streams)(
         grad.contiguous().view(-1, num_mixes),
@@ -249,22 +272,24 @@ def launch_backward(
         factors,
         tf32,
     )
-    pieces = backward_pieces(num_mixes, size, streams, 0 in into)
-    slice_tokens = backward_slice(num_tokens, size, num_mixes, pieces * PIECE)
+    accumulates = accumulated is not None
+    dtypes = parameter_dtypes(weight, norm_weight, dtype_into(into, 0))
+    if is_fast(residual):
+        pieces = backward_pieces(num_mixes, size, streams, 0 in into)
+        slice_tokens = backward_slice(num_tokens, size, num_mixes, pieces * PIECE)
+        kernel = jit.kernel("projection_bwd", num_mixes, size, streams, accumulates, *dtypes)
+    else:
+        slice_tokens = projection_any.backward_slice(num_tokens, size)
+        kernel = projection_any.backward_kernel(x, num_mixes, streams, accumulates, dtypes)
     slices = -(-num_tokens // slice_tokens)
     # The gradient of a single slice is the gradient.
     is_sum = slices > 1 or norm_weight is not None or grad_weight.dtype != torch.float32
     is_sum = is_sum or adds(into, 1)
     partials = inv_rms.new_empty(slices, num_mixes, size) if is_sum else grad_weight.unsqueeze(0)
-    dtypes = parameter_dtypes(weight, norm_weight)
-    if into:
-        # Not the defaults: the dtypes of the destinations come after them.
-        dtypes = dtypes or ("float32", "")
-    kinds = (*dtypes, *dtypes_of(into, 0))
     of_others = absent(x.device, grad_residual.dtype)
     if accumulated is not None:
         of_others = accumulated.view(-1, size)
-    jit.kernel("projection_bwd", num_mixes, size, streams, accumulated is not None, *kinds)(
+    kernel(
         grad_parts,
         factors,
         x,
@@ -277,10 +302,15 @@ def launch_backward(
         tf32,
     )
     if is_sum:
-        grads = [grad_weight] if norm_weight is None else [grad_weight, grad_norm_weight]
+        dtypes = parameter_dtypes(weight, norm_weight)
         if 1 in into or 2 in into:
-            dtypes = (*dtypes, *(errors.dtype_name(grad.dtype) for grad in grads))
-        jit.kernel("projection_weight_bwd", num_mixes, size, *dtypes)(
+            norm = "" if norm_weight is None else dtype_of(grad_norm_weight)
+            dtypes = parameter_dtypes(weight, norm_weight, dtype_of(grad_weight), norm)
+        if is_fast(residual):
+            kernel = jit.kernel("projection_weight_bwd", num_mixes, size, *dtypes)
+        else:
+            kernel = projection_any.weight_kernel(num_mixes, size, dtypes)
+        kernel(
             partials,
             *parameters(weight, norm_weight),
             grad_weight,

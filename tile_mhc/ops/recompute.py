@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tile_mhc import errors, jit, reference
+from tile_mhc import errors, jit, reference, specs
 from tile_mhc.kernels._shapes import TABLE_SLOTS
-from tile_mhc.ops._library import register
+from tile_mhc.ops._library import dtype_of, register
 from tile_mhc.ops.aggregate import check_mix
 
 
@@ -174,8 +174,8 @@ def _cuda(
         for column in columns
     ]
     _write_table(addresses, table.view(-1))
-    dtype = errors.STREAM_DTYPES[initial_residual.dtype]
-    kernel = jit.kernel("recompute", n, hidden_size, dtype)
+    dtypes = specs.stream_dtypes(dtype_of(initial_residual))
+    kernel = jit.kernel("recompute", n, hidden_size, *dtypes)
     kernel(initial_residual.view(-1, n, hidden_size), table, posts)
 
 

@@ -1,0 +1,334 @@
+"""The matmuls of the projection for streams of any dtype and width.
+
+The kernels of `projection` copy whole 16-byte units of bfloat16; these load element by element
+under a mask, as wide as the rows are aligned. Streams are split as the weight is: float16 is
+exactly two bfloat16 parts, float32 is so to 2**-17. The products of all parts are summed, so that
+one element of a mix is as near to float64 as with bfloat16 streams.
+"""
+
+import tilelang.language as T
+from tilelang import PassConfigKey
+
+from tile_mhc.kernels._common import SIMT, builder, follow_previous
+from tile_mhc.kernels._shapes import ANY_K, ANY_TOKENS, factors_width, padded
+from tile_mhc.kernels.projection import (
+    MATMUL_THREADS,
+    THREADS,
+    high_part,
+    low_part,
+    norm_shape,
+    token_mix,
+    weight_value,
+)
+
+# The operands come through registers, which wgmma would want in another layout and a proxy fence.
+MATMUL = SIMT | {PassConfigKey.TL_DISABLE_WGMMA: True}
+LARGEST_BFLOAT16 = 255.0 * 2.0**120
+
+
+def high_stream(value: T.float32):
+    """The high part of a stream's value; the largest of float32 do not round to infinity."""
+    return high_part(T.max(T.min(value, LARGEST_BFLOAT16), -LARGEST_BFLOAT16))
+
+
+def low_stream(value: T.float32):
+    return T.cast(value - T.cast(high_stream(value), T.float32), T.bfloat16)
+
+
+@T.macro
+def split_streams(x: T.Buffer, high: T.Buffer, low: T.Buffer):
+    """high + low = x, both bfloat16; of bfloat16 streams there is no low part."""
+    if low is None:
+        T.copy(x, high)
+    else:
+        for i, k in T.Parallel(ANY_TOKENS, ANY_K):
+            high[i, k] = high_stream(T.cast(x[i, k], T.float32))
+            low[i, k] = low_stream(T.cast(x[i, k], T.float32))
+
+
+@builder(MATMUL)
+def projection_any_fwd(
+    num_mixes: int, size: int, dtype: str, weight_dtype: str = "float32", norm_dtype: str = ""
+):
+    """Products and sums of squares, by slices of K: split s takes `blocks` blocks of it."""
+    tokens = T.dynamic("num_tokens")
+    splits = T.dynamic("num_splits")
+    part_rows = padded(num_mixes)
+    num_blocks = -(-size // ANY_K)
+    has_low = dtype != "bfloat16"
+
+    @T.prim_func
+    def projection_any_fwd_kernel(
+        x: T.Tensor[(tokens, size), dtype],
+        weight: T.Tensor[(num_mixes, size), weight_dtype],
+        norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
+        products: T.Tensor[(splits, tokens, num_mixes), T.float32],
+        squares: T.Tensor[(splits, tokens), T.float32],
+        blocks: T.int32,
+        tf32: T.int32,
+    ):
+        tiles = T.ceildiv(tokens, ANY_TOKENS)
+        with T.Kernel(tiles, splits, threads=MATMUL_THREADS) as (tile, s):
+            follow_previous()
+            x_local = T.alloc_fragment((ANY_TOKENS, ANY_K), dtype)
+            x_high = T.alloc_shared((ANY_TOKENS, ANY_K), T.bfloat16)
+            x_low = T.alloc_shared((ANY_TOKENS, ANY_K), T.bfloat16) if has_low else None
+            # Rows of padding stay unwritten, and make columns of the product that nobody reads.
+            parts = T.alloc_shared((2 * part_rows, ANY_K), T.bfloat16)
+            product = T.alloc_fragment((ANY_TOKENS, 2 * part_rows), T.float32)
+            block_product = T.alloc_fragment((ANY_TOKENS, 2 * part_rows), T.float32)
+            total = T.alloc_shared((ANY_TOKENS, 2 * part_rows), T.float32)
+            square = T.alloc_fragment((ANY_TOKENS, ANY_K), T.float32)
+            square_sum = T.alloc_fragment((ANY_TOKENS,), T.float32)
+            # The last tokens first: whoever reads x next begins with the first, still in L2.
+            t0 = (tiles - 1 - tile) * ANY_TOKENS
+            count = T.min(blocks, num_blocks - s * blocks)
+            T.clear(product)
+            T.clear(square)
+            T.copy(x[t0, s * blocks * ANY_K], x_local)
+            for b in T.serial(count):
+                k0 = (s * blocks + b) * ANY_K
+                split_streams(x_local, x_high, x_low)
+                for i, k in T.Parallel(ANY_TOKENS, ANY_K):
+                    square[i, k] += T.cast(x_local[i, k], T.float32) * T.cast(
+                        x_local[i, k], T.float32
+                    )
+                for m, k in T.Parallel(num_mixes, ANY_K):
+                    w = T.if_then_else(
+                        k0 + k < size,
+                        weight_value(weight, norm_weight, norm_dtype, m, k0 + k, tf32),
+                        0.0,
+                    )
+                    parts[m, k] = high_part(w)
+                    parts[part_rows + m, k] = low_part(w)
+                # Asked for before the products: they hide its latency.
+                if b + 1 < count:
+                    T.copy(x[t0, k0 + ANY_K], x_local)
+                # The tensor cores truncate what they add up: only within a block.
+                T.gemm(x_high, parts, block_product, transpose_B=True, clear_accum=True)
+                if has_low:
+                    T.gemm(x_low, parts, block_product, transpose_B=True)
+                for i, m in T.Parallel(ANY_TOKENS, 2 * part_rows):
+                    product[i, m] += block_product[i, m]
+            T.reduce_sum(square, square_sum, dim=1)
+            for i in T.Parallel(ANY_TOKENS):
+                if t0 + i < tokens:
+                    squares[s, t0 + i] = square_sum[i]
+            T.copy(product, total)
+            for i, m in T.Parallel(ANY_TOKENS, num_mixes):
+                if t0 + i < tokens:
+                    products[s, t0 + i, m] = total[i, m] + total[i, part_rows + m]
+
+    return projection_any_fwd_kernel
+
+
+@builder(SIMT)
+def projection_any_norm(
+    num_mixes: int, size: int, dtype: str, weight_dtype: str = "float32", norm_dtype: str = ""
+):
+    """Sum the splits and apply the RMS factor, one thread a mix."""
+    tokens = T.dynamic("num_tokens")
+    splits = T.dynamic("num_splits")
+    block = THREADS // num_mixes
+
+    @T.prim_func
+    def projection_any_norm_kernel(
+        products: T.Tensor[(splits, tokens, num_mixes), T.float32],
+        squares: T.Tensor[(splits, tokens), T.float32],
+        x: T.Tensor[(tokens, size), dtype],
+        weight: T.Tensor[(num_mixes, size), weight_dtype],
+        norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
+        mixes: T.Tensor[(tokens, num_mixes), T.float32],
+        inv_rms: T.Tensor[(tokens,), T.float32],
+        eps: T.float32,
+        tf32: T.int32,
+    ):
+        with T.Kernel(T.ceildiv(tokens, block), threads=block * num_mixes) as b:
+            follow_previous()
+            tid = T.get_thread_binding()
+            t = b * block + tid // num_mixes
+            m = tid % num_mixes
+            out = T.alloc_local((2,), T.float32)
+            if t < tokens:
+                token_mix(
+                    products,
+                    squares,
+                    x,
+                    weight,
+                    norm_weight,
+                    norm_dtype,
+                    splits,
+                    t,
+                    m,
+                    size,
+                    eps,
+                    tf32,
+                    out,
+                )
+                mixes[t, m] = out[0]
+                if m == 0:
+                    inv_rms[t] = out[1]
+
+    return projection_any_norm_kernel
+
+
+@builder(MATMUL)
+def projection_any_bwd(
+    num_mixes: int,
+    size: int,
+    n: int,
+    accumulates: bool,
+    dtype: str,
+    weight_dtype: str = "float32",
+    norm_dtype: str = "",
+    into: str = "",
+):
+    """Gradients of x and, per slice of tokens, of the weight, in one pass over x.
+
+    As `projection_bwd`: a CTA owns some columns, and tokens stream through. A column lies in
+    stream column // H, at column % H of the aggregate's gradient.
+    """
+    tokens = T.dynamic("num_tokens")
+    slices = T.dynamic("num_slices")
+    part_rows = padded(num_mixes)
+    both = 2 * part_rows
+    width = factors_width(n)
+    hidden_size = size // max(n, 1)
+    has_low = dtype != "bfloat16"
+    out_dtype = into or dtype
+
+    @T.prim_func
+    def projection_any_bwd_kernel(
+        grad_parts: T.Tensor[(tokens, both), T.bfloat16],
+        factors: T.Tensor[(tokens, width), T.float32],
+        x: T.Tensor[(tokens, size), dtype],
+        weight: T.Tensor[(num_mixes, size), weight_dtype],
+        norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
+        grad_input: T.Tensor[(tokens, hidden_size) if n else (1,), dtype],
+        accumulated: T.Tensor[(tokens, size) if accumulates else (1,), out_dtype],
+        grad_x: T.Tensor[(tokens, size), out_dtype],
+        partials: T.Tensor[(slices, num_mixes, size), T.float32],
+        slice_tokens: T.int32,
+        tf32: T.int32,
+    ):
+        with T.Kernel(T.ceildiv(size, ANY_K), slices, threads=MATMUL_THREADS) as (column, slot):
+            follow_previous()
+            # The rows of G are [high | low]; against these they give all products but low x low.
+            high_twice = T.alloc_shared((both, ANY_K), T.bfloat16)
+            low_then_zero = T.alloc_shared((both, ANY_K), T.bfloat16)
+            x_local = T.alloc_fragment((ANY_TOKENS, ANY_K), dtype)
+            x_high = T.alloc_shared((ANY_TOKENS, ANY_K), T.bfloat16)
+            x_low = T.alloc_shared((ANY_TOKENS, ANY_K), T.bfloat16) if has_low else None
+            g_shared = T.alloc_shared((ANY_TOKENS, both), T.bfloat16)
+            grad_local = T.alloc_fragment((ANY_TOKENS, ANY_K), T.float32)
+            grad_shared = T.alloc_shared((ANY_TOKENS, ANY_K), T.float32)
+            weight_local = T.alloc_fragment((ANY_K, both), T.float32)
+            tile_weight = T.alloc_fragment((ANY_K, both), T.float32)
+            weight_shared = T.alloc_shared((ANY_K, both), T.float32)
+            k0 = column * ANY_K
+            for m, k in T.Parallel(part_rows, ANY_K):
+                w = T.if_then_else(
+                    m < num_mixes and k0 + k < size,
+                    weight_value(weight, norm_weight, norm_dtype, m, k0 + k, tf32),
+                    0.0,
+                )
+                high_twice[m, k] = high_part(w)
+                high_twice[part_rows + m, k] = high_part(w)
+                low_then_zero[m, k] = low_part(w)
+                low_then_zero[part_rows + m, k] = T.cast(0, T.bfloat16)
+            T.clear(weight_local)
+            first = slot * slice_tokens
+            for step in T.serial(T.ceildiv(T.min(slice_tokens, tokens - first), ANY_TOKENS)):
+                t0 = first + step * ANY_TOKENS
+                T.copy(x[t0, k0], x_local)
+                T.copy(grad_parts[t0, 0], g_shared)
+                split_streams(x_local, x_high, x_low)
+                T.gemm(x_high, g_shared, tile_weight, transpose_A=True, clear_accum=True)
+                if has_low:
+                    T.gemm(x_low, g_shared, tile_weight, transpose_A=True)
+                T.gemm(g_shared, high_twice, grad_local, clear_accum=True)
+                T.gemm(g_shared, low_then_zero, grad_local)
+                for k, m in T.Parallel(ANY_K, both):
+                    weight_local[k, m] += tile_weight[k, m] * factors[t0, 2]
+                # Through shared memory: the writes to grad_x then lie as the loads of x did.
+                T.copy(grad_local, grad_shared)
+                for i, k in T.Parallel(ANY_TOKENS, ANY_K):
+                    if t0 + i < tokens and k0 + k < size:
+                        grad = (
+                            grad_shared[i, k] * factors[t0, 2]
+                            + (T.cast(x_local[i, k], T.float32) * factors[t0 + i, 0])
+                            * factors[t0 + i, 1]
+                        )
+                        if n > 0:
+                            grad += factors[t0 + i, 3 + (k0 + k) // hidden_size] * T.cast(
+                                grad_input[t0 + i, (k0 + k) % hidden_size], T.float32
+                            )
+                        if accumulates:
+                            grad += T.cast(accumulated[t0 + i, k0 + k], T.float32)
+                        grad_x[t0 + i, k0 + k] = T.cast(grad, out_dtype)
+            T.copy(weight_local, weight_shared)
+            for m, k in T.Parallel(num_mixes, ANY_K):
+                if k0 + k < size:
+                    partials[slot, m, k0 + k] = (
+                        weight_shared[k, m] + weight_shared[k, part_rows + m]
+                    )
+
+    return projection_any_bwd_kernel
+
+
+@builder(SIMT)
+def projection_any_weight_bwd(
+    num_mixes: int,
+    size: int,
+    weight_dtype: str = "float32",
+    norm_dtype: str = "",
+    into_weight: str = "",
+    into_norm: str = "",
+):
+    """`projection_weight_bwd` for a K of any alignment: one column a thread."""
+    slices = T.dynamic("num_slices")
+    has_norm = norm_dtype != ""
+    directed = into_weight != ""
+    # A thread takes one row of the weight; with a norm weight all, as it sums over them.
+    rows = num_mixes if has_norm else 1
+    threads = 32 if has_norm else THREADS
+
+    @T.prim_func
+    def projection_any_weight_bwd_kernel(
+        partials: T.Tensor[(slices, num_mixes, size), T.float32],
+        weight: T.Tensor[(num_mixes, size), weight_dtype],
+        norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
+        grad_weight: T.Tensor[(num_mixes, size), into_weight or weight_dtype],
+        grad_norm_weight: T.Tensor[
+            norm_shape(size, norm_dtype), into_norm or norm_dtype or T.float32
+        ],
+        adds: T.int32,
+        adds_norm: T.int32,
+    ):
+        with T.Kernel(T.ceildiv(size, threads), num_mixes // rows, threads=threads) as (
+            block,
+            first,
+        ):
+            follow_previous()
+            k = block * threads + T.get_thread_binding()
+            total = T.alloc_local((1,), T.float32)
+            norm = T.alloc_local((1,), T.float32)
+            if k < size:
+                norm[0] = 0.0
+                for row in T.serial(rows):
+                    m = first * rows + row
+                    total[0] = 0.0
+                    for s in T.serial(slices):
+                        total[0] += partials[s, m, k]
+                    if has_norm:
+                        norm[0] += total[0] * T.cast(weight[m, k], T.float32)
+                        total[0] *= T.cast(norm_weight[k], T.float32)
+                    if directed and adds != 0:
+                        total[0] += T.cast(grad_weight[m, k], T.float32)
+                    grad_weight[m, k] = T.cast(total[0], grad_weight.dtype)
+                if has_norm:
+                    if directed and adds_norm != 0:
+                        norm[0] += T.cast(grad_norm_weight[k], T.float32)
+                    grad_norm_weight[k] = T.cast(norm[0], grad_norm_weight.dtype)
+
+    return projection_any_weight_bwd_kernel
