@@ -105,8 +105,6 @@ def contract_fwd(
     dtype: str = "bfloat16",
     scale_dtype: str = "float32",
     bias_dtype: str = "float32",
-    weight_dtype: str = "float32",
-    norm_dtype: str = "",
 ):
     tokens = T.dynamic("num_tokens")
     splits = T.dynamic("num_splits")

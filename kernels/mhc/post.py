@@ -227,7 +227,7 @@ def post_bwd(
                                         wide[j, v], T.float32
                                     )
                                 sums[i * n + j] += partial[0]
-                            if into and adds != 0:
+                            if directed and adds != 0:
                                 add_streams(grad_residual, t, i, h, total)
                             for v in T.vectorized(vector):
                                 grad_residual[t, i, h + v] = T.cast(total[v], target)

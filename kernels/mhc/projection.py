@@ -581,13 +581,13 @@ def projection_weight_bwd(
                             norm[v] += total[v] * T.cast(weight[m, k + v], T.float32)
                         for v in T.vectorized(vector):
                             total[v] *= T.cast(norm_weight[k + v], T.float32)
-                    if into and adds != 0:
+                    if directed and adds != 0:
                         for v in T.vectorized(vector):
                             total[v] += T.cast(grad_weight[m, k + v], T.float32)
                     for v in T.vectorized(vector):
                         grad_weight[m, k + v] = T.cast(total[v], grad_weight.dtype)
                 if has_norm:
-                    if into and adds_norm != 0:
+                    if directed and adds_norm != 0:
                         for v in T.vectorized(vector):
                             norm[v] += T.cast(grad_norm_weight[k + v], T.float32)
                     for v in T.vectorized(vector):

@@ -108,6 +108,7 @@ def compile_command(
     # The variable forbids surprises, and this command is how kernels are built on purpose.
     os.environ["TILE_MHC_JIT"] = "1"
 
+    chosen = sizes(hidden, streams, repeat, dtypes, parameters, grads)
     wanted = [
         (name, args, a)
         for a in arch
