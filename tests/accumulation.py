@@ -1,4 +1,4 @@
-"""Ops that read one residual, with and without an accumulator, and the float64 truth of both."""
+"""What the tests of accumulators and of main_grad run: ops, with and without them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,8 +7,19 @@ import torch
 from torch import Tensor
 
 import oracle
-from cases import AGGREGATE, CONTRACT, POST, PROJECTION, Op
-from tile_mhc import GradAccumulator
+from cases import (
+    AGGREGATE,
+    CONTRACT,
+    FUSED_PRE,
+    HEAD_MIX,
+    PARAMETERS,
+    POST,
+    PROJECTION,
+    SPLIT_MIXES,
+    Op,
+    norm_weight,
+)
+from tile_mhc import without_main_grad
 
 # Two of each kind where it matters: two heads may read one residual.
 READERS: dict[str, Op] = {
@@ -39,11 +50,25 @@ class Readers:
     """One residual, what its readers take besides, and a gradient for each of their outputs."""
 
     def __init__(
-        self, names: Sequence[str], num_tokens: int, n: int, hidden_size: int, device: str
+        self,
+        names: Sequence[str],
+        num_tokens: int,
+        n: int,
+        hidden_size: int,
+        device: str,
+        streams: torch.dtype = torch.bfloat16,
+        has_norm: bool | None = None,
     ) -> None:
         self.names = names
         shape = ((num_tokens,), n, hidden_size, device)
         self.inputs = {name: READERS[name].inputs(*shape)[0] for name in names}
+        for name, tensors in self.inputs.items():
+            if has_norm is not None and READERS[name] in (PROJECTION, CONTRACT):
+                tensors.pop("norm_weight", None)
+                if has_norm:
+                    tensors["norm_weight"] = norm_weight(n * hidden_size, device)
+            for key in tensors.keys() & {"residual", "layer_output"}:
+                tensors[key] = tensors[key].to(streams)
         self.residual = self.inputs[names[0]]["residual"].requires_grad_()
         for tensors in self.inputs.values():
             del tensors["residual"]
@@ -87,9 +112,72 @@ class Readers:
         return grad
 
 
-def accumulator(readers: Readers, dtype: torch.dtype) -> GradAccumulator:
-    return GradAccumulator(readers.residual, dtype)
+def rounding_of(truth: Tensor, dtype: torch.dtype = torch.bfloat16) -> float:
+    return oracle.relative_error(truth.to(dtype), truth)
 
 
-def rounding_of(truth: Tensor) -> float:
-    return oracle.relative_error(truth.bfloat16(), truth)
+WITH_PARAMETERS = {op.name: op for op in (PROJECTION, SPLIT_MIXES, HEAD_MIX, CONTRACT, FUSED_PRE)}
+PASSING = "fused_pre, passing the residual"
+
+
+class Call:
+    """An op with its inputs, the parameters apart, and gradients of its outputs."""
+
+    def __init__(
+        self,
+        name: str,
+        case: tuple[int, int, int] = (5, 4, 64),
+        device: str = "cpu",
+        streams: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype = torch.float32,
+        has_norm: bool = True,
+    ) -> None:
+        self.op = WITH_PARAMETERS[name.partition(",")[0]]
+        num_tokens, n, hidden_size = case
+        self.tensors, self.options = self.op.inputs((num_tokens,), n, hidden_size, device)
+        if self.op is CONTRACT:
+            self.tensors["norm_weight"] = norm_weight(n * hidden_size, device)
+        if not has_norm:
+            self.tensors.pop("norm_weight", None)
+        if "residual" in self.tensors:
+            self.tensors["residual"] = self.tensors["residual"].to(streams)
+        if name == PASSING:
+            self.options["passes_residual"] = True
+        self.parameters: dict[str, torch.nn.Parameter] = {}
+        for key in PARAMETERS:
+            if key in self.tensors:
+                self.parameters[key] = torch.nn.Parameter(self.tensors.pop(key).to(dtype))
+        (self.input,) = self.tensors.values()
+        self.input.requires_grad_()
+        with torch.no_grad():
+            self.upstream = [torch.randn_like(out) for out in self.outputs()]
+        self.plain = self.gradients()
+
+    def outputs(self) -> tuple[Tensor, ...]:
+        return oracle.as_tuple(self.op.run(**self.tensors, **self.parameters, **self.options))
+
+    def gradients(self) -> oracle.Named:
+        """By autograd: as if no parameter had a main_grad."""
+        leaves = {"input": self.input, **self.parameters}
+        with without_main_grad():
+            outputs = self.outputs()
+        grads = torch.autograd.grad(outputs, list(leaves.values()), self.upstream)
+        return dict(zip(leaves, grads, strict=True))
+
+    def give(self, dtype: torch.dtype = torch.float32, **attributes: Any) -> oracle.Named:
+        """A main_grad of random numbers for each parameter, and attributes."""
+        for parameter in self.parameters.values():
+            parameter.main_grad = torch.randn_like(parameter, dtype=dtype)
+            for key, value in attributes.items():
+                setattr(parameter, key, value)
+        return {name: p.main_grad.clone() for name, p in self.parameters.items()}
+
+    def backward(self, outputs: Sequence[Tensor] | None = None, **options: Any) -> None:
+        torch.autograd.backward(outputs or self.outputs(), self.upstream, **options)
+
+    def check_added(self, before: oracle.Named, times: int = 1) -> None:
+        for name, parameter in self.parameters.items():
+            expected = before[name]
+            for _ in range(times):
+                expected = expected + self.plain[name]
+            assert torch.equal(parameter.main_grad, expected), name

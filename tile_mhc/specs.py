@@ -209,7 +209,7 @@ def _projection_backwards(s: Sizes) -> list[Arguments]:
 def _directed_projection_backwards(s: Sizes) -> list[Arguments]:
     # projection and contract: the first writes to an accumulator, others add.
     size = s.n * s.hidden
-    readers = ((s.mixes, size, 0), (s.n, size, 0), (s.n, size, s.n))
+    readers = ((s.mixes, size, 0), (s.n, size, s.n))
     return [(*reader, adds) for reader in readers for adds in (False, True)]
 
 
@@ -381,7 +381,7 @@ def compile_command(name: str, args: Arguments, arch: str) -> str | None:
 
 def _sizes_of(name: str, args: Arguments) -> Iterator[Sizes]:
     """Every choice that may give these arguments, the defaults first."""
-    numbers = [arg for arg in args if isinstance(arg, int)]
+    numbers = [arg for arg in args if isinstance(arg, int) and not isinstance(arg, bool)]
     words = [arg for arg in args if isinstance(arg, str)]
     repeats = {HISTORY_STEP, numbers[-1]} if name == "sinkhorn_bwd" else {HISTORY_STEP}
     streams = [DTYPE, *(word for word in words if word in STREAMS)]

@@ -9,63 +9,11 @@ from torch.utils.checkpoint import checkpoint
 import oracle
 import tile_mhc
 import tolerances
-from cases import CONTRACT, FUSED_PRE, HEAD_MIX, PARAMETERS, PROJECTION, SPLIT_MIXES, norm_weight
+from accumulation import PASSING, WITH_PARAMETERS, Call
 from tile_mhc import GradAccumulator, ShapeError, UnsupportedError, main_grad, without_main_grad
 
-OPS = {op.name: op for op in (PROJECTION, SPLIT_MIXES, HEAD_MIX, CONTRACT, FUSED_PRE)}
-PASSING = "fused_pre, passing the residual"
-EVERY_OP = pytest.mark.parametrize("name", [*OPS, PASSING])
+EVERY_OP = pytest.mark.parametrize("name", [*WITH_PARAMETERS, PASSING])
 WRITERS = pytest.mark.parametrize("name", ["projection", "fused_pre", PASSING])
-
-
-class Call:
-    """An op with its inputs, the parameters apart, and gradients of its outputs."""
-
-    def __init__(self, name, dtype=torch.float32):
-        self.op = OPS[name.partition(",")[0]]
-        self.tensors, self.options = self.op.inputs((5,), 4, 64, "cpu")
-        if self.op is CONTRACT:
-            self.tensors["norm_weight"] = norm_weight(256, "cpu")
-        if name == PASSING:
-            self.options["passes_residual"] = True
-        self.parameters = {}
-        for key in PARAMETERS:
-            if key in self.tensors:
-                self.parameters[key] = torch.nn.Parameter(self.tensors.pop(key).to(dtype))
-        (self.input,) = self.tensors.values()
-        self.input.requires_grad_()
-        with torch.no_grad():
-            self.upstream = [torch.randn_like(out) for out in self.outputs()]
-        self.plain = self.gradients()
-
-    def outputs(self):
-        return oracle.as_tuple(self.op.run(**self.tensors, **self.parameters, **self.options))
-
-    def gradients(self):
-        """By autograd: as if no parameter had a main_grad."""
-        leaves = {"input": self.input, **self.parameters}
-        with without_main_grad():
-            outputs = self.outputs()
-        grads = torch.autograd.grad(outputs, list(leaves.values()), self.upstream)
-        return dict(zip(leaves, grads, strict=True))
-
-    def give(self, **attributes):
-        """A main_grad of random numbers for each parameter, and attributes."""
-        for parameter in self.parameters.values():
-            parameter.main_grad = torch.randn_like(parameter)
-            for key, value in attributes.items():
-                setattr(parameter, key, value)
-        return {name: p.main_grad.clone() for name, p in self.parameters.items()}
-
-    def backward(self, outputs=None, **options):
-        torch.autograd.backward(outputs or self.outputs(), self.upstream, **options)
-
-    def check_added(self, before, times=1):
-        for name, parameter in self.parameters.items():
-            expected = before[name]
-            for _ in range(times):
-                expected = expected + self.plain[name]
-            assert torch.equal(parameter.main_grad, expected), name
 
 
 @EVERY_OP

@@ -109,13 +109,7 @@ def compile_command(
     os.environ["TILE_MHC_JIT"] = "1"
 
     chosen = sizes(hidden, streams, repeat, dtypes, parameters, grads)
-    wanted = [
-        (name, args, a)
-        for a in arch
-        for name, args in specs.select(
-            sizes(hidden, streams, repeat, dtypes, parameters, grads), ops
-        )
-    ]
+    wanted = [(name, args, a) for a in arch for name, args in specs.select(chosen, ops)]
     start = time.perf_counter()
     outcomes = _compile_all(wanted, jobs, quiet=as_json)
     seconds = time.perf_counter() - start
