@@ -56,16 +56,13 @@ class Network(nn.Module):
             first = residual
             residual = layer(residual)
         outputs = readout(residual, **self.head) + readout(first, **self.head)
-        return (
-            outputs.float().square().mean()
-            if outputs.dtype != torch.float64
-            else (outputs.square().mean())
-        )
+        wide = outputs if outputs.dtype == torch.float64 else outputs.float()
+        return wide.square().mean()
 
 
-def network() -> Network:
+def network(dtype: torch.dtype = torch.float32) -> Network:
     torch.manual_seed(0)
-    return Network()
+    return Network().to(dtype)
 
 
 def batches(rank: int) -> list[Tensor]:
@@ -74,13 +71,22 @@ def batches(rank: int) -> list[Tensor]:
     return [torch.randn(shape, generator=generator).bfloat16() for _ in range(MICRO_BATCHES)]
 
 
-def truth(ranks: int) -> dict[str, Tensor]:
-    """Plain autograd in float64: the mean over ranks of the sums over micro-batches."""
-    model = network().double()
+def gradients(ranks: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Plain autograd: the mean over ranks of the sums over micro-batches, added in float64.
+
+    Of the reference in float64, or of the ops themselves in the `dtype` of the parameters.
+    """
+    model = network(dtype)
+    total: dict[str, Tensor] = {}
     for rank in range(ranks):
         for batch in batches(rank):
-            (model(batch.double()) / ranks).backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            model.zero_grad()
+            model(batch.double() if dtype == torch.float64 else batch).backward()
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None:
+                    grad = parameter.grad.double() / ranks
+                    total[name] = total[name] + grad if name in total else grad
+    return total
 
 
 @contextlib.contextmanager
@@ -114,7 +120,12 @@ def run_steps(
 
 
 def megatron_ddp(
-    rank: int, ranks: int, folder: Path, dtype: torch.dtype, device: str = "cpu"
+    rank: int,
+    ranks: int,
+    folder: Path,
+    parameters: torch.dtype,
+    in_fp32: bool,
+    device: str = "cpu",
 ) -> None:
     """Megatron-Core's DistributedDataParallel, reductions overlapped with the backward."""
     from megatron.core import parallel_state
@@ -133,21 +144,21 @@ def megatron_ddp(
             TransformerConfig(num_layers=1, hidden_size=HIDDEN, num_attention_heads=1),
             DistributedDataParallelConfig(
                 overlap_grad_reduce=True,
-                grad_reduce_in_fp32=dtype == torch.float32,
+                grad_reduce_in_fp32=in_fp32,
                 average_in_collective=False,
                 bucket_size=1000,
             ),
-            network().to(device=device),
+            network(parameters).to(device=device),
         )
         for _ in range(2):  # the second step as the first: all flags are back
             model.zero_grad_buffer()
             run_steps(model, rank, model.no_sync)
             model.finish_grad_sync()
-        parameters = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
-        if not all(p.grad_added_to_main_grad for p in parameters.values()):
+        trained = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
+        if not all(p.grad_added_to_main_grad for p in trained.values()):
             raise RuntimeError("a gradient went through autograd")
         if rank == 0:
-            grads = {name: p.main_grad.cpu() for name, p in parameters.items()}
+            grads = {name: p.main_grad.cpu() for name, p in trained.items()}
             torch.save(grads, folder / "gradients.pt")
         parallel_state.destroy_model_parallel()
 

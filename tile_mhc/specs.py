@@ -155,8 +155,13 @@ def _n_gates(s: Sizes) -> list[Arguments]:
 def _column_sums(s: Sizes) -> list[Arguments]:
     # One column a bias and a scale.
     counts = ((s.mixes, 3), (s.n, 1))
-    directed = [(*count, *sums_dtypes(grad, grad, True)) for count in counts for grad in s.grads]
+    grads = _main_grads(s)
+    directed = [(*count, *sums_dtypes(grad, grad, True)) for count in counts for grad in grads]
     return [*(args for count in counts for args in _gated(count, s)), *directed]
+
+
+def _main_grads(s: Sizes) -> list[str]:
+    return [grad for grad in s.grads if grad in EVERY_PARAMETER]
 
 
 def _accumulators(s: Sizes) -> list[str]:
@@ -229,12 +234,11 @@ def _into_accumulator(arguments: Choice) -> Choice:
     """Also those that leave the gradient of the streams in an accumulator."""
 
     def of(s: Sizes) -> list[Arguments]:
-        directed = _directed_projection_backwards(s)
-        dtype = (s.dtype,) if not _has_fast_projection(s) else ()
-        sizes = [(*size, *dtype) for size in directed]
-        return arguments(s) + [
-            args for into in _accumulators(s) for args in _with_weights(sizes, s, into)
-        ]
+        plain = arguments(s)
+        dtypes = _accumulators(s) if plain else []
+        streams = () if _has_fast_projection(s) else (s.dtype,)
+        sizes = [(*size, *streams) for size in _directed_projection_backwards(s)]
+        return plain + [args for into in dtypes for args in _with_weights(sizes, s, into)]
 
     return of
 
@@ -244,7 +248,7 @@ def _into_main_grad(arguments: Choice) -> Choice:
 
     def of(s: Sizes) -> list[Arguments]:
         plain = arguments(s)
-        grads = s.grads if plain else ()
+        grads = _main_grads(s) if plain else []
         return plain + [args for g in grads for args in _with_weights(_projections(s), s, g, g)]
 
     return of
@@ -386,7 +390,7 @@ def _sizes_of(name: str, args: Arguments) -> Iterator[Sizes]:
     repeats = {HISTORY_STEP, numbers[-1]} if name == "sinkhorn_bwd" else {HISTORY_STEP}
     streams = [DTYPE, *(word for word in words if word in STREAMS)]
     parameters = [*((dtype,) for dtype in EVERY_PARAMETER), EVERY_PARAMETER]
-    grads: list[tuple[str, ...]] = [(), *((word,) for word in dict.fromkeys(words) if word)]
+    grads: list[tuple[str, ...]] = [(), *((word,) for word in STREAMS)]
     for n in SUPPORTED_STREAMS:
         # A kernel has H, n*H, or neither.
         widths = [64, *numbers, *(number // n for number in numbers)]

@@ -112,6 +112,7 @@ def test_the_command_compiles_the_kernel(name, args):
         int(options.get("--repeat", 1)),
         options.get("--dtype", "bfloat16"),
         tuple(options.get("--param-dtype", "float32").split(",")),
+        tuple(options["--grad-dtype"].split(",")) if "--grad-dtype" in options else (),
     )
     assert (name, args) in specs.select([size], [options["--ops"]])
 

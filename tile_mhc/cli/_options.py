@@ -108,7 +108,7 @@ def kernel_options(hidden_required: bool) -> Callable[[Command], Command]:
             click.option(
                 "--grad-dtype",
                 "grads",
-                type=Words(("float32", "bfloat16")),
+                type=Words(specs.STREAMS),
                 default=(),
                 show_default="none",
                 help="Dtypes of gradient accumulators and main_grad, comma-separated.",
