@@ -71,15 +71,16 @@ def batches(rank: int) -> list[Tensor]:
     return [torch.randn(shape, generator=generator).bfloat16() for _ in range(MICRO_BATCHES)]
 
 
-def gradients(ranks: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def gradients(ranks: int, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
     """Plain autograd: the mean over ranks of the sums over micro-batches, added in float64.
 
     Of the reference in float64, or of the ops themselves in the `dtype` of the parameters.
     """
-    model = network(dtype)
+    model = network(dtype).to(device)
     total: dict[str, Tensor] = {}
     for rank in range(ranks):
-        for batch in batches(rank):
+        for streams in batches(rank):
+            batch = streams.to(device)
             model.zero_grad()
             model(batch.double() if dtype == torch.float64 else batch).backward()
             for name, parameter in model.named_parameters():

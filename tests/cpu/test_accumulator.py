@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import oracle
 import tile_mhc
-from accumulation import ORDERS, ROUNDED_ONCE, SUB_LAYER, Readers, rounding_of
+from accumulation import ORDERS, ROUNDED_ONCE, SUB_LAYER, Readers, chain, rounding_of
 from tile_mhc import AccumulatorError, GradAccumulator, ShapeError, UnsupportedError
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -163,18 +163,6 @@ def test_residual_that_others_made():
 def layers(depth, shape=SHAPE):
     """Sub-layers after one another, each with its own parameters."""
     return [Readers(SUB_LAYER, *shape) for _ in range(depth)]
-
-
-def chain(stack, residual, make):
-    """Each layer reads the residual three times and writes the next, the mixes from projection."""
-    for layer in stack:
-        options = {"grad_accumulator": make(residual)}
-        mixes = tile_mhc.projection(residual, **layer.inputs["projection"], **options)
-        pre_mix = mixes[..., :4].sigmoid()
-        layer_input = tile_mhc.aggregate(residual, pre_mix, **options)
-        tensors = layer.inputs["post"] | {"layer_output": torch.tanh(layer_input)}
-        residual = tile_mhc.post(residual=residual, **tensors, **options)
-    return residual
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
