@@ -19,7 +19,7 @@ from cases import (
     Op,
     norm_weight,
 )
-from tile_mhc import without_main_grad
+from tile_mhc import GradAccumulator, aggregate, post, without_main_grad
 
 # Two of each kind where it matters: two heads may read one residual.
 READERS: dict[str, Op] = {
@@ -42,6 +42,8 @@ ORDERS: tuple[tuple[str, ...], ...] = (
     ("contract", "second contract"),
     ("contract", *SUB_LAYER, "second contract"),
 )
+# Tokens, streams, width, on a GPU: a real shape, ragged tiles, most streams, fewest.
+GPU_SIZES = ((4096, 4, 2560), (130, 4, 1280), (65, 8, 128), (64, 2, 64))
 # How far the float32 sum of bfloat16 roundings may be from the rounded float64 sum, in norm.
 ROUNDED_ONCE = 1.03
 
@@ -79,10 +81,11 @@ class Readers:
         self.upstream = [torch.randn_like(out) for out in outputs]
 
     def outputs(self, residual: Tensor, **options: Any) -> tuple[Tensor, ...]:
-        return tuple(
-            READERS[name].run(residual=residual, **self.inputs[name], **options)
-            for name in self.names
-        )
+        return tuple(self.output(name, residual, **options) for name in self.names)
+
+    def output(self, name: str, residual: Tensor, **options: Any) -> Tensor:
+        out: Tensor = READERS[name].run(residual=residual, **self.inputs[name], **options)
+        return out
 
     def gradients(self, **options: Any) -> oracle.Named:
         """Of the residual and of everything else, by one backward."""
@@ -110,6 +113,21 @@ class Readers:
             upstream.append(torch.ones_like(outputs[-1]))
         (grad,) = torch.autograd.grad(outputs, residual, upstream)
         return grad
+
+
+def chain(
+    stack: Sequence[Readers], residual: Tensor, make: Callable[[Tensor], GradAccumulator]
+) -> Tensor:
+    """Sub-layers, each of which reads its residual three times and writes the next."""
+    for layer in stack:
+        n = residual.shape[-2]
+        accumulator = make(residual)
+        mixes = layer.output("projection", residual, grad_accumulator=accumulator)
+        pre_mix = mixes[..., :n].sigmoid()
+        layer_input = aggregate(residual, pre_mix, grad_accumulator=accumulator)
+        tensors = layer.inputs["post"] | {"layer_output": torch.tanh(layer_input)}
+        residual = post(residual=residual, **tensors, grad_accumulator=accumulator)
+    return residual
 
 
 def rounding_of(truth: Tensor, dtype: torch.dtype = torch.bfloat16) -> float:

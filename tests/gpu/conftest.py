@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from accumulation import GPU_SIZES
 from cases import STREAM_CASES
 from tile_mhc import jit, specs
 
@@ -18,7 +19,15 @@ OPS_OF = {
     "mixes": ("split_mixes", "contract"),
     "contract": ("contract", "projection", "aggregate"),
     "recompute": ("recompute", "aggregate", "post"),
+    "accumulator": (),
+    "main_grad": (),
 }
+# The files that also run kernels with destinations for gradients, at sizes of their own.
+DIRECTED = {
+    "accumulator": ("projection", "aggregate", "post", "contract"),
+    "main_grad": ("projection", "split_mixes", "head_mix", "contract", "fused_pre"),
+}
+GRADS = ("float32", "bfloat16")
 COMPAT_PAIRS = ((2, 128), (4, 128))
 
 
@@ -52,4 +61,9 @@ def kernels_of(items):
         ops.update(OPS_OF.get(stem, (stem,) if stem in specs.OPS else specs.OPS))
     if "compat" in stems:
         pairs.update(COMPAT_PAIRS)
-    return specs.select([specs.Sizes(*pair) for pair in sorted(pairs)], sorted(ops))
+    kernels = specs.select([specs.Sizes(*pair) for pair in sorted(pairs)], sorted(ops))
+    if stems & DIRECTED.keys():
+        directed = {op for stem in stems & DIRECTED.keys() for op in DIRECTED[stem]}
+        sizes = [specs.Sizes(*size[1:], grads=GRADS) for size in GPU_SIZES]
+        kernels += specs.select(sizes, sorted(directed))
+    return list(dict.fromkeys(kernels))

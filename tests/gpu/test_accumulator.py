@@ -86,7 +86,7 @@ def test_ops_on_several_streams(dtype):
     for name, stream in zip(case.names, side, strict=True):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            one = Readers.outputs_of(case, name, case.residual, grad_accumulator=accumulator)
+            one = case.output(name, case.residual, grad_accumulator=accumulator)
             # Its backward sleeps first: whoever does not wait for it adds to what is not there.
             outputs.append(Sleeps.apply(one))
     for stream in side:
