@@ -66,15 +66,26 @@ def takes_part(parameter: object) -> bool:
     )
 
 
-def find(op: str, name: str, parameter: Tensor) -> tuple[Tensor, bool] | None:
-    """In backward: `main_grad`, and whether to add to it; None where there is none."""
+def locate(parameter: Tensor) -> object:
+    """In backward: what the parameter has as `main_grad`, None if nothing."""
     get = getattr(parameter, "get_main_grad", None)
     if get is not None:
         parameter.main_grad = get()  # type: ignore[attr-defined]
-    main_grad = getattr(parameter, "main_grad", None)
-    if main_grad is None:
+    return getattr(parameter, "main_grad", None)
+
+
+def adds(parameter: Tensor) -> bool:
+    """Whether a gradient is added to `main_grad`, or takes its place."""
+    writes = getattr(parameter, "overwrite_main_grad", False)
+    return not writes or getattr(parameter, "grad_added_to_main_grad", False)
+
+
+def find(op: str, name: str, parameter: Tensor) -> tuple[Tensor, bool] | None:
+    """In backward: `main_grad`, and whether to add to it; None where there is none."""
+    found = locate(parameter)
+    if found is None:
         return None
-    errors.require_tensor(op, f"{name}.main_grad", main_grad)
+    main_grad = errors.require_tensor(op, f"{name}.main_grad", found)
     if (
         main_grad.shape != parameter.shape
         or main_grad.device != parameter.device
@@ -84,9 +95,7 @@ def find(op: str, name: str, parameter: Tensor) -> tuple[Tensor, bool] | None:
             f"{op}: {name}.main_grad must be {tuple(parameter.shape)}, of a floating dtype, on "
             f"{parameter.device} to match {name}; got {errors.describe(main_grad)}"
         )
-    writes = getattr(parameter, "overwrite_main_grad", False)
-    adds = not writes or getattr(parameter, "grad_added_to_main_grad", False)
-    return main_grad.detach(), adds
+    return main_grad.detach(), adds(parameter)
 
 
 def is_target(main_grad: Tensor, alignment: int) -> bool:

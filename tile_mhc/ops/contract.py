@@ -34,6 +34,8 @@ def contract(
     The output is the bits of `projection`, `head_mix` and `aggregate` one after another, with the
     same `num_splits`; the gradient of the residual is rounded once for both its uses.
 
+    Gradients of parameters that carry `main_grad` go into that: see `tile_mhc.main_grad`.
+
     Args:
         residual: (..., n, H) bfloat16, float16 or float32, contiguous; n in 2, 4, 8; H up to
             16384.
@@ -71,6 +73,8 @@ def head_mix(mixes: Tensor, scale: Tensor, bias: Tensor, *, pre_eps: float = 1e-
     """Turn the head's mixes into its gate.
 
     gate = sigmoid(mixes * scale + bias) + pre_eps
+
+    Gradients of parameters that carry `main_grad` go into that: see `tile_mhc.main_grad`.
 
     Args:
         mixes: (..., n) float32; n in 2, 4, 8.

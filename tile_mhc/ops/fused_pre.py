@@ -44,6 +44,8 @@ def fused_pre(
     rounding: a pass over three stream tensors less than when autograd adds it. Anything may read
     that output, or nothing; any other use of the residual itself stays right too.
 
+    Gradients of parameters that carry `main_grad` go into that: see `tile_mhc.main_grad`.
+
     Args:
         residual: (..., n, H) bfloat16, float16 or float32, contiguous; n in 2, 4, 8; H up to
             16384.

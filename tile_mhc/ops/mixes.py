@@ -34,6 +34,8 @@ def split_mixes(
     z = mixes * (scale[0] for the first n, scale[1] for the next n, scale[2] for the rest) + bias
     pre_mix = sigmoid(z[:n]) + pre_eps;  post_mix = post_mult * sigmoid(z[n:2n]);  comb = z[2n:]
 
+    Gradients of parameters that carry `main_grad` go into that: see `tile_mhc.main_grad`.
+
     Args:
         mixes: (..., n*(n+2)) float32.
         scale: (3,) float32 or bfloat16.

@@ -56,6 +56,8 @@ def projection(
     that the product is near fp32 (about 1e-5 relative to float64, where TF32 gives 2e-4); sums over
     K are fp32, in a fixed order.
 
+    Gradients of parameters that carry `main_grad` go into that: see `tile_mhc.main_grad`.
+
     Args:
         residual: (..., n, H) bfloat16, float16 or float32, contiguous; n in 2, 4, 8; H up to
             16384. The fastest are bfloat16 and an H that is a multiple of 64.
