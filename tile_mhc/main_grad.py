@@ -111,7 +111,7 @@ def finish(parameter: Tensor) -> Tensor | None:
     """What autograd gets for a parameter whose gradient is in its `main_grad`."""
     if not hasattr(parameter, "grad_added_to_main_grad"):
         return None
-    parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    parameter.grad_added_to_main_grad = True
     if getattr(parameter, "zero_out_wgrad", False):
         # A hook adds it to main_grad: nothing else may have been added to it in place.
         return torch.zeros_like(parameter, memory_format=torch.contiguous_format)

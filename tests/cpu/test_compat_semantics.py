@@ -451,7 +451,7 @@ def test_main_grad_of_the_head(device):
 
 
 def test_main_grad_under_megatron(device):
-    """Where its DDP gave the parameter a flag, its hooks get a gradient, and know it means nothing."""
+    """Where its DDP gave a flag, its hooks get a gradient, and know that it means nothing."""
     residual, (fn, _, _) = streams(device), block(device)
     plain, fused = leaf(fn), leaf(fn)
     fused.main_grad = torch.randn_like(fused)

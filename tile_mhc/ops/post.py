@@ -75,8 +75,7 @@ def post(
     if bias is not None:
         errors.check_tensor("post", "bias", bias, [(hidden_size,)], errors.PARAMETERS, like)
     if out is None:
-        inputs = (layer_output, residual, post_mix, comb_mix, bias)
-        return call(_ROUTE, inputs, grad_accumulator)
+        return call(_ROUTE, (layer_output, residual, post_mix, comb_mix, bias), grad_accumulator)
     errors.check_tensor("post", "out", out, [residual.shape], residual.dtype, like)
     inputs = [("layer_output", layer_output), like, ("post_mix", post_mix), ("comb_mix", comb_mix)]
     if bias is not None:
