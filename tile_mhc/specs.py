@@ -385,7 +385,7 @@ def compile_command(name: str, args: Arguments, arch: str) -> str | None:
 
 def _sizes_of(name: str, args: Arguments) -> Iterator[Sizes]:
     """Every choice that may give these arguments, the defaults first."""
-    numbers = [arg for arg in args if isinstance(arg, int) and not isinstance(arg, bool)]
+    numbers = [arg for arg in args if type(arg) is int]  # a flag is none
     words = [arg for arg in args if isinstance(arg, str)]
     repeats = {HISTORY_STEP, numbers[-1]} if name == "sinkhorn_bwd" else {HISTORY_STEP}
     streams = [DTYPE, *(word for word in words if word in STREAMS)]

@@ -10,9 +10,10 @@ PIECE = 64
 
 # Its fast kernels take bfloat16 streams of a width in whole pieces; `projection_any` the others.
 FAST_HIDDEN = PIECE
-# projection_any: the tile of x that one CTA takes at a time, in both directions.
+# projection_any: the tile of x that one CTA takes at a time; in the backward it owns columns.
 ANY_TOKENS = BACKWARD_TOKENS
 ANY_K = 64
+ANY_COLUMNS = 32
 
 # mixes, contract: tokens summed by one CTA into one row of partial sums.
 TOKENS_PER_PARTIAL = 128

@@ -10,7 +10,7 @@ import tilelang.language as T
 from tilelang import PassConfigKey
 
 from tile_mhc.kernels._common import SIMT, builder, follow_previous
-from tile_mhc.kernels._shapes import ANY_K, ANY_TOKENS, factors_width, padded
+from tile_mhc.kernels._shapes import ANY_COLUMNS, ANY_K, ANY_TOKENS, factors_width, padded
 from tile_mhc.kernels.projection import (
     MATMUL_THREADS,
     THREADS,
@@ -41,7 +41,7 @@ def split_streams(x: T.Buffer, high: T.Buffer, low: T.Buffer):
     if low is None:
         T.copy(x, high)
     else:
-        for i, k in T.Parallel(ANY_TOKENS, ANY_K):
+        for i, k in T.Parallel(high.shape[0], high.shape[1]):
             high[i, k] = high_stream(T.cast(x[i, k], T.float32))
             low[i, k] = low_stream(T.cast(x[i, k], T.float32))
 
@@ -70,6 +70,8 @@ def projection_any_fwd(
         tiles = T.ceildiv(tokens, ANY_TOKENS)
         with T.Kernel(tiles, splits, threads=MATMUL_THREADS) as (tile, s):
             follow_previous()
+            if num_mixes <= 24:
+                T.annotate_min_blocks_per_sm(2)
             x_local = T.alloc_fragment((ANY_TOKENS, ANY_K), dtype)
             x_high = T.alloc_shared((ANY_TOKENS, ANY_K), T.bfloat16)
             x_low = T.alloc_shared((ANY_TOKENS, ANY_K), T.bfloat16) if has_low else None
@@ -196,6 +198,9 @@ def projection_any_bwd(
     hidden_size = size // max(n, 1)
     has_low = dtype != "bfloat16"
     out_dtype = into or dtype
+    columns = ANY_COLUMNS
+    # Two CTAs an SM, by their registers; 80 mixes would not fit those of 128 threads.
+    threads = 128 if num_mixes <= 24 else 256
 
     @T.prim_func
     def projection_any_bwd_kernel(
@@ -211,22 +216,23 @@ def projection_any_bwd(
         slice_tokens: T.int32,
         tf32: T.int32,
     ):
-        with T.Kernel(T.ceildiv(size, ANY_K), slices, threads=MATMUL_THREADS) as (column, slot):
+        with T.Kernel(T.ceildiv(size, columns), slices, threads=threads) as (column, slot):
             follow_previous()
             # The rows of G are [high | low]; against these they give all products but low x low.
-            high_twice = T.alloc_shared((both, ANY_K), T.bfloat16)
-            low_then_zero = T.alloc_shared((both, ANY_K), T.bfloat16)
-            x_local = T.alloc_fragment((ANY_TOKENS, ANY_K), dtype)
-            x_high = T.alloc_shared((ANY_TOKENS, ANY_K), T.bfloat16)
-            x_low = T.alloc_shared((ANY_TOKENS, ANY_K), T.bfloat16) if has_low else None
+            high_twice = T.alloc_shared((both, columns), T.bfloat16)
+            low_then_zero = T.alloc_shared((both, columns), T.bfloat16)
+            x_local = T.alloc_fragment((ANY_TOKENS, columns), dtype)
+            x_high = T.alloc_shared((ANY_TOKENS, columns), T.bfloat16)
+            x_low = T.alloc_shared((ANY_TOKENS, columns), T.bfloat16) if has_low else None
             g_shared = T.alloc_shared((ANY_TOKENS, both), T.bfloat16)
-            grad_local = T.alloc_fragment((ANY_TOKENS, ANY_K), T.float32)
-            grad_shared = T.alloc_shared((ANY_TOKENS, ANY_K), T.float32)
-            weight_local = T.alloc_fragment((ANY_K, both), T.float32)
-            tile_weight = T.alloc_fragment((ANY_K, both), T.float32)
-            weight_shared = T.alloc_shared((ANY_K, both), T.float32)
-            k0 = column * ANY_K
-            for m, k in T.Parallel(part_rows, ANY_K):
+            factors_shared = T.alloc_shared((ANY_TOKENS, width), T.float32)
+            grad_local = T.alloc_fragment((ANY_TOKENS, columns), T.float32)
+            grad_shared = T.alloc_shared((ANY_TOKENS, columns), T.float32)
+            weight_local = T.alloc_fragment((columns, both), T.float32)
+            tile_weight = T.alloc_fragment((columns, both), T.float32)
+            weight_shared = T.alloc_shared((columns, both), T.float32)
+            k0 = column * columns
+            for m, k in T.Parallel(part_rows, columns):
                 w = T.if_then_else(
                     m < num_mixes and k0 + k < size,
                     weight_value(weight, norm_weight, norm_dtype, m, k0 + k, tf32),
@@ -242,32 +248,37 @@ def projection_any_bwd(
                 t0 = first + step * ANY_TOKENS
                 T.copy(x[t0, k0], x_local)
                 T.copy(grad_parts[t0, 0], g_shared)
+                T.copy(factors[t0, 0], factors_shared)
                 split_streams(x_local, x_high, x_low)
                 T.gemm(x_high, g_shared, tile_weight, transpose_A=True, clear_accum=True)
                 if has_low:
                     T.gemm(x_low, g_shared, tile_weight, transpose_A=True)
                 T.gemm(g_shared, high_twice, grad_local, clear_accum=True)
                 T.gemm(g_shared, low_then_zero, grad_local)
-                for k, m in T.Parallel(ANY_K, both):
-                    weight_local[k, m] += tile_weight[k, m] * factors[t0, 2]
-                # Through shared memory: the writes to grad_x then lie as the loads of x did.
+                for k, m in T.Parallel(columns, both):
+                    weight_local[k, m] += tile_weight[k, m] * factors_shared[0, 2]
+                # Through shared memory: what is read from and written to global memory lies as
+                # its rows do. One loop a term, as each is vectorised for itself.
                 T.copy(grad_local, grad_shared)
-                for i, k in T.Parallel(ANY_TOKENS, ANY_K):
-                    if t0 + i < tokens and k0 + k < size:
-                        grad = (
-                            grad_shared[i, k] * factors[t0, 2]
-                            + (T.cast(x_local[i, k], T.float32) * factors[t0 + i, 0])
-                            * factors[t0 + i, 1]
-                        )
-                        if n > 0:
-                            grad += factors[t0 + i, 3 + (k0 + k) // hidden_size] * T.cast(
-                                grad_input[t0 + i, (k0 + k) % hidden_size], T.float32
-                            )
-                        if accumulates:
-                            grad += T.cast(accumulated[t0 + i, k0 + k], T.float32)
-                        grad_x[t0 + i, k0 + k] = T.cast(grad, out_dtype)
+                for i, k in T.Parallel(ANY_TOKENS, columns):
+                    grad_shared[i, k] = (
+                        grad_shared[i, k] * factors_shared[0, 2]
+                        + (T.cast(x_local[i, k], T.float32) * factors_shared[i, 0])
+                        * factors_shared[i, 1]
+                    )
+                if n > 0:
+                    for i, k in T.Parallel(ANY_TOKENS, columns):
+                        if t0 + i < tokens and k0 + k < size:
+                            grad_shared[i, k] += factors_shared[
+                                i, 3 + (k0 + k) // hidden_size
+                            ] * T.cast(grad_input[t0 + i, (k0 + k) % hidden_size], T.float32)
+                if accumulates:
+                    for i, k in T.Parallel(ANY_TOKENS, columns):
+                        if t0 + i < tokens and k0 + k < size:
+                            grad_shared[i, k] += T.cast(accumulated[t0 + i, k0 + k], T.float32)
+                T.copy(grad_shared, grad_x[t0, k0])
             T.copy(weight_local, weight_shared)
-            for m, k in T.Parallel(num_mixes, ANY_K):
+            for m, k in T.Parallel(num_mixes, columns):
                 if k0 + k < size:
                     partials[slot, m, k0 + k] = (
                         weight_shared[k, m] + weight_shared[k, part_rows + m]

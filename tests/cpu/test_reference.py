@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from cases import CONTRACT, FUSED_PRE, OPS, PROJECTION, SPLIT_MIXES
+from cases import CONTRACT, DTYPES, FUSED_PRE, OPS, POST, POST_BIAS, PROJECTION, SPLIT_MIXES
 from tile_mhc import reference
 
 F64 = torch.float64
@@ -69,6 +69,9 @@ def backward_of(op, tensors, options):
         ours = fused_pre_backward(grads, tensors, options)
     elif op.name == "expand":
         ours = (reference.expand_backward(*grads),)
+    elif op in (POST, POST_BIAS):
+        ours = reference.post_backward(*grads, *tensors.values())
+        ours = [grad for grad in ours if grad is not None]  # of a bias that is not there
     else:
         ours = getattr(reference, f"{op.name}_backward")(*grads, *tensors.values())
     return ours, expected
@@ -81,6 +84,31 @@ def test_backward_is_autograd(op, n, lead):
     ours, expected = backward_of(op, *wide(op, lead, n))
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("op", [op for op in OPS if op is not CONTRACT], ids=str)
+def test_backward_rounds_once_to_the_dtype_of_its_input(op, dtypes):
+    """The gradients of float32 copies, rounded: nothing is summed in what it is stored in."""
+    tensors, options = op.inputs((5,), 4, 65, "cpu")
+    tensors = dtypes.of(tensors)
+    state = torch.get_rng_state()
+    ours, _ = backward_of(op, tensors, options)
+    torch.set_rng_state(state)
+    wide_tensors = {name: tensor.double() for name, tensor in tensors.items()}
+    outputs = op.reference(**tensors, **options)
+    outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+    grads = [torch.randn_like(out).double() for out in outputs]
+    leaves = {name: tensor.requires_grad_() for name, tensor in wide_tensors.items()}
+    truth = op.reference(**leaves, **options)
+    truth = (truth,) if isinstance(truth, torch.Tensor) else truth
+    expected = torch.autograd.grad(truth, list(leaves.values()), grads)
+    for tensor, mine, exact in zip(tensors.values(), ours, expected, strict=True):
+        assert mine.dtype == tensor.dtype
+        unit = torch.finfo(mine.dtype).eps
+        # Half a unit of the rounding, and float32's error.
+        bound = 0.51 * unit * exact.abs() + 2e-6 * exact.abs().max()
+        assert ((mine.double() - exact).abs() <= bound).all()
 
 
 @STREAMS
