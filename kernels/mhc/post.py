@@ -139,7 +139,8 @@ def post_bwd(
     num_sums = n * (n + 1)
     directed = into != ""
     target = into or dtype
-    vector = row_vector(hidden_size, dtype)
+    # Eight streams and float32 sums of theirs are too many registers for accesses of eight.
+    vector = row_vector(hidden_size, target if n == 8 else dtype)
     # One thread a sum at least, to write them.
     threads = max(row_threads(hidden_size, vector, 128), -(-num_sums // 32) * 32)
     # H200, 2026-11: the sums live in registers, and left alone the compiler takes 134 at n = 4, so
