@@ -251,6 +251,18 @@ def recompute_inputs(
     )
 
 
+# The gradients, by position, that a backward can leave in a tensor it is given.
+DESTINATIONS = {
+    "projection": (0, 1, 2),
+    "split_mixes": (1, 2),
+    "aggregate": (0,),
+    "post": (1,),
+    "head_mix": (1, 2),
+    "contract": (0, 1, 2, 3, 4),
+    "fused_pre": (1, 2, 3, 4),
+}
+
+
 def operator_calls(
     lead: Sequence[int], n: int, hidden_size: int, device: str
 ) -> dict[str, tuple[Any, ...]]:
@@ -278,8 +290,8 @@ def operator_calls(
     initial, *lists = recompute_inputs(2, 1, lead, n, hidden_size, device)
     split = torch.ops.tile_mhc.split_mixes(*tensors(SPLIT_MIXES), n, 2.0, 1e-6)
     square = tensors(SINKHORN)[0]
-    interleaved = _interleaved_calls(lead, device)
-    return interleaved | {
+    calls: dict[str, tuple[Any, ...]] = {
+        **_interleaved_calls(lead, device),
         "expand": (*leaves(EXPAND), n),
         "expand_out": (narrow, torch.zeros_like(wide)),
         "expand_backward": (wide,),
@@ -318,6 +330,13 @@ def operator_calls(
             [torch.zeros_like(wide)],
         ),
     }
+    for name, positions in DESTINATIONS.items():
+        backward = calls[f"{name}_backward"]
+        grads = getattr(torch.ops.tile_mhc, f"{name}_backward")(*backward)
+        into = [torch.zeros_like(grads[p], dtype=torch.float32) for p in positions]
+        adds = [p % 2 == 0 for p in positions]
+        calls[f"{name}_backward_into"] = (*backward, *into, adds)
+    return calls
 
 
 def _interleaved_calls(lead: Sequence[int], device: str) -> dict[str, tuple[Any, ...]]:

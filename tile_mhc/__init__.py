@@ -5,7 +5,9 @@ and mix them; on a CUDA device they run TileLang kernels, on a CPU the torch ref
 """
 
 from tile_mhc import _checkout  # noqa: F401  (first: the others import tile_mhc.kernels)
-from tile_mhc.errors import ShapeError, UnsupportedError
+from tile_mhc.accumulator import GradAccumulator
+from tile_mhc.errors import AccumulatorError, ShapeError, UnsupportedError
+from tile_mhc.main_grad import without_main_grad
 from tile_mhc.ops.aggregate import aggregate
 from tile_mhc.ops.contract import contract, head_mix
 from tile_mhc.ops.expand import expand
@@ -18,6 +20,8 @@ from tile_mhc.ops.sinkhorn import sinkhorn
 
 __version__ = "0.1.0"
 __all__ = [
+    "AccumulatorError",
+    "GradAccumulator",
     "ShapeError",
     "UnsupportedError",
     "aggregate",
@@ -30,4 +34,5 @@ __all__ = [
     "recompute",
     "sinkhorn",
     "split_mixes",
+    "without_main_grad",
 ]

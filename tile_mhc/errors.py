@@ -28,6 +28,10 @@ class UnsupportedError(NotImplementedError):
     """The configuration is valid mathematics, but no kernel is built for it."""
 
 
+class AccumulatorError(RuntimeError):
+    """A gradient accumulator holds something that the op would overwrite or mix up."""
+
+
 def dtype_name(dtype: torch.dtype | torch.layout) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -181,3 +185,12 @@ def check_bool(op: str, name: str, value: object) -> None:
 def check_number(op: str, name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ShapeError(f"{op}: {name} must be a number; got {describe(value)}")
+
+
+def check_first_gradient(op: str) -> None:
+    """In a backward that writes to memory of its own: what it writes has no graph."""
+    if torch.is_grad_enabled():
+        raise UnsupportedError(
+            f"{op}: the gradient must be taken once where it goes into a buffer; got "
+            "create_graph=True, for a gradient of the gradient"
+        )

@@ -44,6 +44,7 @@ class Sizes(NamedTuple):
         repeat: how often Sinkhorn normalises.
         dtype: of the streams.
         parameters: the dtypes that each parameter may have, on its own.
+        grads: those that gradient accumulators, or every main_grad, may have.
     """
 
     n: int
@@ -51,6 +52,7 @@ class Sizes(NamedTuple):
     repeat: int = HISTORY_STEP
     dtype: str = DTYPE
     parameters: tuple[str, ...] = PARAMETERS
+    grads: tuple[str, ...] = ()
 
     @property
     def mixes(self) -> int:
@@ -81,8 +83,13 @@ def parameter_dtypes(dtype: str) -> tuple[str, ...]:
 
 
 @functools.cache
-def post_dtypes(dtype: str, bias: str) -> tuple[str, ...]:
-    return dtypes((dtype, DTYPE), (bias, ""))
+def directed_dtypes(dtype: str, into: str) -> tuple[str, ...]:
+    return dtypes((dtype, DTYPE), (into, ""))
+
+
+@functools.cache
+def post_dtypes(dtype: str, bias: str, into: str = "") -> tuple[str, ...]:
+    return dtypes((dtype, DTYPE), (bias, ""), (into, ""))
 
 
 @functools.cache
@@ -91,8 +98,13 @@ def gate_dtypes(scale: str, bias: str) -> tuple[str, ...]:
 
 
 @functools.cache
-def weight_dtypes(weight: str, norm_weight: str) -> tuple[str, ...]:
-    return dtypes((weight, PARAMETER), (norm_weight, ""))
+def sums_dtypes(scale: str, bias: str, directed: bool) -> Arguments:
+    return (scale, bias, directed) if directed else gate_dtypes(scale, bias)
+
+
+@functools.cache
+def weight_dtypes(weight: str, norm_weight: str, *into: str) -> tuple[str, ...]:
+    return dtypes((weight, PARAMETER), (norm_weight, ""), *((dtype, "") for dtype in into))
 
 
 @functools.cache
@@ -147,12 +159,33 @@ def _n_gates(s: Sizes) -> list[Arguments]:
 
 def _column_sums(s: Sizes) -> list[Arguments]:
     # One column a bias and a scale.
-    return [*_gated((s.mixes, 3), s), *_gated((s.n, 1), s)]
+    counts = ((s.mixes, 3), (s.n, 1))
+    grads = _main_grads(s)
+    directed = [(*count, *sums_dtypes(grad, grad, True)) for count in counts for grad in grads]
+    return [*(args for count in counts for args in _gated(count, s)), *directed]
+
+
+def _main_grads(s: Sizes) -> list[str]:
+    return [grad for grad in s.grads if grad in EVERY_PARAMETER]
+
+
+def _accumulators(s: Sizes) -> list[str]:
+    return [grad for grad in s.grads if grad in ("float32", s.dtype)]
+
+
+def _aggregate_backwards(s: Sizes) -> list[Arguments]:
+    # To autograd, and into an accumulator.
+    return [(s.n, s.hidden, *directed_dtypes(s.dtype, into)) for into in ("", *_accumulators(s))]
 
 
 def _posts(s: Sizes) -> list[Arguments]:
     # Without a bias, and with one.
     return [(s.n, s.hidden, *post_dtypes(s.dtype, bias)) for bias in ("", *s.parameters)]
+
+
+def _post_backwards(s: Sizes) -> list[Arguments]:
+    choices = itertools.product(("", *s.parameters), ("", *_accumulators(s)))
+    return [(s.n, s.hidden, *post_dtypes(s.dtype, *choice)) for choice in choices]
 
 
 def _post_biases(s: Sizes) -> list[Arguments]:
@@ -191,23 +224,57 @@ def _projection_norm_backwards(s: Sizes) -> list[Arguments]:
 def _projection_backwards(s: Sizes) -> list[Arguments]:
     # With the aggregate also on top of a gradient that the streams have; alone on top of a buffer.
     size = s.n * s.hidden
-    plain = [(*sizes, False) for sizes in _projection_norm_backwards(s)]
-    buffered = [(s.mixes, size, 0, True)] if s.n == 4 else []
-    return [*plain, (s.mixes, size, s.n, True), *buffered]
+    plain = [(*sizes, "") for sizes in _projection_norm_backwards(s)]
+    buffered = [(s.mixes, size, 0, "float32")] if s.n == 4 else []
+    return [*plain, (s.mixes, size, s.n, s.dtype), *buffered]
+
+
+def _directed_projection_backwards(s: Sizes, into: str) -> list[Arguments]:
+    # projection and contract: the first writes to an accumulator, others add.
+    size = s.n * s.hidden
+    readers = ((s.mixes, size, 0), (s.n, size, s.n))
+    return [(*reader, held) for reader in readers for held in ("", into)]
 
 
 def _has_fast_projection(s: Sizes) -> bool:
     return s.dtype == DTYPE and s.hidden % FAST_HIDDEN == 0
 
 
-def _fast(arguments: Callable[[Sizes], list[Arguments]]) -> Callable[[Sizes], list[Arguments]]:
+Choice = Callable[[Sizes], list[Arguments]]
+
+
+def _fast(arguments: Choice) -> Choice:
     """For kernels that read the weight of a fast projection: it alone, and with a norm weight."""
     return lambda s: _with_weights(arguments(s), s) if _has_fast_projection(s) else []
 
 
-def _any(
-    arguments: Callable[[Sizes], list[Arguments]], reads_streams: bool = True
-) -> Callable[[Sizes], list[Arguments]]:
+def _into_accumulator(arguments: Choice) -> Choice:
+    """Also those that leave the gradient of the streams in an accumulator."""
+
+    def of(s: Sizes) -> list[Arguments]:
+        plain = arguments(s)
+        dtypes = _accumulators(s) if plain else []
+        streams = () if _has_fast_projection(s) else (s.dtype,)
+        for into in dtypes:
+            sizes = [(*size, *streams) for size in _directed_projection_backwards(s, into)]
+            plain = plain + _with_weights(sizes, s, into)
+        return plain
+
+    return of
+
+
+def _into_main_grad(arguments: Choice) -> Choice:
+    """Also those that leave the gradient of the weight, and of a norm weight, in main_grad."""
+
+    def of(s: Sizes) -> list[Arguments]:
+        plain = arguments(s)
+        grads = _main_grads(s) if plain else []
+        return plain + [args for g in grads for args in _with_weights(_projections(s), s, g, g)]
+
+    return of
+
+
+def _any(arguments: Choice, reads_streams: bool = True) -> Choice:
     """The same for those that take any dtype of streams, which comes first, and any width."""
 
     def of(s: Sizes) -> list[Arguments]:
@@ -218,9 +285,14 @@ def _any(
     return of
 
 
-def _with_weights(sizes: list[Arguments], s: Sizes) -> list[Arguments]:
+def _with_weights(sizes: list[Arguments], s: Sizes, *into: str) -> list[Arguments]:
     kinds = list(itertools.product(s.parameters, ("", *s.parameters)))
-    return [(*size, *weight_dtypes(*kind)) for size in sizes for kind in kinds]
+    # The second destination is that of the norm weight.
+    return [
+        (*size, *weight_dtypes(*kind, *(into if kind[1] else into[:1])))
+        for size in sizes
+        for kind in kinds
+    ]
 
 
 _PROJECTION = ("projection", "contract", "fused_pre")
@@ -265,15 +337,30 @@ SPECS = (
     Spec("projection_fwd", "projection", (*_PROJECTION, *_TE), _fast(_projections)),
     Spec("projection_norm", "projection", ("projection",), _projection_norms),
     Spec("projection_norm_bwd", "projection", _PROJECTION, _projection_norm_backwards),
-    Spec("projection_bwd", "projection", (*_PROJECTION, *_TE), _fast(_projection_backwards)),
-    Spec("projection_weight_bwd", "projection", (*_PROJECTION, *_TE), _fast(_projections)),
+    Spec(
+        "projection_bwd",
+        "projection",
+        (*_PROJECTION, *_TE),
+        _into_accumulator(_fast(_projection_backwards)),
+    ),
+    Spec(
+        "projection_weight_bwd",
+        "projection",
+        (*_PROJECTION, *_TE),
+        _into_main_grad(_fast(_projections)),
+    ),
     Spec("projection_any_fwd", "projection_any", (*_PROJECTION, *_TE), _any(_projections)),
-    Spec("projection_any_bwd", "projection_any", (*_PROJECTION, *_TE), _any(_projection_backwards)),
+    Spec(
+        "projection_any_bwd",
+        "projection_any",
+        (*_PROJECTION, *_TE),
+        _into_accumulator(_any(_projection_backwards)),
+    ),
     Spec(
         "projection_any_weight_bwd",
         "projection_any",
         (*_PROJECTION, *_TE),
-        _any(_projections, reads_streams=False),
+        _into_main_grad(_any(_projections, reads_streams=False)),
     ),
     Spec("split_mixes_fwd", "mixes", ("split_mixes", "fused_pre"), _n_gates),
     Spec("split_mixes_bwd", "mixes", ("split_mixes", "fused_pre"), _n_gates),
@@ -286,10 +373,10 @@ SPECS = (
     Spec("sinkhorn_fwd", "sinkhorn", ("sinkhorn",), _n),
     Spec("sinkhorn_bwd", "sinkhorn", ("sinkhorn", "fused_pre"), lambda s: [(s.n, s.capacity)]),
     Spec("aggregate_fwd", "aggregate", ("aggregate",), _streams),
-    Spec("aggregate_bwd", "aggregate", ("aggregate",), _streams),
+    Spec("aggregate_bwd", "aggregate", ("aggregate",), _aggregate_backwards),
     Spec("aggregate_mix_bwd", "aggregate", ("fused_pre", "contract"), _streams),
     Spec("post_fwd", "post", ("post",), _posts),
-    Spec("post_bwd", "post", ("post",), _posts),
+    Spec("post_bwd", "post", ("post",), _post_backwards),
     Spec("post_bias_bwd", "post", ("post", *_TE), _post_biases),
     Spec("head_mix_fwd", "contract", ("head_mix", "contract"), _n_gates),
     Spec("head_mix_bwd", "contract", ("head_mix", "contract"), _n_gates),
@@ -358,6 +445,8 @@ def compile_command(name: str, args: Arguments, arch: str) -> str | None:
                 command += f" --dtype {size.dtype}"
             if size.parameters != PARAMETERS:
                 command += f" --param-dtype {','.join(size.parameters)}"
+            if size.grads:
+                command += f" --grad-dtype {','.join(size.grads)}"
             return f"{command} --ops {spec.ops[0]}"
     return None
 
@@ -369,9 +458,10 @@ def _sizes_of(name: str, args: Arguments) -> Iterator[Sizes]:
     repeats = {HISTORY_STEP, numbers[-1]} if name == "sinkhorn_bwd" else {HISTORY_STEP}
     streams = [DTYPE, *(word for word in words if word in STREAMS)]
     parameters = [*((dtype,) for dtype in EVERY_PARAMETER), EVERY_PARAMETER]
+    grads: list[tuple[str, ...]] = [(), *((word,) for word in STREAMS)]
     for n in SUPPORTED_STREAMS:
         # A kernel has H, n*H, or neither.
         widths = [64, *numbers, *(number // n for number in numbers)]
         hidden = [width for width in widths if 0 < width <= MAX_HIDDEN]
-        choices = (hidden, repeats, streams, parameters)
+        choices = (hidden, repeats, streams, parameters, grads)
         yield from (Sizes(n, *choice) for choice in itertools.product(*choices))

@@ -103,6 +103,13 @@ def load_streams(streams: T.Tensor, token: T.int32, h: T.int32, n: int, local: T
 
 
 @T.macro
+def add_streams(streams: T.Tensor, token: T.int32, i: T.int32, h: T.int32, local: T.Buffer):
+    """local[:] += streams[token, i, h : h + vector], in float32."""
+    for v in T.vectorized(local.shape[0]):
+        local[v] += T.cast(streams[token, i, h + v], T.float32)
+
+
+@T.macro
 def weighted_sum(mix: T.Buffer, streams: T.Buffer, n: int, out: T.Buffer):
     """out[v] = sum_i mix[i] * streams[i, v] in fp32, i ascending: every aggregate's arithmetic."""
     for v in T.unroll(out.shape[0]):

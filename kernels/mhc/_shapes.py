@@ -31,13 +31,14 @@ HISTORY_STEP = 32
 TABLE_SLOTS = 48
 
 
-def backward_pieces(num_mixes: int, size: int, n: int, accumulates: bool = False) -> int:
+def backward_pieces(num_mixes: int, size: int, n: int, joins: bool = False) -> int:
     """projection: how many pieces of columns one CTA of the backward owns.
 
     Four fill shared memory. The weight gradient lies in registers, where 80 mixes leave room for
-    half of that; so does what joins the gradient of x, which takes a tile of its own.
+    half of that; so does what `joins` the gradient of x, which takes a tile of its own, and a
+    gradient of x that goes into an accumulator, which may be twice as wide.
     """
-    return 2 if num_mixes > 24 or n or accumulates or size % (4 * PIECE) else 4
+    return 2 if num_mixes > 24 or n or joins or size % (4 * PIECE) else 4
 
 
 def factors_width(n: int) -> int:

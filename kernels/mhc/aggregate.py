@@ -9,6 +9,7 @@ import tilelang.language as T
 
 from tile_mhc.kernels._common import (
     SIMT,
+    add_streams,
     block_sums,
     builder,
     follow_previous,
@@ -68,8 +69,11 @@ def row_products(wide: T.Buffer, streams: T.Buffer, n: int, sums: T.Buffer):
 
 
 @builder(SIMT)
-def aggregate_bwd(n: int, hidden_size: int, dtype: str = "bfloat16"):
+def aggregate_bwd(n: int, hidden_size: int, dtype: str = "bfloat16", into: str = ""):
+    """Both gradients; with `into`, its dtype, the residual's may be added to what is there."""
     tokens = T.dynamic("num_tokens")
+    directed = into != ""
+    target = into or dtype
     vector = row_vector(hidden_size, dtype)
     threads = row_threads(hidden_size, vector)
     lanes = sum_lanes(n, threads)
@@ -79,8 +83,9 @@ def aggregate_bwd(n: int, hidden_size: int, dtype: str = "bfloat16"):
         grad: T.Tensor[(tokens, hidden_size), dtype],
         residual: T.Tensor[(tokens, n, hidden_size), dtype],
         pre_mix: T.Tensor[(tokens, n), T.float32],
-        grad_residual: T.Tensor[(tokens, n, hidden_size), dtype],
+        grad_residual: T.Tensor[(tokens, n, hidden_size), target],
         grad_mix: T.Tensor[(tokens, n), T.float32],
+        adds: T.int32,
     ):
         with T.Kernel(tokens, threads=threads) as t:
             follow_previous()
@@ -102,10 +107,19 @@ def aggregate_bwd(n: int, hidden_size: int, dtype: str = "bfloat16"):
                     load_streams(residual, t, h, n, streams)
                     row_products(wide, streams, n, sums)
                     for i in T.unroll(n):
-                        for v in T.vectorized(vector):
-                            grad_residual[t, i, h + v] = T.cast(
-                                mix[i] * T.cast(wide[v], T.float32), dtype
-                            )
+                        if directed:
+                            product = T.alloc_local((vector,), T.float32)
+                            for v in T.unroll(vector):
+                                product[v] = mix[i] * T.cast(wide[v], T.float32)
+                            if adds != 0:
+                                add_streams(grad_residual, t, i, h, product)
+                            for v in T.vectorized(vector):
+                                grad_residual[t, i, h + v] = T.cast(product[v], target)
+                        else:
+                            for v in T.vectorized(vector):
+                                grad_residual[t, i, h + v] = T.cast(
+                                    mix[i] * T.cast(wide[v], T.float32), dtype
+                                )
             block_sums(sums, n, threads, shared, total)
             if tid % lanes == 0 and tid < n * lanes:
                 grad_mix[t, tid // lanes] = total[0]

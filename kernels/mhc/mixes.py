@@ -147,9 +147,16 @@ def split_mixes_bwd(n: int, scale_dtype: str = "float32", bias_dtype: str = "flo
 
 @builder(SIMT)
 def column_sums(
-    biases: int, scales: int, scale_dtype: str = "float32", bias_dtype: str = "float32"
+    biases: int,
+    scales: int,
+    scale_dtype: str = "float32",
+    bias_dtype: str = "float32",
+    into: bool = False,
 ):
-    """Sums over the rows of partials: the bias gradients, then the scale gradients."""
+    """Sums over the rows of partials: the bias gradients, then the scale gradients.
+
+    With `into`, each of the two may be added to what is there.
+    """
     rows = T.dynamic("num_partials")
     columns = biases + scales
 
@@ -158,6 +165,8 @@ def column_sums(
         partials: T.Tensor[(rows, columns), T.float32],
         grad_bias: T.Tensor[(biases,), bias_dtype],
         grad_scale: T.Tensor[(scales,), scale_dtype],
+        adds_bias: T.int32,
+        adds_scale: T.int32,
     ):
         # One CTA a column: each thread a stride of rows, then the CTA's sum.
         with T.Kernel(columns, threads=THREADS) as column:
@@ -172,8 +181,12 @@ def column_sums(
             block_sums(total, 1, THREADS, shared, total)
             if tid == 0:
                 if column < biases:
+                    if into and adds_bias != 0:
+                        total[0] += T.cast(grad_bias[column], T.float32)
                     grad_bias[column] = T.cast(total[0], bias_dtype)
                 else:
+                    if into and adds_scale != 0:
+                        total[0] += T.cast(grad_scale[column - biases], T.float32)
                     grad_scale[column - biases] = T.cast(total[0], scale_dtype)
 
     return column_sums_kernel

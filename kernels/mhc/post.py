@@ -14,6 +14,7 @@ import tilelang.language as T
 
 from tile_mhc.kernels._common import (
     SIMT,
+    add_streams,
     block_sums,
     builder,
     follow_previous,
@@ -122,12 +123,24 @@ def post_fwd(n: int, hidden_size: int, dtype: str = "bfloat16", bias_dtype: str 
 
 
 @builder(SIMT)
-def post_bwd(n: int, hidden_size: int, dtype: str = "bfloat16", bias_dtype: str = ""):
-    """All gradients of a token; with a bias of a slice of tokens, and their sum for the bias."""
+def post_bwd(
+    n: int,
+    hidden_size: int,
+    dtype: str = "bfloat16",
+    bias_dtype: str = "",
+    into: str = "",
+):
+    """All gradients of a token; with a bias of a slice of tokens, and their sum for the bias.
+
+    With `into`, its dtype, the gradient of the residual may be added to what is there.
+    """
     tokens = T.dynamic("num_tokens")
     slices = T.dynamic("num_slices")
     num_sums = n * (n + 1)
-    vector = row_vector(hidden_size, dtype)
+    directed = into != ""
+    target = into or dtype
+    # Eight streams and float32 sums of theirs are too many registers for accesses of eight.
+    vector = row_vector(hidden_size, target if n == 8 else dtype)
     # One thread a sum at least, to write them.
     threads = max(row_threads(hidden_size, vector, 128), -(-num_sums // 32) * 32)
     # H200, 2026-11: the sums live in registers, and left alone the compiler takes 134 at n = 4, so
@@ -148,6 +161,7 @@ def post_bwd(n: int, hidden_size: int, dtype: str = "bfloat16", bias_dtype: str 
         grad_residual: T.Tensor,
         grad_post: T.Tensor,
         grad_comb: T.Tensor,
+        adds: T.int32,
         bias: T.Tensor,
         partials: T.Tensor,
     ):
@@ -214,8 +228,10 @@ def post_bwd(n: int, hidden_size: int, dtype: str = "bfloat16", bias_dtype: str 
                                         wide[j, v], T.float32
                                     )
                                 sums[i * n + j] += partial[0]
+                            if directed and adds != 0:
+                                add_streams(grad_residual, t, i, h, total)
                             for v in T.vectorized(vector):
-                                grad_residual[t, i, h + v] = T.cast(total[v], dtype)
+                                grad_residual[t, i, h + v] = T.cast(total[v], target)
                 block_sums(sums, num_sums, threads, shared, partial)
                 if tid % lanes == 0:
                     if tid < n * n * lanes:
@@ -239,9 +255,10 @@ def post_bwd(n: int, hidden_size: int, dtype: str = "bfloat16", bias_dtype: str 
             post_mix: T.Tensor[(tokens, n), T.float32],
             comb_mix: T.Tensor[(tokens, n, n), T.float32],
             grad_output: T.Tensor[(tokens, hidden_size), dtype],
-            grad_residual: T.Tensor[(tokens, n, hidden_size), dtype],
+            grad_residual: T.Tensor[(tokens, n, hidden_size), target],
             grad_post: T.Tensor[(tokens, n), T.float32],
             grad_comb: T.Tensor[(tokens, n * n), T.float32],
+            adds: T.int32,
         ):
             backward(
                 grad,
@@ -253,6 +270,7 @@ def post_bwd(n: int, hidden_size: int, dtype: str = "bfloat16", bias_dtype: str 
                 grad_residual,
                 grad_post,
                 grad_comb,
+                adds,
                 None,
                 None,
             )
@@ -267,9 +285,10 @@ def post_bwd(n: int, hidden_size: int, dtype: str = "bfloat16", bias_dtype: str 
         post_mix: T.Tensor[(tokens, n), T.float32],
         comb_mix: T.Tensor[(tokens, n, n), T.float32],
         grad_output: T.Tensor[(tokens, hidden_size), dtype],
-        grad_residual: T.Tensor[(tokens, n, hidden_size), dtype],
+        grad_residual: T.Tensor[(tokens, n, hidden_size), target],
         grad_post: T.Tensor[(tokens, n), T.float32],
         grad_comb: T.Tensor[(tokens, n * n), T.float32],
+        adds: T.int32,
         bias: T.Tensor[(hidden_size,), bias_dtype],
         partials: T.Tensor[(slices, hidden_size), T.float32],
     ):
@@ -283,6 +302,7 @@ def post_bwd(n: int, hidden_size: int, dtype: str = "bfloat16", bias_dtype: str 
             grad_residual,
             grad_post,
             grad_comb,
+            adds,
             bias,
             partials,
         )

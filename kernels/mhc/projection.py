@@ -412,9 +412,10 @@ def projection_bwd(
     num_mixes: int,
     size: int,
     n: int,
-    accumulates: bool,
+    held: str,
     weight_dtype: str = "float32",
     norm_dtype: str = "",
+    into: str = "",
 ):
     """Gradients of x and, per slice of tokens, of the weight, in one pass over x.
 
@@ -422,28 +423,29 @@ def projection_bwd(
     registers, and tokens stream through.
     grad_x = G_high w_high + G_low w_high + G_high w_low + (x * r) * along;  grad_w = G^T x
     With n > 0 streams, the gradient of their aggregate joins before the one rounding of grad_x:
-    pre_mix[t, i] * grad_input[t, h]. So does, if it accumulates, a gradient that x already has:
-    bfloat16 with an aggregate, as autograd has it, else float32, as a buffer.
+    pre_mix[t, i] * grad_input[t, h]. So does a gradient that x already has, of the dtype `held`.
+    grad_x is of the dtype `into`, by default that of x, and may be the memory of the one held.
     """
     tokens = T.dynamic("num_tokens")
     slices = T.dynamic("num_slices")
     part_rows = padded(num_mixes)
+    has_held = held != ""
     both = 2 * part_rows
     width = factors_width(n)
     hidden_size = size // max(n, 1)
     block = BACKWARD_TOKENS
-    num_pieces = backward_pieces(num_mixes, size, n, accumulates)
+    num_pieces = backward_pieces(num_mixes, size, n, has_held or into != "")
     # A tuple is unrolled as the kernel is traced: TMA wants its pieces one by one.
     pieces = tuple(range(num_pieces))
     columns = num_pieces * PIECE
     # The same h of several streams share a CTA, which then reads grad_input once for them.
     groups = max(n // num_pieces, 1)
-    fixed = (2 * both + block) * columns * 2
-    sum_dtype = T.bfloat16 if n else T.float32
-    sum_bytes = (2 if n else 4) if accumulates else 0
-    # Columns of one TMA box: 128 bytes.
-    box = PIECE if n else PIECE // 2
-    stage = block * (columns * (2 + sum_bytes) + both * 2 + width * 4 + (PIECE * 2 if n else 0))
+    out_dtype = into or "bfloat16"
+    # A box of TMA has rows of 128 bytes.
+    out_columns = 128 // BYTES[out_dtype]
+    held_columns = 128 // BYTES[held] if has_held else PIECE
+    fixed = (2 * both * 2 + block * BYTES[out_dtype]) * columns
+    stage = block * (columns * (2 + BYTES[held]) + both * 2 + width * 4 + (PIECE * 2 if n else 0))
     stages = min(4, (SHARED_BYTES - fixed) // stage)
 
     def start(column: T.int32, piece: int):
@@ -461,8 +463,8 @@ def projection_bwd(
         weight: T.Tensor[(num_mixes, size), weight_dtype],
         norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
         grad_input: T.Tensor[(tokens, hidden_size) if n else (1,), T.bfloat16],
-        accumulated: T.Tensor[(tokens, size) if accumulates else (1,), sum_dtype],
-        grad_x: T.Tensor[(tokens, size), T.bfloat16],
+        accumulated: T.Tensor[(tokens, size) if has_held else (1,), held or T.bfloat16],
+        grad_x: T.Tensor[(tokens, size), out_dtype],
         partials: T.Tensor[(slices, num_mixes, size), T.float32],
         slice_tokens: T.int32,
         tf32: T.int32,
@@ -475,15 +477,15 @@ def projection_bwd(
             x_shared = T.alloc_shared((block, columns), T.bfloat16)
             g_shared = T.alloc_shared((block, both), T.bfloat16)
             factors_shared = T.alloc_shared((block, width), T.float32)
-            out_shared = T.alloc_shared((block, columns), T.bfloat16)
+            out_shared = T.alloc_shared((block, columns), out_dtype)
             grad_local = T.alloc_fragment((block, columns), T.float32)
             weight_local = T.alloc_fragment((columns, both), T.float32)
             tile_weight = T.alloc_fragment((columns, both), T.float32)
             if n > 0:
                 wide_shared = T.alloc_shared((block, PIECE), T.bfloat16)
                 T.annotate_layout({wide_shared: make_swizzled_layout(wide_shared)})
-            if accumulates:
-                sum_shared = T.alloc_shared((block, columns), sum_dtype)
+            if has_held:
+                sum_shared = T.alloc_shared((block, columns), held)
                 T.annotate_layout({sum_shared: make_swizzled_layout(sum_shared)})
             for p in pieces:
                 for m, k in T.Parallel(part_rows, PIECE):
@@ -513,11 +515,11 @@ def projection_bwd(
                     k0 = start(column, p)
                     c0 = p * PIECE
                     T.copy(x[t0:t1, k0 : k0 + PIECE], x_shared[0:block, c0 : c0 + PIECE])
-                    if accumulates:
-                        for b0 in tuple(range(0, PIECE, box)):
+                    if has_held:
+                        for k in tuple(range(0, PIECE, held_columns)):
                             T.copy(
-                                accumulated[t0:t1, k0 + b0 : k0 + b0 + box],
-                                sum_shared[0:block, c0 + b0 : c0 + b0 + box],
+                                accumulated[t0:t1, k0 + k : k0 + k + held_columns],
+                                sum_shared[0:block, c0 + k : c0 + k + held_columns],
                             )
                 T.copy(grad_parts[t0, 0], g_shared)
                 T.copy(factors[t0, 0], factors_shared)
@@ -554,7 +556,7 @@ def projection_bwd(
                         grad_local[i, k] += factors_shared[
                             i, 3 + first_stream + k // PIECE
                         ] * T.cast(wide_shared[i, k % PIECE], T.float32)
-                if accumulates:
+                if has_held:
                     for i, k in T.Parallel(block, columns):
                         grad_local[i, k] += T.cast(sum_shared[i, k], T.float32)
                 # The tile before has left out_shared: its store ran beside this tile's products.
@@ -563,7 +565,11 @@ def projection_bwd(
                 for p in pieces:
                     k0 = start(column, p)
                     c0 = p * PIECE
-                    T.tma_copy(out_shared[0:block, c0 : c0 + PIECE], grad_x[t0:t1, k0 : k0 + PIECE])
+                    for k in tuple(range(0, PIECE, out_columns)):
+                        T.tma_copy(
+                            out_shared[0:block, c0 + k : c0 + k + out_columns],
+                            grad_x[t0:t1, k0 + k : k0 + k + out_columns],
+                        )
             T.tma_store_wait(0)
             weight_shared = T.alloc_shared((columns, both), T.float32)
             T.copy(weight_local, weight_shared)
@@ -579,12 +585,21 @@ def projection_bwd(
 
 @builder(SIMT)
 def projection_weight_bwd(
-    num_mixes: int, size: int, weight_dtype: str = "float32", norm_dtype: str = ""
+    num_mixes: int,
+    size: int,
+    weight_dtype: str = "float32",
+    norm_dtype: str = "",
+    into_weight: str = "",
+    into_norm: str = "",
 ):
-    """Sum the slices in order; with a norm weight, part the gradient between the two factors."""
+    """Sum the slices in order; with a norm weight, part the gradient between the two factors.
+
+    With `into_*`, the dtypes of the two destinations, each is written or, if it `adds`, added to.
+    """
     slices = T.dynamic("num_slices")
     vector = 4
     has_norm = norm_dtype != ""
+    directed = into_weight != ""
     # A thread takes one row of the weight; with a norm weight all, as it sums over them.
     rows = num_mixes if has_norm else 1
     threads = 32 if has_norm else THREADS
@@ -594,8 +609,12 @@ def projection_weight_bwd(
         partials: T.Tensor[(slices, num_mixes, size), T.float32],
         weight: T.Tensor[(num_mixes, size), weight_dtype],
         norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
-        grad_weight: T.Tensor[(num_mixes, size), weight_dtype],
-        grad_norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
+        grad_weight: T.Tensor[(num_mixes, size), into_weight or weight_dtype],
+        grad_norm_weight: T.Tensor[
+            norm_shape(size, norm_dtype), into_norm or norm_dtype or T.float32
+        ],
+        adds: T.int32,
+        adds_norm: T.int32,
     ):
         with T.Kernel(T.ceildiv(size, threads * vector), num_mixes // rows, threads=threads) as (
             block,
@@ -620,10 +639,16 @@ def projection_weight_bwd(
                             norm[v] += total[v] * T.cast(weight[m, k + v], T.float32)
                         for v in T.vectorized(vector):
                             total[v] *= T.cast(norm_weight[k + v], T.float32)
+                    if directed and adds != 0:
+                        for v in T.vectorized(vector):
+                            total[v] += T.cast(grad_weight[m, k + v], T.float32)
                     for v in T.vectorized(vector):
-                        grad_weight[m, k + v] = T.cast(total[v], weight_dtype)
+                        grad_weight[m, k + v] = T.cast(total[v], grad_weight.dtype)
                 if has_norm:
+                    if directed and adds_norm != 0:
+                        for v in T.vectorized(vector):
+                            norm[v] += T.cast(grad_norm_weight[k + v], T.float32)
                     for v in T.vectorized(vector):
-                        grad_norm_weight[k + v] = T.cast(norm[v], norm_dtype)
+                        grad_norm_weight[k + v] = T.cast(norm[v], grad_norm_weight.dtype)
 
     return projection_weight_bwd_kernel

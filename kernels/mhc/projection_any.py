@@ -128,16 +128,16 @@ def projection_any_bwd(
     num_mixes: int,
     size: int,
     n: int,
-    accumulates: bool,
+    held: str,
     dtype: str,
     weight_dtype: str = "float32",
     norm_dtype: str = "",
+    into: str = "",
 ):
     """Gradients of x and, per slice of tokens, of the weight, in one pass over x.
 
-    As `projection_bwd`: a CTA owns some columns, and tokens stream through; without an aggregate,
-    what it accumulates is float32. A column lies in stream column // H, at column % H of the
-    aggregate's gradient.
+    As `projection_bwd`: a CTA owns some columns, and tokens stream through. A column lies in stream
+    column // H, at column % H of the aggregate's gradient.
     """
     tokens = T.dynamic("num_tokens")
     slices = T.dynamic("num_slices")
@@ -146,6 +146,8 @@ def projection_any_bwd(
     width = factors_width(n)
     hidden_size = size // max(n, 1)
     has_low = dtype != "bfloat16"
+    has_held = held != ""
+    out_dtype = into or dtype
     columns = ANY_COLUMNS
     # Two CTAs an SM, by their registers; 80 mixes would not fit those of 128 threads.
     threads = 128 if num_mixes <= 24 else 256
@@ -158,8 +160,8 @@ def projection_any_bwd(
         weight: T.Tensor[(num_mixes, size), weight_dtype],
         norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
         grad_input: T.Tensor[(tokens, hidden_size) if n else (1,), dtype],
-        accumulated: T.Tensor[(tokens, size) if accumulates else (1,), dtype if n else T.float32],
-        grad_x: T.Tensor[(tokens, size), dtype],
+        accumulated: T.Tensor[(tokens, size) if has_held else (1,), held or dtype],
+        grad_x: T.Tensor[(tokens, size), out_dtype],
         partials: T.Tensor[(slices, num_mixes, size), T.float32],
         slice_tokens: T.int32,
         tf32: T.int32,
@@ -220,7 +222,7 @@ def projection_any_bwd(
                             grad_shared[i, k] += factors_shared[
                                 i, 3 + (k0 + k) // hidden_size
                             ] * T.cast(grad_input[t0 + i, (k0 + k) % hidden_size], T.float32)
-                if accumulates:
+                if has_held:
                     for i, k in T.Parallel(ANY_TOKENS, columns):
                         if t0 + i < tokens and k0 + k < size:
                             grad_shared[i, k] += T.cast(accumulated[t0 + i, k0 + k], T.float32)
@@ -237,11 +239,17 @@ def projection_any_bwd(
 
 @builder(SIMT)
 def projection_any_weight_bwd(
-    num_mixes: int, size: int, weight_dtype: str = "float32", norm_dtype: str = ""
+    num_mixes: int,
+    size: int,
+    weight_dtype: str = "float32",
+    norm_dtype: str = "",
+    into_weight: str = "",
+    into_norm: str = "",
 ):
     """`projection_weight_bwd` for a K of any alignment: one column a thread."""
     slices = T.dynamic("num_slices")
     has_norm = norm_dtype != ""
+    directed = into_weight != ""
     # A thread takes one row of the weight; with a norm weight all, as it sums over them.
     rows = num_mixes if has_norm else 1
     threads = 32 if has_norm else THREADS
@@ -251,8 +259,12 @@ def projection_any_weight_bwd(
         partials: T.Tensor[(slices, num_mixes, size), T.float32],
         weight: T.Tensor[(num_mixes, size), weight_dtype],
         norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
-        grad_weight: T.Tensor[(num_mixes, size), weight_dtype],
-        grad_norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
+        grad_weight: T.Tensor[(num_mixes, size), into_weight or weight_dtype],
+        grad_norm_weight: T.Tensor[
+            norm_shape(size, norm_dtype), into_norm or norm_dtype or T.float32
+        ],
+        adds: T.int32,
+        adds_norm: T.int32,
     ):
         with T.Kernel(T.ceildiv(size, threads), num_mixes // rows, threads=threads) as (
             block,
@@ -272,8 +284,12 @@ def projection_any_weight_bwd(
                     if has_norm:
                         norm[0] += total[0] * T.cast(weight[m, k], T.float32)
                         total[0] *= T.cast(norm_weight[k], T.float32)
-                    grad_weight[m, k] = T.cast(total[0], weight_dtype)
+                    if directed and adds != 0:
+                        total[0] += T.cast(grad_weight[m, k], T.float32)
+                    grad_weight[m, k] = T.cast(total[0], grad_weight.dtype)
                 if has_norm:
-                    grad_norm_weight[k] = T.cast(norm[0], norm_dtype)
+                    if directed and adds_norm != 0:
+                        norm[0] += T.cast(grad_norm_weight[k], T.float32)
+                    grad_norm_weight[k] = T.cast(norm[0], grad_norm_weight.dtype)
 
     return projection_any_weight_bwd_kernel

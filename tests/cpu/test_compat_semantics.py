@@ -450,6 +450,19 @@ def test_main_grad_of_the_head(device):
         assert torch.equal(parameter.main_grad, wanted.grad.double())
 
 
+def test_main_grad_under_megatron(device):
+    """Where its DDP gave a flag, its hooks get a gradient, and know that it means nothing."""
+    residual, (fn, _, _) = streams(device), block(device)
+    plain, fused = leaf(fn), leaf(fn)
+    fused.main_grad = torch.randn_like(fused)
+    fused.grad_added_to_main_grad, fused.overwrite_main_grad = False, True
+    for parameter in (plain, fused):
+        ops.mhc_pre_norm_fn(residual, parameter, None, 1e-6).square().sum().backward()
+    assert torch.equal(fused.main_grad, plain.grad)
+    assert fused.grad_added_to_main_grad is True
+    assert fused.grad.shape == fused.shape
+
+
 def test_main_grad_must_fit(device):
     fn = leaf(block(device)[0])
     fn.main_grad = torch.zeros(7, device=device)

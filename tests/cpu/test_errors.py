@@ -21,7 +21,7 @@ from cases import (
     SPLIT_MIXES,
     recompute_inputs,
 )
-from tile_mhc import ShapeError, UnsupportedError, errors
+from tile_mhc import GradAccumulator, ShapeError, UnsupportedError, errors
 
 BF16, F32 = torch.bfloat16, torch.float32
 T, N, H = 3, 4, 64
@@ -99,7 +99,14 @@ SHIFTED = bf16(T * H + 1)[1:].view(T, H)
 SHIFTED_COMB = f32(T * N * N + 1)[1:].view(T, N, N)
 STRIDED = bf16(N, T, H).transpose(0, 1)
 
+
 # (what is wrong, the call, the exception, its message)
+def second_gradient_of_an_accumulator():
+    residual = bf16(T, N, H).requires_grad_()
+    out = call(AGGREGATE, residual=residual, grad_accumulator=GradAccumulator(residual))
+    torch.autograd.grad(out.sum(), residual, create_graph=True)
+
+
 MISTAKES = [
     # A tensor is not a tensor, or has another dtype, shape, device, layout.
     ("a list", lambda: call(AGGREGATE, residual=[1.0]), ShapeError,
@@ -252,6 +259,11 @@ MISTAKES = [
     # Of a backward op.
     ("gradient of a gradient", gradient_of_a_gradient, UnsupportedError,
      "sinkhorn_backward: the gradient must be taken once; got a gradient of the gradient"),
+    # Destinations of gradients.
+    ("no accumulator", lambda: call(POST, grad_accumulator=torch.float32), ShapeError,
+     "post: grad_accumulator must be a GradAccumulator or None; got dtype torch.float32"),
+    ("second gradient", second_gradient_of_an_accumulator, UnsupportedError,
+     "aggregate: the gradient must be taken once where it goes into a buffer"),
     # recompute
     ("no list", lambda: recompute(1, None), ShapeError,
      "recompute: pre_mixes must be a list of tensors; got None"),

@@ -477,8 +477,10 @@ def test_shifted_out_is_refused(monkeypatch):
 
 
 def test_out_operators_end_in_their_out():
-    """What `_prepared` goes by: every other mutating operator takes lists."""
+    """What `_prepared` goes by: the other mutating operators take lists, or end in `_into`."""
     for name in CALLS:
+        if name.endswith("_into"):
+            continue
         schema = getattr(torch.ops.tile_mhc, name).default._schema
         written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
         expected = ["out"] if name.endswith(("_out", "_accumulate")) else []

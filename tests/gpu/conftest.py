@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from accumulation import GPU_SIZES
 from cases import STREAM_CASES
 from te_cases import DTYPES, WIDTHS
 from tile_mhc import jit, specs
@@ -21,8 +22,16 @@ OPS_OF = {
     "contract": ("contract", "projection", "aggregate"),
     "nn": ("fused_pre", "post", "contract"),
     "recompute": ("recompute", "aggregate", "post"),
+    "accumulator": (),
+    "main_grad": (),
 }
 NATIVE = tuple(op for op in specs.OPS if op != "transformer_engine")
+# The files that also run kernels with destinations for gradients, at sizes of their own.
+DIRECTED = {
+    "accumulator": ("projection", "aggregate", "post", "contract"),
+    "main_grad": ("projection", "split_mixes", "head_mix", "contract", "fused_pre"),
+}
+GRADS = ("float32", "bfloat16")
 COMPAT_PAIRS = ((2, 128), (4, 128))
 TE_STEMS = {
     "compat_transformer_engine",
@@ -66,6 +75,10 @@ def kernels_of(items):
     if "compat" in stems:
         pairs.update(COMPAT_PAIRS)
     kernels += specs.select([specs.Sizes(*pair) for pair in sorted(pairs)], sorted(ops))
+    if stems & DIRECTED.keys():
+        directed = {op for stem in stems & DIRECTED.keys() for op in DIRECTED[stem]}
+        sizes = [specs.Sizes(*size[1:], grads=GRADS) for size in GPU_SIZES]
+        kernels += specs.select(sizes, sorted(directed))
     return list(dict.fromkeys(kernels))
 
 

@@ -80,6 +80,7 @@ def compile_command(
     repeat: tuple[int, ...],
     dtypes: tuple[str, ...],
     parameters: tuple[str, ...],
+    grads: tuple[str, ...],
     ops: tuple[str, ...],
     jobs: int,
     fail_on_spills: bool,
@@ -107,11 +108,8 @@ def compile_command(
     # The variable forbids surprises, and this command is how kernels are built on purpose.
     os.environ["TILE_MHC_JIT"] = "1"
 
-    wanted = [
-        (name, args, a)
-        for a in arch
-        for name, args in specs.select(sizes(hidden, streams, repeat, dtypes, parameters), ops)
-    ]
+    chosen = sizes(hidden, streams, repeat, dtypes, parameters, grads)
+    wanted = [(name, args, a) for a in arch for name, args in specs.select(chosen, ops)]
     start = time.perf_counter()
     outcomes = _compile_all(wanted, jobs, quiet=as_json)
     seconds = time.perf_counter() - start

@@ -16,12 +16,13 @@ def list_command(
     repeat: tuple[int, ...],
     dtypes: tuple[str, ...],
     parameters: tuple[str, ...],
+    grads: tuple[str, ...],
     ops: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Show which kernels there are, and the arguments that these sizes give them."""
     chosen: dict[str, list[specs.Arguments]] = {}
-    for name, args in specs.select(sizes(hidden, streams, repeat, dtypes, parameters), ops):
+    for name, args in specs.select(sizes(hidden, streams, repeat, dtypes, parameters, grads), ops):
         chosen.setdefault(name, []).append(args)
     rows = [(spec, chosen[spec.name]) for spec in specs.SPECS if spec.name in chosen]
     if as_json:

@@ -76,7 +76,7 @@ REPEAT = Numbers(lambda r: 0 < r <= MAX_REPEAT, f"an integer from 1 to {MAX_REPE
 
 
 def kernel_options(hidden_required: bool) -> Callable[[Command], Command]:
-    """--hidden, --streams, --dtype, --param-dtype, --repeat and --ops."""
+    """--hidden, --streams, --dtype, --param-dtype, --grad-dtype, --repeat and --ops."""
     presence: dict[str, Any] = {"required": True}
     if not hidden_required:
         presence = {"default": (4096,), "show_default": "4096"}
@@ -104,6 +104,14 @@ def kernel_options(hidden_required: bool) -> Callable[[Command], Command]:
                 default=specs.PARAMETERS,
                 show_default=",".join(specs.PARAMETERS),
                 help="Dtypes that each of the parameters may have, comma-separated.",
+            ),
+            click.option(
+                "--grad-dtype",
+                "grads",
+                type=Words(specs.STREAMS),
+                default=(),
+                show_default="none",
+                help="Dtypes of gradient accumulators and main_grad, comma-separated.",
             ),
             click.option(
                 "--dtype",
@@ -158,9 +166,10 @@ def sizes(
     repeat: tuple[int, ...],
     dtypes: tuple[str, ...],
     parameters: tuple[str, ...],
+    grads: tuple[str, ...] = (),
 ) -> list[specs.Sizes]:
     choices = itertools.product(streams, hidden, repeat, dtypes)
-    return [specs.Sizes(*choice, parameters) for choice in choices]
+    return [specs.Sizes(*choice, parameters, grads) for choice in choices]
 
 
 def print_json(value: Any) -> None:

@@ -2,12 +2,14 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from tile_mhc import errors
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def register(
@@ -30,7 +32,7 @@ def register(
     torch.library.impl(qualified, "CUDA", _prepared(schema, cuda))
     torch.library.impl(qualified, "CPU", _reference(schema, cpu))
     torch.library.register_fake(qualified, fake)
-    if backward is None and not schema.endswith("-> ()") and not _has_out(schema):
+    if backward is None and not _mutated(schema):
         backward = _no_gradient_of(name)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context)
@@ -71,16 +73,30 @@ def _no_gradient_of(name: str) -> Callable[..., Any]:
     return refuse
 
 
+def outside_graphs(function: Function) -> Function:
+    """torch.compile breaks its graph here, and does not look inside."""
+
+    disabled: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        # Not before the first call: it imports torch._dynamo, which takes a second.
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args)
+
+    return call  # type: ignore[return-value]
+
+
 def _reference(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """The reference keeps its dtypes and records no gradient, whatever region it is called in.
 
     It reads contiguous copies, as the kernels do: the same bits for any layout.
     """
-    has_out = _has_out(schema)
+    mutated = _mutated(schema)
 
     def compute(*args: Any) -> Any:
-        inputs = args[:-1] if has_out else args
-        args = (*map(_contiguous, inputs), *args[len(inputs) :])
+        args = tuple(a if i in mutated else _contiguous(a) for i, a in enumerate(args))
         with torch.autocast("cpu", enabled=False), torch.no_grad():
             return function(*args)
 
@@ -91,8 +107,10 @@ def _contiguous(value: Any) -> Any:
     return value.contiguous() if isinstance(value, Tensor) else value
 
 
-def _has_out(schema: str) -> bool:
-    return "(a!) out) -> " in schema
+def _mutated(schema: str) -> frozenset[int]:
+    """The positions of the arguments that the operator writes to."""
+    arguments = schema.partition("(")[2].rpartition(" -> ")[0].split(", ")
+    return frozenset(i for i, argument in enumerate(arguments) if "!)" in argument)
 
 
 def _prepared(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -101,13 +119,13 @@ def _prepared(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
     Its kernels trust the alignment of an allocation: an input that starts elsewhere is copied.
     """
     name = schema.partition("(")[0]
-    has_out = _has_out(schema)
+    mutated = _mutated(schema)
+    has_out = schema.endswith("(a!) out) -> ()")
 
     def launch(*args: Any) -> Any:
-        inputs = args[:-1] if has_out else args
         if has_out:
             errors.check_aligned(name, "out", args[-1])
-        args = (*map(_aligned, inputs), *args[len(inputs) :])
+        args = tuple(a if i in mutated else _aligned(a) for i, a in enumerate(args))
         device = next(a.device for a in args if isinstance(a, Tensor))
         if device.index == torch.cuda.current_device():
             return function(*args)

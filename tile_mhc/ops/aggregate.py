@@ -6,10 +6,27 @@ import torch
 from torch import Tensor
 
 from tile_mhc import errors, jit, reference, specs
+from tile_mhc.accumulator import GradAccumulator
+from tile_mhc.ops._destinations import (
+    NOWHERE,
+    Destinations,
+    Route,
+    adds,
+    call,
+    dtype_into,
+    register_into,
+    room,
+)
 from tile_mhc.ops._library import dtype_of, register
 
 
-def aggregate(residual: Tensor, pre_mix: Tensor, *, out: Tensor | None = None) -> Tensor:
+def aggregate(
+    residual: Tensor,
+    pre_mix: Tensor,
+    *,
+    grad_accumulator: GradAccumulator | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """Read the layer input from the residual streams.
 
     layer_input[t, h] = sum_i pre_mix[t, i] * residual[t, i, h]        (fp32 sum, i ascending)
@@ -18,6 +35,7 @@ def aggregate(residual: Tensor, pre_mix: Tensor, *, out: Tensor | None = None) -
         residual: (..., n, H) bfloat16, float16 or float32, contiguous; n in 2, 4, 8; H up to
             16384.
         pre_mix: (..., n) or (..., n, 1) float32.
+        grad_accumulator: gathers the gradient of the residual from all ops that get it.
         out: optional destination (..., H), of the dtype of the residual; not allowed when a
             gradient is needed.
 
@@ -33,7 +51,7 @@ def aggregate(residual: Tensor, pre_mix: Tensor, *, out: Tensor | None = None) -
     _, hidden_size = errors.check_streams("aggregate", "residual", residual)
     check_mix("aggregate", "pre_mix", pre_mix, ("residual", residual))
     if out is None:
-        return _aggregate(residual, pre_mix)
+        return call(_ROUTE, (residual, pre_mix), grad_accumulator)
     shape = (*residual.shape[:-2], hidden_size)
     errors.check_tensor("aggregate", "out", out, [shape], residual.dtype, ("residual", residual))
     errors.check_out("aggregate", out, [("residual", residual), ("pre_mix", pre_mix)])
@@ -71,16 +89,20 @@ def _cpu_out(residual: Tensor, pre_mix: Tensor, out: Tensor) -> None:
     out.copy_(reference.aggregate(residual, pre_mix))
 
 
-def _backward_cuda(grad: Tensor, residual: Tensor, pre_mix: Tensor) -> tuple[Tensor, Tensor]:
+def _backward_cuda(
+    grad: Tensor, residual: Tensor, pre_mix: Tensor, into: Destinations = NOWHERE
+) -> tuple[Tensor, ...]:
     n, hidden_size = residual.shape[-2:]
-    grad_residual, grad_mix = _backward_fake(grad, residual, pre_mix)
+    grad_residual, grad_mix = room(into, residual, pre_mix)
     if residual.numel():
-        jit.kernel("aggregate_bwd", n, hidden_size, *specs.stream_dtypes(dtype_of(residual)))(
+        dtypes = specs.directed_dtypes(dtype_of(residual), dtype_into(into, 0))
+        jit.kernel("aggregate_bwd", n, hidden_size, *dtypes)(
             grad.contiguous().view(-1, hidden_size),
             residual.view(-1, n, hidden_size),
             pre_mix.contiguous().view(-1, n),
             grad_residual.view(-1, n, hidden_size),
             grad_mix.view(-1, n),
+            adds(into, 0),
         )
     return grad_residual, grad_mix
 
@@ -93,12 +115,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
+def _backward_arguments(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    return grad, *ctx.saved_tensors
+
+
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return _aggregate_backward(grad, *ctx.saved_tensors)
+    return _aggregate_backward(*_backward_arguments(ctx, grad))
 
 
+_BACKWARD = "aggregate_backward(Tensor grad, Tensor residual, Tensor pre_mix) -> (Tensor, Tensor)"
 _aggregate_backward = register(
-    "aggregate_backward(Tensor grad, Tensor residual, Tensor pre_mix) -> (Tensor, Tensor)",
+    _BACKWARD,
     cuda=_backward_cuda,
     cpu=reference.aggregate_backward,
     fake=_backward_fake,
@@ -116,4 +143,17 @@ _aggregate_out = register(
     cuda=_launch,
     cpu=_cpu_out,
     fake=lambda residual, pre_mix, out: None,
+)
+_ROUTE = Route(
+    name="aggregate",
+    operator=_aggregate,
+    setup=_setup_context,
+    arguments=_backward_arguments,
+    backward=register_into(
+        _BACKWARD,
+        (0,),
+        cuda=_backward_cuda,
+        cpu=reference.aggregate_backward,
+        fake=_backward_fake,
+    ),
 )

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from tile_mhc import errors, jit, reference, specs
+from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.ops import projection as projection_op
+from tile_mhc.ops._destinations import NOWHERE, Destinations, Route, call, moved, register_into
 from tile_mhc.ops._library import dtype_of, empty_gradients, register
-from tile_mhc.ops.mixes import check_gates, column_sums, gate_dtypes, partial_rows
+from tile_mhc.ops.mixes import check_gates, column_sums, gate_dtypes, no_sums, partial_rows
 
 
 def contract(
@@ -22,6 +24,7 @@ def contract(
     pre_eps: float = 1e-6,
     num_splits: int | None = None,
     tf32: bool = False,
+    grad_accumulator: GradAccumulator | None = None,
 ) -> Tensor:
     """Read one stream out of n, with learned weights a token.
 
@@ -30,6 +33,8 @@ def contract(
 
     The output is the bits of `projection`, `head_mix` and `aggregate` one after another, with the
     same `num_splits`; the gradient of the residual is rounded once for both its uses.
+
+    Gradients of parameters that carry `main_grad` go into that: see `tile_mhc.main_grad`.
 
     Args:
         residual: (..., n, H) bfloat16, float16 or float32, contiguous; n in 2, 4, 8; H up to
@@ -42,6 +47,7 @@ def contract(
         pre_eps: added to the gate.
         num_splits: as in `projection`.
         tf32: as in `projection`.
+        grad_accumulator: gathers the gradient of the residual from all ops that get it.
 
     Returns:
         (..., H), of the dtype of the residual.
@@ -59,15 +65,16 @@ def contract(
     )
     check_gates("contract", scale, bias, 1, n, ("residual", residual))
     errors.check_number("contract", "pre_eps", pre_eps)
-    return _contract(
-        residual, weight, scale, bias, norm_weight, norm_eps, pre_eps, num_splits, tf32
-    )[0]
+    inputs = (residual, weight, scale, bias, norm_weight, norm_eps, pre_eps, num_splits, tf32)
+    return call(_CONTRACT_ROUTE, inputs, grad_accumulator)[0]
 
 
 def head_mix(mixes: Tensor, scale: Tensor, bias: Tensor, *, pre_eps: float = 1e-6) -> Tensor:
     """Turn the head's mixes into its gate.
 
     gate = sigmoid(mixes * scale + bias) + pre_eps
+
+    Gradients of parameters that carry `main_grad` go into that: see `tile_mhc.main_grad`.
 
     Args:
         mixes: (..., n) float32; n in 2, 4, 8.
@@ -93,7 +100,7 @@ def head_mix(mixes: Tensor, scale: Tensor, bias: Tensor, *, pre_eps: float = 1e-
     errors.check_device("head_mix", "mixes", mixes)
     check_gates("head_mix", scale, bias, 1, mixes.shape[-1], ("mixes", mixes))
     errors.check_number("head_mix", "pre_eps", pre_eps)
-    return _head_mix(mixes, scale, bias, pre_eps)
+    return call(_ROUTE, (mixes, scale, bias, pre_eps))
 
 
 def _contract_cuda(
@@ -161,6 +168,7 @@ def _contract_backward_cuda(
     inv_rms: Tensor,
     pre_eps: float,
     tf32: bool,
+    into: Destinations = NOWHERE,
 ) -> tuple[Tensor, ...]:
     n, hidden_size = residual.shape[-2:]
     grad = grad.contiguous()
@@ -170,9 +178,19 @@ def _contract_backward_cuda(
         jit.kernel("aggregate_mix_bwd", n, hidden_size, *specs.stream_dtypes(dtype_of(residual)))(
             grad.view(-1, hidden_size), residual.view(-1, n, hidden_size), grad_gate.view(-1, n)
         )
-    grad_mixes, grad_scale, grad_bias = _backward_cuda(grad_gate, mixes, scale, bias)
+    grad_mixes, grad_scale, grad_bias = _backward_cuda(
+        grad_gate, mixes, scale, bias, moved(into, {2: 1, 3: 2})
+    )
     grad_residual, grad_weight, grad_norm_weight = projection_op.launch_backward(
-        grad_mixes, residual, weight, norm_weight, mixes, inv_rms, tf32, aggregated=(grad, gate)
+        grad_mixes,
+        residual,
+        weight,
+        norm_weight,
+        mixes,
+        inv_rms,
+        tf32,
+        aggregated=(grad, gate),
+        into=moved(into, {0: 0, 1: 1, 4: 2}),
     )
     return grad_residual, grad_weight, grad_scale, grad_bias, grad_norm_weight
 
@@ -196,10 +214,14 @@ def _contract_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.mark_non_differentiable(mixes, inv_rms)
 
 
-def _contract_gradients(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # once: checkpointing unpacks it only once
-    result = _contract_backward(grad, *saved, *ctx.options)
-    grad_norm_weight = None if saved[4] is None else result[4]
+def _contract_arguments(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    return grad, *ctx.saved_tensors, *ctx.options
+
+
+def _contract_gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    arguments = _contract_arguments(ctx, *grads)
+    result = _contract_backward(*arguments)
+    grad_norm_weight = None if arguments[5] is None else result[4]
     return *result[:4], grad_norm_weight, *[None] * 4
 
 
@@ -214,13 +236,13 @@ def _cuda(mixes: Tensor, scale: Tensor, bias: Tensor, pre_eps: float) -> Tensor:
 
 
 def _backward_cuda(
-    grad: Tensor, mixes: Tensor, scale: Tensor, bias: Tensor
+    grad: Tensor, mixes: Tensor, scale: Tensor, bias: Tensor, into: Destinations = NOWHERE
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = mixes.shape[-1]
     grad_mixes = mixes.new_empty(mixes.shape)
     num_tokens = mixes.numel() // n
     if num_tokens == 0:
-        return grad_mixes, torch.zeros_like(scale), torch.zeros_like(bias)
+        return grad_mixes, *no_sums(scale, bias, into)
     # One row of partial sums a CTA: the bias gradients, then the scale gradient.
     partials = mixes.new_empty(partial_rows(num_tokens), n + 1)
     jit.kernel("head_mix_bwd", n, *gate_dtypes(scale, bias))(
@@ -231,7 +253,7 @@ def _backward_cuda(
         grad_mixes.view(-1, n),
         partials,
     )
-    return grad_mixes, *column_sums(partials, scale, bias)
+    return grad_mixes, *column_sums(partials, scale, bias, into)
 
 
 def _backward_fake(
@@ -244,13 +266,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:3])
 
 
+def _backward_arguments(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    return grad, *ctx.saved_tensors
+
+
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_head_mix_backward(grad, *ctx.saved_tensors), None)
+    return (*_head_mix_backward(*_backward_arguments(ctx, grad)), None)
 
 
-_head_mix_backward = register(
+_BACKWARD = (
     "head_mix_backward(Tensor grad, Tensor mixes, Tensor scale, Tensor bias) "
-    "-> (Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor)"
+)
+_head_mix_backward = register(
+    _BACKWARD,
     cuda=_backward_cuda,
     cpu=reference.head_mix_backward,
     fake=_backward_fake,
@@ -263,10 +292,27 @@ _head_mix = register(
     backward=_backward,
     setup_context=_setup_context,
 )
-_contract_backward = register(
+_ROUTE = Route(
+    name="head_mix",
+    operator=_head_mix,
+    setup=_setup_context,
+    arguments=_backward_arguments,
+    backward=register_into(
+        _BACKWARD,
+        (1, 2),
+        cuda=_backward_cuda,
+        cpu=reference.head_mix_backward,
+        fake=_backward_fake,
+    ),
+    parameters={1: "scale", 2: "bias"},
+)
+_CONTRACT_BACKWARD = (
     "contract_backward(Tensor grad, Tensor residual, Tensor weight, Tensor scale, Tensor bias, "
     "Tensor? norm_weight, Tensor mixes, Tensor inv_rms, float pre_eps, bool tf32) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_contract_backward = register(
+    _CONTRACT_BACKWARD,
     cuda=_contract_backward_cuda,
     cpu=_contract_backward_cpu,
     fake=_contract_backward_fake,
@@ -279,4 +325,18 @@ _contract = register(
     fake=_contract_fake,
     backward=_contract_gradients,
     setup_context=_contract_setup,
+)
+_CONTRACT_ROUTE = Route(
+    name="contract",
+    operator=_contract,
+    setup=_contract_setup,
+    arguments=_contract_arguments,
+    backward=register_into(
+        _CONTRACT_BACKWARD,
+        (0, 1, 2, 3, 4),
+        cuda=_contract_backward_cuda,
+        cpu=_contract_backward_cpu,
+        fake=_contract_backward_fake,
+    ),
+    parameters={1: "weight", 2: "scale", 3: "bias", 4: "norm_weight"},
 )

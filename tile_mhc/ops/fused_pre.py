@@ -1,6 +1,6 @@
 """Everything before a sub-layer: projection, mixes, Sinkhorn and aggregate in one op."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from tile_mhc import errors, jit, reference, specs
 from tile_mhc.ops import mixes as mixes_op
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops import sinkhorn as sinkhorn_op
+from tile_mhc.ops._destinations import NOWHERE, Destinations, Route, call, moved, register_into
 from tile_mhc.ops._library import dtype_of, empty_gradients, register
 
 
@@ -42,6 +43,8 @@ def fused_pre(
     The gradient that comes back for it is then added inside this op's backward, before the one
     rounding: a pass over three stream tensors less than when autograd adds it. Anything may read
     that output, or nothing; any other use of the residual itself stays right too.
+
+    Gradients of parameters that carry `main_grad` go into that: see `tile_mhc.main_grad`.
 
     Args:
         residual: (..., n, H) bfloat16, float16 or float32, contiguous; n in 2, 4, 8; H up to
@@ -80,10 +83,7 @@ def fused_pre(
     errors.check_number(op, "post_mult", post_mult)
     errors.check_number(op, "pre_eps", pre_eps)
     errors.check_bool(op, "passes_residual", passes_residual)
-    run: Callable[..., tuple[Tensor, ...]] = (
-        _FusedPreAndResidual.apply if passes_residual else _fused_pre
-    )
-    outputs = run(
+    inputs = (
         residual,
         weight,
         scale,
@@ -97,7 +97,10 @@ def fused_pre(
         num_splits,
         tf32,
     )
-    return outputs if passes_residual else outputs[:3]
+    if not passes_residual:
+        return call(_ROUTE, inputs)[:3]
+    outputs = call(_PASSING_ROUTE, inputs, plain=_passed)
+    return *outputs[:3], outputs[-1]
 
 
 def _cuda(
@@ -178,6 +181,7 @@ def _backward_cuda(
     sinkhorn_repeat: int,
     tf32: bool,
     accumulated: Tensor | None,
+    into: Destinations = NOWHERE,
 ) -> tuple[Tensor, ...]:
     n, hidden_size = residual.shape[-2:]
     pre_mix, _, logits = mixes_op.launch(mixes, scale, bias, n, post_mult, pre_eps)
@@ -191,7 +195,15 @@ def _backward_cuda(
         )
     grad_logits = sinkhorn_op.launch_backward(grad_comb, logits, sinkhorn_repeat, sinkhorn_eps)
     grad_mixes, grad_scale, grad_bias = mixes_op.launch_backward(
-        grad_pre, grad_post, grad_logits, mixes, scale, bias, n, post_mult
+        grad_pre,
+        grad_post,
+        grad_logits,
+        mixes,
+        scale,
+        bias,
+        n,
+        post_mult,
+        into=moved(into, {2: 1, 3: 2}),
     )
     grad_residual, grad_weight, grad_norm_weight = projection_op.launch_backward(
         grad_mixes,
@@ -203,6 +215,7 @@ def _backward_cuda(
         tf32,
         aggregated=(grad_input, pre_mix),
         accumulated=None if accumulated is None else accumulated.contiguous(),
+        into=moved(into, {1: 1, 4: 2}),
     )
     return grad_residual, grad_weight, grad_scale, grad_bias, grad_norm_weight
 
@@ -220,36 +233,37 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _save(ctx, inputs, output)
-    ctx.mark_non_differentiable(*output[3:])
+    ctx.mark_non_differentiable(*output[3:5])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     residual, weight, scale, bias, norm_weight, _, *options, _, tf32 = inputs
-    ctx.save_for_backward(residual, weight, scale, bias, norm_weight, *output[3:])
+    ctx.save_for_backward(residual, weight, scale, bias, norm_weight, *output[3:5])
     ctx.options = (*options, tf32)
 
 
+def _backward_arguments(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    return *grads[:3], *ctx.saved_tensors, *ctx.options, None
+
+
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    # The saved tensors once: checkpointing unpacks them only once.
-    return _gradients(ctx.saved_tensors, grads[:3], ctx.options, None)
+    return _gradients(_backward_arguments(ctx, *grads))
 
 
-def _gradients(
-    saved: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    options: tuple[Any, ...],
-    accumulated: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    result = _fused_pre_backward(*grads, *saved, *options, accumulated)
-    grad_norm_weight = None if saved[4] is None else result[4]
+def _gradients(arguments: Sequence[Any]) -> tuple[Tensor | None, ...]:
+    result = _fused_pre_backward(*arguments)
+    grad_norm_weight = None if arguments[7] is None else result[4]
     return *result[:4], grad_norm_weight, *[None] * 7
 
 
-_fused_pre_backward = register(
+_BACKWARD = (
     "fused_pre_backward(Tensor grad_input, Tensor grad_post, Tensor grad_comb, Tensor residual, "
     "Tensor weight, Tensor scale, Tensor bias, Tensor? norm_weight, Tensor mixes, "
     "Tensor inv_rms, float pre_eps, float sinkhorn_eps, float post_mult, int sinkhorn_repeat, "
-    "bool tf32, Tensor? accumulated) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool tf32, Tensor? accumulated) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_fused_pre_backward = register(
+    _BACKWARD,
     cuda=_backward_cuda,
     cpu=_backward_cpu,
     fake=_backward_fake,
@@ -266,6 +280,26 @@ _fused_pre = register(
 )
 
 
+def _with_residual(*inputs: Any) -> tuple[Tensor, ...]:
+    return *_fused_pre(*inputs), inputs[0].view_as(inputs[0])
+
+
+def _passing_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _setup_context(ctx, inputs, output)
+    ctx.set_materialize_grads(False)
+
+
+def _passing_arguments(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    """Gradients that autograd left out are zeros; that of the residual joins what it has."""
+    saved = ctx.saved_tensors  # once: checkpointing unpacks it only once
+    given: Sequence[Tensor | None] = grads[:3]
+    if any(grad is None for grad in given):
+        outputs = _empty(saved[0])[:3]
+        pairs = zip(given, outputs, strict=True)
+        given = [out.zero_() if grad is None else grad for grad, out in pairs]
+    return *given, *saved, *ctx.options, grads[-1]
+
+
 class _FusedPreAndResidual(torch.autograd.Function):
     """The operator and, as an output whose gradient it takes in, its input.
 
@@ -274,20 +308,40 @@ class _FusedPreAndResidual(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = _fused_pre(*inputs)
+        output = _with_residual(*inputs)
         _save(ctx, inputs, output)
         ctx.set_materialize_grads(False)
-        residual = inputs[0]
-        return *output[:3], residual.view_as(residual)
+        return *output[:3], output[-1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *given, through = grads
-        if all(grad is None for grad in given):
-            return through, *[None] * 11
-        saved = ctx.saved_tensors
-        if any(grad is None for grad in given):
-            outputs = _empty(saved[0])[:3]
-            pairs = zip(given, outputs, strict=True)
-            given = [out.zero_() if grad is None else grad for grad, out in pairs]
-        return _gradients(saved, given, ctx.options, through)
+        if all(grad is None for grad in grads[:3]):
+            return grads[-1], *[None] * 11
+        return _gradients(_passing_arguments(ctx, *grads))
+
+
+def _passed(*inputs: Any) -> tuple[Tensor, ...]:
+    outputs: tuple[Tensor, ...] = _FusedPreAndResidual.apply(*inputs)  # type: ignore[no-untyped-call]
+    return outputs
+
+
+_backward_into = register_into(
+    _BACKWARD, (1, 2, 3, 4), cuda=_backward_cuda, cpu=_backward_cpu, fake=_backward_fake
+)
+_PARAMETERS = {1: "weight", 2: "scale", 3: "bias", 4: "norm_weight"}
+_ROUTE = Route(
+    name="fused_pre",
+    operator=_fused_pre,
+    setup=_setup_context,
+    arguments=_backward_arguments,
+    backward=_backward_into,
+    parameters=_PARAMETERS,
+)
+_PASSING_ROUTE = Route(
+    name="fused_pre",
+    operator=_with_residual,
+    setup=_passing_setup,
+    arguments=_passing_arguments,
+    backward=_backward_into,
+    parameters=_PARAMETERS,
+)

@@ -7,6 +7,16 @@ from torch import Tensor
 
 from tile_mhc import errors, jit, reference, specs
 from tile_mhc.kernels._shapes import TOKENS_PER_PARTIAL
+from tile_mhc.ops._destinations import (
+    NOWHERE,
+    Destinations,
+    Route,
+    adds,
+    call,
+    clear,
+    register_into,
+    room,
+)
 from tile_mhc.ops._library import dtype_of, register
 
 
@@ -23,6 +33,8 @@ def split_mixes(
 
     z = mixes * (scale[0] for the first n, scale[1] for the next n, scale[2] for the rest) + bias
     pre_mix = sigmoid(z[:n]) + pre_eps;  post_mix = post_mult * sigmoid(z[n:2n]);  comb = z[2n:]
+
+    Gradients of parameters that carry `main_grad` go into that: see `tile_mhc.main_grad`.
 
     Args:
         mixes: (..., n*(n+2)) float32.
@@ -50,7 +62,7 @@ def split_mixes(
     check_gates("split_mixes", scale, bias, 3, shape[-1], ("mixes", mixes))
     errors.check_number("split_mixes", "post_mult", post_mult)
     errors.check_number("split_mixes", "pre_eps", pre_eps)
-    return _split_mixes(mixes, scale, bias, num_streams, post_mult, pre_eps)
+    return call(_ROUTE, (mixes, scale, bias, num_streams, post_mult, pre_eps))
 
 
 def check_gates(
@@ -64,12 +76,18 @@ def gate_dtypes(scale: Tensor, bias: Tensor) -> tuple[str, ...]:
     return specs.gate_dtypes(dtype_of(scale), dtype_of(bias))
 
 
-def column_sums(partials: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of scale and bias from rows of partial sums: bias columns, then scale columns."""
-    grad_scale, grad_bias = torch.empty_like(scale), torch.empty_like(bias)
-    dtypes = gate_dtypes(scale, bias)
-    kernel = jit.kernel("column_sums", bias.numel(), scale.numel(), *dtypes)
-    kernel(partials, grad_bias, grad_scale)
+def column_sums(
+    partials: Tensor, scale: Tensor, bias: Tensor, into: Destinations = NOWHERE
+) -> tuple[Tensor, Tensor]:
+    """Gradients of scale and bias from rows of partial sums: bias columns, then scale columns.
+
+    `into` has them at the positions 1 and 2.
+    """
+    _, grad_scale, grad_bias = room(into, partials, scale, bias)
+    dtypes = specs.sums_dtypes(dtype_of(grad_scale), dtype_of(grad_bias), 1 in into or 2 in into)
+    jit.kernel("column_sums", bias.numel(), scale.numel(), *dtypes)(
+        partials, grad_bias, grad_scale, adds(into, 2), adds(into, 1)
+    )
     return grad_scale, grad_bias
 
 
@@ -122,12 +140,13 @@ def launch_backward(
     bias: Tensor,
     num_streams: int,
     post_mult: float,
+    into: Destinations = NOWHERE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, num_mixes = num_streams, mixes.shape[-1]
     grad_mixes = mixes.new_empty(mixes.shape)
     num_tokens = mixes.numel() // num_mixes
     if num_tokens == 0:
-        return grad_mixes, torch.zeros_like(scale), torch.zeros_like(bias)
+        return grad_mixes, *no_sums(scale, bias, into)
     # One row of partial sums a CTA: the bias gradients, then the three scale gradients.
     partials = mixes.new_empty(partial_rows(num_tokens), num_mixes + 3)
     jit.kernel("split_mixes_bwd", n, *gate_dtypes(scale, bias))(
@@ -141,7 +160,14 @@ def launch_backward(
         partials,
         post_mult,
     )
-    return grad_mixes, *column_sums(partials, scale, bias)
+    return grad_mixes, *column_sums(partials, scale, bias, into)
+
+
+def no_sums(scale: Tensor, bias: Tensor, into: Destinations) -> tuple[Tensor, Tensor]:
+    """What `column_sums` gives for no token."""
+    _, grad_scale, grad_bias = room(into, bias, scale, bias)
+    clear(into, {1: grad_scale, 2: grad_bias})
+    return grad_scale, grad_bias
 
 
 def _backward_fake(
@@ -162,14 +188,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(mixes, scale, bias)
 
 
+def _backward_arguments(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    return *grads, *ctx.saved_tensors, ctx.num_streams, ctx.post_mult
+
+
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    result = _split_mixes_backward(*grads, *ctx.saved_tensors, ctx.num_streams, ctx.post_mult)
-    return (*result, None, None, None)
+    return (*_split_mixes_backward(*_backward_arguments(ctx, *grads)), None, None, None)
 
 
-_split_mixes_backward = register(
+_BACKWARD = (
     "split_mixes_backward(Tensor grad_pre, Tensor grad_post, Tensor grad_comb, Tensor mixes, "
-    "Tensor scale, Tensor bias, int num_streams, float post_mult) -> (Tensor, Tensor, Tensor)",
+    "Tensor scale, Tensor bias, int num_streams, float post_mult) -> (Tensor, Tensor, Tensor)"
+)
+_split_mixes_backward = register(
+    _BACKWARD,
     cuda=launch_backward,
     cpu=reference.split_mixes_backward,
     fake=_backward_fake,
@@ -182,4 +214,18 @@ _split_mixes = register(
     fake=_fake,
     backward=_backward,
     setup_context=_setup_context,
+)
+_ROUTE = Route(
+    name="split_mixes",
+    operator=_split_mixes,
+    setup=_setup_context,
+    arguments=_backward_arguments,
+    backward=register_into(
+        _BACKWARD,
+        (1, 2),
+        cuda=launch_backward,
+        cpu=reference.split_mixes_backward,
+        fake=_backward_fake,
+    ),
+    parameters={1: "scale", 2: "bias"},
 )

@@ -6,6 +6,17 @@ import torch
 from torch import Tensor
 
 from tile_mhc import config, errors, jit, reference, specs
+from tile_mhc.accumulator import GradAccumulator
+from tile_mhc.ops._destinations import (
+    NOWHERE,
+    Destinations,
+    Route,
+    adds,
+    call,
+    dtype_into,
+    register_into,
+    room,
+)
 from tile_mhc.ops._library import dtype_of, empty_gradients, register
 from tile_mhc.ops.aggregate import check_mix
 
@@ -20,6 +31,7 @@ def post(
     comb_mix: Tensor,
     *,
     bias: Tensor | None = None,
+    grad_accumulator: GradAccumulator | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Write the layer output back into the residual streams, mixing them on the way.
@@ -38,6 +50,7 @@ def post(
         post_mix: (..., n) or (..., n, 1) float32.
         comb_mix: (..., n, n) float32, index [in, out].
         bias: optional (H,) float32 or bfloat16, the bias of the layer's last linear map.
+        grad_accumulator: gathers the gradient of the residual from all ops that get it.
         out: optional destination (..., n, H), of the dtype of the residual; not allowed when a
             gradient is needed.
 
@@ -62,7 +75,7 @@ def post(
     if bias is not None:
         errors.check_tensor("post", "bias", bias, [(hidden_size,)], errors.PARAMETERS, like)
     if out is None:
-        return _post(layer_output, residual, post_mix, comb_mix, bias)
+        return call(_ROUTE, (layer_output, residual, post_mix, comb_mix, bias), grad_accumulator)
     errors.check_tensor("post", "out", out, [residual.shape], residual.dtype, like)
     inputs = [("layer_output", layer_output), like, ("post_mix", post_mix), ("comb_mix", comb_mix)]
     if bias is not None:
@@ -92,8 +105,8 @@ def _launch(
         )
 
 
-def _dtypes(residual: Tensor, bias: Tensor | None) -> tuple[str, ...]:
-    return specs.post_dtypes(dtype_of(residual), dtype_of(bias))
+def _dtypes(residual: Tensor, bias: Tensor | None, into: str = "") -> tuple[str, ...]:
+    return specs.post_dtypes(dtype_of(residual), dtype_of(bias), into)
 
 
 def _cuda(
@@ -129,9 +142,10 @@ def _backward_cuda(
     post_mix: Tensor,
     comb_mix: Tensor,
     bias: Tensor | None,
+    into: Destinations = NOWHERE,
 ) -> tuple[Tensor, ...]:
     n, hidden_size = residual.shape[-2:]
-    grads = empty_gradients(layer_output, residual, post_mix, comb_mix, bias)
+    grads = room(into, layer_output, residual, post_mix, comb_mix, bias)
     grad_output, grad_residual, grad_post, grad_comb, grad_bias = grads
     if residual.numel() == 0:
         grad_bias.zero_()
@@ -141,7 +155,8 @@ def _backward_cuda(
         num_tokens = residual.numel() // (n * hidden_size)
         partials = post_mix.new_empty(bias_slices(num_tokens), hidden_size)
         of_bias = [bias.contiguous(), partials]
-    jit.kernel("post_bwd", n, hidden_size, *_dtypes(residual, bias))(
+    dtypes = _dtypes(residual, bias, dtype_into(into, 1))
+    jit.kernel("post_bwd", n, hidden_size, *dtypes)(
         grad.contiguous().view(-1, n, hidden_size),
         layer_output.view(-1, hidden_size),
         residual.view(-1, n, hidden_size),
@@ -151,6 +166,7 @@ def _backward_cuda(
         grad_residual.view(-1, n, hidden_size),
         grad_post.view(-1, n),
         grad_comb.view(-1, n * n),
+        adds(into, 1),
         *of_bias,
     )
     if bias is not None:
@@ -186,15 +202,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
+def _backward_arguments(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return grad, *ctx.saved_tensors
+
+
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # once: checkpointing unpacks it only once
-    *grads, grad_bias = _post_backward(grad, *saved)
-    return *grads, None if saved[4] is None else grad_bias
+    arguments = _backward_arguments(ctx, grad)
+    *grads, grad_bias = _post_backward(*arguments)
+    return *grads, None if arguments[5] is None else grad_bias
 
 
-_post_backward = register(
+_BACKWARD = (
     "post_backward(Tensor grad, Tensor layer_output, Tensor residual, Tensor post_mix, "
-    "Tensor comb_mix, Tensor? bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor comb_mix, Tensor? bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_post_backward = register(
+    _BACKWARD,
     cuda=_backward_cuda,
     cpu=_backward_cpu,
     fake=_backward_fake,
@@ -214,4 +237,18 @@ _post_out = register(
     cuda=_launch,
     cpu=_cpu_out,
     fake=lambda *_: None,
+)
+_ROUTE = Route(
+    name="post",
+    operator=_post,
+    setup=_setup_context,
+    arguments=_backward_arguments,
+    backward=register_into(
+        _BACKWARD,
+        (1,),
+        cuda=_backward_cuda,
+        cpu=_backward_cpu,
+        fake=_backward_fake,
+    ),
+    residual=1,
 )

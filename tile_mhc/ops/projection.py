@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tile_mhc import config, errors, jit, reference, specs
+from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.kernels._shapes import (
     BACKWARD_TOKENS,
     BLOCK_K,
@@ -18,6 +19,17 @@ from tile_mhc.kernels._shapes import (
     padded,
 )
 from tile_mhc.ops import projection_any
+from tile_mhc.ops._destinations import (
+    NOWHERE,
+    Destinations,
+    Route,
+    adds,
+    call,
+    clear,
+    dtype_into,
+    register_into,
+    room,
+)
 from tile_mhc.ops._library import absent, dtype_of, empty_gradients, register
 
 # What the start of the backward's pipeline costs a CTA, in tiles.
@@ -35,6 +47,7 @@ def projection(
     norm_eps: float = 1e-6,
     num_splits: int | None = None,
     tf32: bool = False,
+    grad_accumulator: GradAccumulator | None = None,
 ) -> Tensor:
     """Project the flattened streams onto the mixes, with an RMS norm folded in.
 
@@ -43,6 +56,8 @@ def projection(
     On CUDA the weight, and streams that are not bfloat16, are split into two bfloat16 parts, so
     that the product is near fp32 (about 1e-5 relative to float64, where TF32 gives 2e-4); sums over
     K are fp32, in a fixed order.
+
+    Gradients of parameters that carry `main_grad` go into that: see `tile_mhc.main_grad`.
 
     Args:
         residual: (..., n, H) bfloat16, float16 or float32, contiguous; n in 2, 4, 8; H up to
@@ -55,6 +70,7 @@ def projection(
             them the same for any number of tokens.
         tf32: round the weight, and in the backward the gradient of the product, to TF32 as
             TileKernels does: for those who compare with it; it is no faster.
+        grad_accumulator: gathers the gradient of the residual from all ops that get it.
 
     Returns:
         (..., N) float32.
@@ -66,7 +82,8 @@ def projection(
     Source: mHC paper (arXiv 2512.24880), eq. 7; DeepSeek TileKernels `mhc/norm_fn_kernel.py`.
     """
     check_projection("projection", residual, weight, norm_weight, norm_eps, num_splits, tf32)
-    return _projection(residual, weight, norm_weight, norm_eps, num_splits, tf32)[0]
+    inputs = (residual, weight, norm_weight, norm_eps, num_splits, tf32)
+    return call(_ROUTE, inputs, grad_accumulator)[0]
 
 
 def check_projection(
@@ -107,9 +124,9 @@ def blocks_per_split(num_tokens: int, size: int, num_splits: int | None) -> int:
     return max(4, -(-blocks // wanted))
 
 
-def parameter_dtypes(weight: Tensor, norm_weight: Tensor | None) -> tuple[str, ...]:
+def parameter_dtypes(weight: Tensor, norm_weight: Tensor | None, *into: str) -> tuple[str, ...]:
     """The trailing arguments of the builders that read the weight; none for their defaults."""
-    return specs.weight_dtypes(dtype_of(weight), dtype_of(norm_weight))
+    return specs.weight_dtypes(dtype_of(weight), dtype_of(norm_weight), *into)
 
 
 def norm_dtypes(*tensors: Tensor | None) -> tuple[str, ...]:
@@ -228,17 +245,17 @@ def launch_backward(
     tf32: bool,
     aggregated: tuple[Tensor, Tensor] | None = None,
     accumulated: Tensor | None = None,
+    into: Destinations = NOWHERE,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of residual, weight and norm_weight.
+    """Gradients of residual, weight and norm_weight, by position in `into`.
 
     `aggregated`, (gradient of the layer input, pre_mix), adds the gradient of an aggregate of the
     same streams before the one rounding; `accumulated`, only with it, a gradient they already have.
     """
-    grad_residual, grad_weight, grad_norm_weight = _backward_fake(
-        grad, residual, weight, norm_weight, mixes, inv_rms, tf32
-    )
+    grad_residual, grad_weight, grad_norm_weight = room(into, residual, weight, norm_weight)
     if residual.numel() == 0:
-        return grad_residual, grad_weight.zero_(), grad_norm_weight.zero_()
+        clear(into, {1: grad_weight, 2: grad_norm_weight})
+        return grad_residual, grad_weight, grad_norm_weight
     num_mixes, size = weight.shape
     n, hidden_size = residual.shape[-2:]
     x = residual.view(-1, size)
@@ -250,6 +267,8 @@ def launch_backward(
         streams = n
         grad_input = aggregated[0].contiguous().view(-1, hidden_size)
         pre_mix = aggregated[1].view(-1, n)
+    if adds(into, 0):
+        accumulated = grad_residual
     # Per token: the gradient of the bare product in two bfloat16 parts, and a few factors.
     grad_parts = x.new_empty(num_tokens, 2 * padded(num_mixes), dtype=torch.bfloat16)
     factors = inv_rms.new_empty(num_tokens, factors_width(streams))
@@ -274,6 +293,7 @@ def launch_backward(
         grad_input,
         accumulated,
         grads,
+        into,
     )
     return grads
 
@@ -289,30 +309,29 @@ def launch_matmuls(
     grad_input: Tensor,
     accumulated: Tensor | None,
     grads: tuple[Tensor, Tensor, Tensor],
+    into: Destinations = NOWHERE,
 ) -> None:
-    """Write the gradients of residual, weight and norm_weight.
+    """Write the gradients of residual, weight and norm_weight, by position in `into`.
 
-    `grad_input` is read if there are `streams`; `accumulated` is then of the dtype of the residual,
-    else float32.
+    `grad_input` is read if there are `streams`; `accumulated` is a gradient of the residual to add.
     """
     grad_residual, grad_weight, grad_norm_weight = grads
     num_mixes, size = weight.shape
     x = residual.view(-1, size)
     num_tokens = x.shape[0]
-    accumulates = accumulated is not None
-    if accumulated is None:
-        accumulated = absent(x.device, x.dtype if streams else torch.float32)
-    dtypes = parameter_dtypes(weight, norm_weight)
+    held = "" if accumulated is None else dtype_of(accumulated)
+    dtypes = parameter_dtypes(weight, norm_weight, dtype_into(into, 0))
     if is_fast(residual):
-        pieces = backward_pieces(num_mixes, size, streams, accumulates)
+        pieces = backward_pieces(num_mixes, size, streams, held != "" or 0 in into)
         slice_tokens = backward_slice(num_tokens, size, num_mixes, pieces * PIECE)
-        kernel = jit.kernel("projection_bwd", num_mixes, size, streams, accumulates, *dtypes)
+        kernel = jit.kernel("projection_bwd", num_mixes, size, streams, held, *dtypes)
     else:
         slice_tokens = projection_any.backward_slice(num_tokens, size)
-        kernel = projection_any.backward_kernel(x, num_mixes, streams, accumulates, dtypes)
+        kernel = projection_any.backward_kernel(x, num_mixes, streams, held, dtypes)
     slices = -(-num_tokens // slice_tokens)
     # The gradient of a single slice is the gradient.
-    is_sum = slices > 1 or norm_weight is not None or weight.dtype != torch.float32
+    is_sum = slices > 1 or norm_weight is not None or grad_weight.dtype != torch.float32
+    is_sum = is_sum or adds(into, 1)
     partials = factors.new_empty(slices, num_mixes, size) if is_sum else grad_weight.unsqueeze(0)
     kernel(
         grad_parts,
@@ -320,13 +339,17 @@ def launch_matmuls(
         x,
         *parameters(weight, norm_weight),
         grad_input,
-        accumulated.view(-1, size) if accumulates else accumulated,
+        absent(x.device, x.dtype) if accumulated is None else accumulated.view(-1, size),
         grad_residual.view(-1, size),
         partials,
         slice_tokens,
         tf32,
     )
     if is_sum:
+        dtypes = parameter_dtypes(weight, norm_weight)
+        if 1 in into or 2 in into:
+            norm = "" if norm_weight is None else dtype_of(grad_norm_weight)
+            dtypes = parameter_dtypes(weight, norm_weight, dtype_of(grad_weight), norm)
         if is_fast(residual):
             kernel = jit.kernel("projection_weight_bwd", num_mixes, size, *dtypes)
         else:
@@ -336,6 +359,8 @@ def launch_matmuls(
             *parameters(weight, norm_weight),
             grad_weight,
             absent(x.device) if norm_weight is None else grad_norm_weight,
+            adds(into, 1),
+            adds(into, 2),
         )
 
 
@@ -394,19 +419,24 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, grad: Tensor, grad_inv_rms: Tensor) -> tuple[Tensor | None, ...]:
-    residual, weight, norm_weight, mixes, inv_rms = ctx.saved_tensors
-    grad_residual, grad_weight, grad_norm_weight = _projection_backward(
-        grad, residual, weight, norm_weight, mixes, inv_rms, ctx.tf32
-    )
-    if norm_weight is None:
+def _backward_arguments(ctx: Any, grad: Tensor, grad_inv_rms: Tensor) -> tuple[Any, ...]:
+    return grad, *ctx.saved_tensors, ctx.tf32
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    arguments = _backward_arguments(ctx, *grads)
+    grad_residual, grad_weight, grad_norm_weight = _projection_backward(*arguments)
+    if arguments[3] is None:
         grad_norm_weight = None
     return grad_residual, grad_weight, grad_norm_weight, None, None, None
 
 
-_projection_backward = register(
+_BACKWARD = (
     "projection_backward(Tensor grad, Tensor residual, Tensor weight, Tensor? norm_weight, "
-    "Tensor mixes, Tensor inv_rms, bool tf32) -> (Tensor, Tensor, Tensor)",
+    "Tensor mixes, Tensor inv_rms, bool tf32) -> (Tensor, Tensor, Tensor)"
+)
+_projection_backward = register(
+    _BACKWARD,
     cuda=launch_backward,
     cpu=_backward_cpu,
     fake=_backward_fake,
@@ -419,4 +449,14 @@ _projection = register(
     fake=_fake,
     backward=_backward,
     setup_context=_setup_context,
+)
+_ROUTE = Route(
+    name="projection",
+    operator=_projection,
+    setup=_setup_context,
+    arguments=_backward_arguments,
+    backward=register_into(
+        _BACKWARD, (0, 1, 2), cuda=launch_backward, cpu=_backward_cpu, fake=_backward_fake
+    ),
+    parameters={1: "weight", 2: "norm_weight"},
 )

@@ -46,10 +46,10 @@ def blocks_per_split(num_tokens: int, size: int, num_splits: int | None) -> int:
 
 
 def backward_kernel(
-    x: Tensor, num_mixes: int, streams: int, accumulates: bool, dtypes: tuple[str, ...]
+    x: Tensor, num_mixes: int, streams: int, held: str, dtypes: tuple[str, ...]
 ) -> jit.Launch:
     size, dtype = x.shape[1], dtype_of(x)
-    return jit.kernel("projection_any_bwd", num_mixes, size, streams, accumulates, dtype, *dtypes)
+    return jit.kernel("projection_any_bwd", num_mixes, size, streams, held, dtype, *dtypes)
 
 
 def weight_kernel(num_mixes: int, size: int, dtypes: tuple[str, ...]) -> jit.Launch:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import errors
+from tile_mhc import errors, main_grad
 
 # An attribute of the residual's untyped storage: a gradient of the residual, to be added to.
 POSTED = "grad_from_mhc_post"
@@ -107,14 +107,16 @@ class _ParameterInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         parameter = ctx.parameter
-        main_grad = getattr(parameter, "main_grad", None)
-        if main_grad is None:
+        found = main_grad.locate(parameter)
+        if found is None:
             return grad, None, None
         name = f"{ctx.name}.main_grad"
-        target = _check_accumulator(ctx.op, name, main_grad, parameter).detach()
+        target = _check_accumulator(ctx.op, name, found, parameter).detach()
         # Not a view: main_grad may be a strided view into a bucket.
-        target.add_(grad.detach().reshape(target.shape))
-        return None, None, None
+        value = grad.detach().reshape(target.shape)
+        (target.add_ if main_grad.adds(parameter) else target.copy_)(value)
+        # None, as TileKernels returns, but where Megatron's hooks wait for a gradient.
+        return main_grad.finish(parameter), None, None
 
 
 class _IntoOut(torch.autograd.Function):

@@ -1,0 +1,48 @@
+"""Under Megatron-Core's DDP, which gives main_grad, and under torch's FSDP2, which does not."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import distributed
+import oracle
+import tolerances
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo"
+)
+# Sums of bfloat16: each micro-batch, and each rank, is rounded as it is added.
+ROUNDINGS = distributed.MICRO_BATCHES + distributed.RANKS
+
+
+def check(found, parameters, main_grad):
+    """As plain autograd of the ops gives them, added in float64, but for the rounding of the sums;
+    and as near float64 all the way as plain autograd is."""
+    plain = distributed.gradients(distributed.RANKS, parameters)
+    truth = distributed.gradients(distributed.RANKS, torch.float64)
+    assert found.keys() == plain.keys()
+    unit = tolerances.FLOAT32_SUM
+    if torch.bfloat16 in (parameters, main_grad):
+        unit = ROUNDINGS * 2**-9
+    for name, grad in found.items():
+        assert grad.dtype == main_grad
+        assert oracle.relative_error(grad, plain[name]) <= unit, name
+        bar = 1.01 * oracle.relative_error(plain[name], truth[name]) + unit
+        assert oracle.relative_error(grad, truth[name]) <= bar, name
+
+
+@pytest.mark.parametrize(
+    ("parameters", "in_fp32"),
+    [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)],
+    ids=["fp32", "bf16 with fp32 main_grad", "bf16"],
+)
+def test_megatron_ddp(parameters, in_fp32, tmp_path):
+    """Two ranks, reductions overlapped with the backward, several micro-batches, a frozen
+    parameter, and one that two readouts share."""
+    pytest.importorskip("megatron.core.distributed", exc_type=ImportError)
+    found = distributed.spawn(distributed.megatron_ddp, tmp_path, parameters, in_fp32)
+    check(found, parameters, torch.float32 if in_fp32 else parameters)
+
+
+def test_torch_fsdp(tmp_path):
+    check(distributed.spawn(distributed.torch_fsdp, tmp_path), torch.float32, torch.float32)

@@ -1,0 +1,188 @@
+"""A small model under a data-parallel wrapper: what each rank of the tests runs."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cases import contract_inputs, pre_inputs
+from tile_mhc import contract, fused_pre, post, reference
+
+STREAMS, HIDDEN = 4, 64
+RANKS, MICRO_BATCHES, TOKENS = 2, 3, 24
+LAYERS = 2
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        tensors, self.options = pre_inputs((1,), STREAMS, HIDDEN, "cpu")
+        del tensors["residual"]
+        self.parameters_of_op = nn.ParameterDict(tensors)
+
+    def forward(self, residual: Tensor) -> Tensor:
+        if residual.dtype == torch.float64:
+            pre = reference.fused_pre(residual, **self.parameters_of_op, **self.options)
+            return reference.post(torch.tanh(pre[0]), residual, *pre[1:])
+        *pre, residual = fused_pre(
+            residual, **self.parameters_of_op, **self.options, passes_residual=True
+        )
+        return post(torch.tanh(pre[0]), residual, *pre[1:])
+
+
+class Network(nn.Module):
+    """Sub-layers, and two readouts that share their parameters, as a model and its MTP may.
+
+    Without the kernels' rounding it would be what it is in float64: that is its own reference.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
+        tensors, _ = contract_inputs((1,), STREAMS, HIDDEN, "cpu")
+        del tensors["residual"]
+        self.head = nn.ParameterDict(tensors)
+        # Without a gradient, and among those that have one.
+        self.head["scale"].requires_grad_(False)
+
+    def forward(self, residual: Tensor) -> Tensor:
+        readout = reference.contract if residual.dtype == torch.float64 else contract
+        for layer in self.layers:
+            first = residual
+            residual = layer(residual)
+        outputs = readout(residual, **self.head) + readout(first, **self.head)
+        wide = outputs if outputs.dtype == torch.float64 else outputs.float()
+        return wide.square().mean()
+
+
+def network(dtype: torch.dtype = torch.float32) -> Network:
+    torch.manual_seed(0)
+    return Network().to(dtype)
+
+
+def batches(rank: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1 + rank)
+    shape = (TOKENS, STREAMS, HIDDEN)
+    return [torch.randn(shape, generator=generator).bfloat16() for _ in range(MICRO_BATCHES)]
+
+
+def gradients(ranks: int, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
+    """Plain autograd: the mean over ranks of the sums over micro-batches, added in float64.
+
+    Of the reference in float64, or of the ops themselves in the `dtype` of the parameters.
+    """
+    model = network(dtype).to(device)
+    total: dict[str, Tensor] = {}
+    for rank in range(ranks):
+        for streams in batches(rank):
+            batch = streams.to(device)
+            model.zero_grad()
+            model(batch.double() if dtype == torch.float64 else batch).backward()
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None:
+                    grad = parameter.grad.double() / ranks
+                    total[name] = total[name] + grad if name in total else grad
+    return total
+
+
+@contextlib.contextmanager
+def process_group(rank: int, ranks: int, folder: Path, backend: str = "gloo") -> Iterator[None]:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        backend, init_method=f"file://{folder / 'store'}", rank=rank, world_size=ranks
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def spawn(worker: Callable[..., None], folder: Path, *args: Any) -> dict[str, Tensor]:
+    """Run `worker(rank, ranks, folder, *args)` on every rank; what rank 0 saved."""
+    torch.multiprocessing.spawn(worker, (RANKS, folder, *args), nprocs=RANKS)
+    result: dict[str, Tensor] = torch.load(folder / "gradients.pt")
+    return result
+
+
+def run_steps(
+    model: nn.Module, rank: int, last: Callable[[], contextlib.AbstractContextManager[Any]]
+) -> None:
+    """Micro-batches; `last` is what all but the last run in, so that only that reduces."""
+    micro = batches(rank)
+    device = next(model.parameters()).device
+    for i, batch in enumerate(micro):
+        with contextlib.nullcontext() if i == len(micro) - 1 else last():
+            model(batch.to(device)).backward()
+
+
+def megatron_ddp(
+    rank: int,
+    ranks: int,
+    folder: Path,
+    parameters: torch.dtype,
+    in_fp32: bool,
+    device: str = "cpu",
+) -> None:
+    """Megatron-Core's DistributedDataParallel, reductions overlapped with the backward."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer import TransformerConfig
+
+    with (
+        process_group(rank, ranks, folder, "nccl" if device == "cuda" else "gloo"),
+        # Where it keeps its buffers.
+        mock.patch.object(
+            torch.cuda, "current_device", return_value=0 if device == "cuda" else "cpu"
+        ),
+    ):
+        parallel_state.initialize_model_parallel()
+        model = DistributedDataParallel(
+            TransformerConfig(num_layers=1, hidden_size=HIDDEN, num_attention_heads=1),
+            DistributedDataParallelConfig(
+                overlap_grad_reduce=True,
+                grad_reduce_in_fp32=in_fp32,
+                average_in_collective=False,
+                bucket_size=1000,
+            ),
+            network(parameters).to(device=device),
+        )
+        for _ in range(2):  # the second step as the first: all flags are back
+            model.zero_grad_buffer()
+            run_steps(model, rank, model.no_sync)
+            model.finish_grad_sync()
+        trained = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
+        if not all(p.grad_added_to_main_grad for p in trained.values()):
+            raise RuntimeError("a gradient went through autograd")
+        if rank == 0:
+            grads = {name: p.main_grad.cpu() for name, p in trained.items()}
+            torch.save(grads, folder / "gradients.pt")
+        parallel_state.destroy_model_parallel()
+
+
+def torch_fsdp(rank: int, ranks: int, folder: Path) -> None:
+    """torch's fully_shard: parameters sharded, gathered for each layer, gradients scattered."""
+    from torch.distributed.fsdp import fully_shard
+
+    with process_group(rank, ranks, folder):
+        model = network()
+        for layer in model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+
+        @contextlib.contextmanager
+        def no_sync() -> Iterator[None]:
+            model.set_requires_gradient_sync(False)
+            yield
+            model.set_requires_gradient_sync(True)
+
+        run_steps(model, rank, no_sync)
+        grads = {
+            name: p.grad.full_tensor() for name, p in model.named_parameters() if p.requires_grad
+        }
+        if rank == 0:
+            torch.save(grads, folder / "gradients.pt")
