@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from cases import STREAM_CASES
+from cases import STREAM_CASES, WIDTH_CASES
 from tile_mhc import jit, specs
 
 # A few tests compile what they need on their way.
@@ -20,6 +20,24 @@ OPS_OF = {
     "recompute": ("recompute", "aggregate", "post"),
 }
 COMPAT_PAIRS = ((2, 128), (4, 128))
+# What test_dtypes.py runs besides; one bfloat16 parameter alone compiles on its way.
+WIDTHS = [specs.Sizes(case.num_streams, case.hidden_size) for case in WIDTH_CASES]
+ALL_BFLOAT16 = ("bfloat16",)
+DTYPES = [
+    *WIDTHS,
+    *(
+        specs.Sizes(*size, dtype=t)
+        for size in ((4, 1280), (4, 100))
+        for t in ("float16", "float32")
+    ),
+    *(specs.Sizes(n, 128, dtype="float32") for n in (2, 4, 8)),
+    specs.Sizes(4, 2560, dtype="float32"),
+    *(
+        specs.Sizes(4, 5129, dtype=dtype, parameters=ALL_BFLOAT16)
+        for dtype in ("float16", "float32")
+    ),
+    specs.Sizes(4, 1280, dtype="float32", parameters=ALL_BFLOAT16),
+]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -52,4 +70,7 @@ def kernels_of(items):
         ops.update(OPS_OF.get(stem, (stem,) if stem in specs.OPS else specs.OPS))
     if "compat" in stems:
         pairs.update(COMPAT_PAIRS)
-    return specs.select([specs.Sizes(*pair) for pair in sorted(pairs)], sorted(ops))
+    chosen = specs.select([specs.Sizes(*pair) for pair in sorted(pairs)], sorted(ops))
+    if "dtypes" in stems:
+        chosen += specs.select(DTYPES)
+    return list(dict.fromkeys(chosen))
