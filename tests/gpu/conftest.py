@@ -12,12 +12,14 @@ from tile_mhc import jit, specs
 
 # A few tests compile what they need on their way.
 WORTHWHILE = 20
-# Which ops a test file runs; those not named here run the op of their name, or else all.
+# Which ops a test file runs with default dtypes; those not named run the op of their name, or all.
 OPS_OF = {
     "fused_pre": ("fused_pre", "projection", "split_mixes", "sinkhorn", "aggregate"),
     "mixes": ("split_mixes", "contract"),
     "contract": ("contract", "projection", "aggregate"),
     "recompute": ("recompute", "aggregate", "post"),
+    "dtypes": (),
+    "projection_any": (),
 }
 COMPAT_PAIRS = ((2, 128), (4, 128))
 # What test_dtypes.py runs besides; one bfloat16 parameter alone compiles on its way.
