@@ -122,7 +122,7 @@ def check_buffer(op: str, buffer: Tensor, x: Tensor) -> None:
         raise errors.ShapeError(f"{op}: {BUFFER} must not share memory with x; got one that does")
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
 def projection(
     op: str, x: Tensor, phi: Tensor, norm_weight: Tensor | None, buffer: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -130,12 +130,12 @@ def projection(
     return _Projection.apply(x, phi, norm_weight, op, buffer, chain)  # type: ignore[no-any-return, no-untyped-call]
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
 def aggregate(op: str, x: Tensor, mix: Tensor, buffer: Tensor) -> Tensor:
     return _Aggregate.apply(x, mix, op, buffer, _join(buffer))  # type: ignore[no-any-return, no-untyped-call]
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
 def post(
     op: str,
     f: Tensor,
