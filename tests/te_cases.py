@@ -205,3 +205,15 @@ def far_apart(device: str) -> Tensor:
     spread = torch.randn(4096, N, N, device=device) * 70
     signs = torch.randint(-1, 2, (4096, N, N), device=device) * 200.0
     return torch.cat((spread[:2048], signs[2048:]))
+
+
+def sub_layer_errors(ours: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
+    """Relative errors of the gradients of x, phi, alpha and beta.
+
+    The three of alpha may cancel; those of beta are sums of like terms.
+    """
+    units = [tensor.norm() for tensor in truth]
+    units[2] = torch.maximum(units[2], units[3])
+    return [
+        float((o.double() - t).norm() / unit) for o, t, unit in zip(ours, truth, units, strict=True)
+    ]

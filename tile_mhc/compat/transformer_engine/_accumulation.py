@@ -17,7 +17,9 @@ can get its address.
 - What is in the buffer reaches x through the projection's backward: that must be in the same graph.
 """
 
+import sys
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -122,20 +124,16 @@ def check_buffer(op: str, buffer: Tensor, x: Tensor) -> None:
         raise errors.ShapeError(f"{op}: {BUFFER} must not share memory with x; got one that does")
 
 
-@torch.compiler.disable
 def projection(
     op: str, x: Tensor, phi: Tensor, norm_weight: Tensor | None, buffer: Tensor
 ) -> tuple[Tensor, Tensor]:
-    chain = _begin(buffer)
-    return _Projection.apply(x, phi, norm_weight, op, buffer, chain)  # type: ignore[no-any-return, no-untyped-call]
+    return _untraced(_projection)(op, x, phi, norm_weight, buffer)  # type: ignore[no-any-return]
 
 
-@torch.compiler.disable
 def aggregate(op: str, x: Tensor, mix: Tensor, buffer: Tensor) -> Tensor:
-    return _Aggregate.apply(x, mix, op, buffer, _join(buffer))  # type: ignore[no-any-return, no-untyped-call]
+    return _untraced(_aggregate)(op, x, mix, buffer)  # type: ignore[no-any-return]
 
 
-@torch.compiler.disable
 def post(
     op: str,
     f: Tensor,
@@ -145,8 +143,32 @@ def post(
     comb_mix: Tensor,
     buffer: Tensor,
 ) -> Tensor:
-    chain = _join(buffer)
-    return _Post.apply(f, bias, x, post_mix, comb_mix, op, buffer, chain)  # type: ignore[no-any-return, no-untyped-call]
+    return _untraced(_post)(op, f, bias, x, post_mix, comb_mix, buffer)  # type: ignore[no-any-return]
+
+
+def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile breaks its graph here: what is found by an address cannot be traced.
+
+    A decorator would import all of dynamo beside tile_mhc, which takes seconds.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return function
+    return torch.compiler.disable(function)  # type: ignore[no-any-return, unused-ignore]
+
+
+def _projection(*args: Any) -> Any:
+    op, x, phi, norm_weight, buffer = args
+    return _Projection.apply(x, phi, norm_weight, op, buffer, _begin(buffer))  # type: ignore[no-untyped-call]
+
+
+def _aggregate(*args: Any) -> Any:
+    op, x, mix, buffer = args
+    return _Aggregate.apply(x, mix, op, buffer, _join(buffer))  # type: ignore[no-untyped-call]
+
+
+def _post(*args: Any) -> Any:
+    op, *tensors, buffer = args
+    return _Post.apply(*tensors, op, buffer, _join(buffer))  # type: ignore[no-untyped-call]
 
 
 class _Projection(torch.autograd.Function):

@@ -68,10 +68,13 @@ def mhc_fused_projection(
         errors.check_tensor(op, "norm_weight", norm_weight, [(size,)], DTYPES, ("x", x))
     errors.check_bool(op, "use_tf32", use_tf32)
     errors.check_bool(op, "use_split_k", use_split_k)
+    outputs: tuple[Tensor, Tensor]
     if fused_grad_x_acc_buffer is None:
-        return padded_projection.projection(x, phi, norm_weight)  # type: ignore[no-any-return]
-    _accumulation.check_buffer(op, fused_grad_x_acc_buffer, x)
-    return _accumulation.projection(op, x, phi, norm_weight, fused_grad_x_acc_buffer)
+        outputs = padded_projection.projection(x, phi, norm_weight)
+    else:
+        _accumulation.check_buffer(op, fused_grad_x_acc_buffer, x)
+        outputs = _accumulation.projection(op, x, phi, norm_weight, fused_grad_x_acc_buffer)
+    return outputs
 
 
 def mhc_fused_scale(
@@ -181,10 +184,13 @@ def mhc_fused_aggregate(
     errors.check_tensor(op, "H_pre", H_pre, [(*lead, n)], DTYPES, ("x", x))
     errors.check_bool(op, "use_tf32", use_tf32)
     mix = H_pre.to(torch.float32)
+    out: Tensor
     if fused_grad_x_acc_buffer is None:
-        return interleaved_aggregate.aggregate(x, mix)  # type: ignore[no-any-return]
-    _accumulation.check_buffer(op, fused_grad_x_acc_buffer, x)
-    return _accumulation.aggregate(op, x, mix, fused_grad_x_acc_buffer)
+        out = interleaved_aggregate.aggregate(x, mix)
+    else:
+        _accumulation.check_buffer(op, fused_grad_x_acc_buffer, x)
+        out = _accumulation.aggregate(op, x, mix, fused_grad_x_acc_buffer)
+    return out
 
 
 def mhc_fused_expand_combine(
@@ -231,10 +237,13 @@ def mhc_fused_expand_combine(
     errors.check_tensor(op, "H_res", H_res, [(*lead, n, n)], DTYPES, like)
     errors.check_bool(op, "use_tf32", use_tf32)
     inputs = (f, bias, x, H_post.to(torch.float32), H_res.to(torch.float32))
+    out: Tensor
     if fused_grad_x_acc_buffer is None:
-        return interleaved_post.post(*inputs)  # type: ignore[no-any-return]
-    _accumulation.check_buffer(op, fused_grad_x_acc_buffer, x)
-    return _accumulation.post(op, *inputs, fused_grad_x_acc_buffer)
+        out = interleaved_post.post(*inputs)
+    else:
+        _accumulation.check_buffer(op, fused_grad_x_acc_buffer, x)
+        out = _accumulation.post(op, *inputs, fused_grad_x_acc_buffer)
+    return out
 
 
 def mhc_generate_mix_and_aggregate(
