@@ -92,7 +92,8 @@ def gradients(ranks: int, dtype: torch.dtype, device: str = "cpu") -> dict[str, 
 
 @contextlib.contextmanager
 def process_group(rank: int, ranks: int, folder: Path, backend: str = "gloo") -> Iterator[None]:
-    torch.set_num_threads(1)
+    if ranks > 1:
+        torch.set_num_threads(1)
     dist.init_process_group(
         backend, init_method=f"file://{folder / 'store'}", rank=rank, world_size=ranks
     )

@@ -17,6 +17,9 @@ Then, if the parameter has `grad_added_to_main_grad`, it is set, and autograd ge
 only keeps hooks firing: one shared tensor a shape and dtype, or zeros of its own with
 `zero_out_wgrad`. Without that attribute autograd gets None.
 
+That gradient, and so any other that the same parameter gets from elsewhere in the graph, is what
+Megatron's hooks throw away when the flag is set; with `zero_out_wgrad` they keep it.
+
 `torch.autograd.grad` with respect to such a parameter returns its gradient and leaves `main_grad`
 alone, as does a backward that does not reach the parameter. Gradients of gradients are refused.
 """

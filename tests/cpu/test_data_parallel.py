@@ -39,7 +39,9 @@ def check(found, parameters, main_grad):
 def test_megatron_ddp(parameters, in_fp32, tmp_path):
     """Two ranks, reductions overlapped with the backward, several micro-batches, a frozen
     parameter, and one that two readouts share."""
-    pytest.importorskip("megatron.core.distributed", exc_type=ImportError)
+    core = pytest.importorskip("megatron.core", exc_type=ImportError)
+    if not core.__version__.startswith("0.16."):
+        pytest.skip("later ones ask torch for CUDA streams: tests/gpu has them")
     found = distributed.spawn(distributed.megatron_ddp, tmp_path, parameters, in_fp32)
     check(found, parameters, torch.float32 if in_fp32 else parameters)
 
