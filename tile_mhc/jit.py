@@ -14,6 +14,7 @@ import contextlib
 import errno
 import importlib
 import importlib.metadata
+import multiprocessing
 import os
 import shutil
 import sys
@@ -21,7 +22,8 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,6 +161,31 @@ def compile_kernel(name: str, args: specs.Arguments, arch: str) -> Compiled:
             with _count_lock:
                 _counts["built" if found.built else "loaded"] += 1
         return found
+
+
+def fill_cache(kernels: Iterable[tuple[str, specs.Arguments]], arch: str, jobs: int) -> list[str]:
+    """Compile into the disk cache in `jobs` processes, as tracing holds the interpreter.
+
+    Args:
+        kernels: names and arguments.
+        arch: the target, such as "sm_90a".
+        jobs: how many processes.
+
+    Returns:
+        What went wrong, one message a kernel; asked for again, such a kernel raises it.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        futures = [pool.submit(_problem_compiling, *kernel, arch) for kernel in kernels]
+        return [problem for future in futures if (problem := future.result())]
+
+
+def _problem_compiling(name: str, args: specs.Arguments, arch: str) -> str | None:
+    try:
+        compile_kernel(name, args, arch)
+    except CompileError as error:
+        return str(error)
+    return None
 
 
 def statistics() -> Statistics:

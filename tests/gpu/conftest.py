@@ -2,7 +2,6 @@
 
 import os
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -69,17 +68,8 @@ def compiled_kernels(request):
     if not torch.cuda.is_available() or not jit.building_allowed() or len(items) < WORTHWHILE:
         return
     arch = jit.device_arch(torch.cuda.current_device())
-    jit.import_tilelang()
-
-    def compile_kernel(kernel):
-        try:
-            jit.compile_kernel(*kernel, arch)
-        except jit.CompileError as error:
-            return str(error)  # the tests that need it will fail, and only they
-        return None
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        problems = [p for p in pool.map(compile_kernel, kernels_of(items)) if p]
+    # The tests that need one that fails will fail, and only they.
+    problems = jit.fill_cache(kernels_of(items), arch, os.cpu_count() or 1)
     for problem in problems:
         warnings.warn(problem, stacklevel=1)
 
