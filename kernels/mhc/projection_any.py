@@ -224,6 +224,7 @@ def projection_any_bwd(
             x_high = T.alloc_shared((ANY_TOKENS, columns), T.bfloat16)
             x_low = T.alloc_shared((ANY_TOKENS, columns), T.bfloat16) if has_low else None
             g_shared = T.alloc_shared((ANY_TOKENS, both), T.bfloat16)
+            factors_shared = T.alloc_shared((ANY_TOKENS, width), T.float32)
             grad_local = T.alloc_fragment((ANY_TOKENS, columns), T.float32)
             grad_shared = T.alloc_shared((ANY_TOKENS, columns), T.float32)
             weight_local = T.alloc_fragment((columns, both), T.float32)
@@ -246,6 +247,7 @@ def projection_any_bwd(
                 t0 = first + step * ANY_TOKENS
                 T.copy(x[t0, k0], x_local)
                 T.copy(grad_parts[t0, 0], g_shared)
+                T.copy(factors[t0, 0], factors_shared)
                 split_streams(x_local, x_high, x_low)
                 T.gemm(x_high, g_shared, tile_weight, transpose_A=True, clear_accum=True)
                 if has_low:
@@ -253,23 +255,27 @@ def projection_any_bwd(
                 T.gemm(g_shared, high_twice, grad_local, clear_accum=True)
                 T.gemm(g_shared, low_then_zero, grad_local)
                 for k, m in T.Parallel(columns, both):
-                    weight_local[k, m] += tile_weight[k, m] * factors[t0, 2]
-                # Through shared memory: the writes to grad_x then lie as the loads of x did.
+                    weight_local[k, m] += tile_weight[k, m] * factors_shared[0, 2]
+                # Through shared memory: what is read from and written to global memory lies as
+                # its rows do. One loop a term, as each is vectorised for itself.
                 T.copy(grad_local, grad_shared)
                 for i, k in T.Parallel(ANY_TOKENS, columns):
-                    if t0 + i < tokens and k0 + k < size:
-                        grad = (
-                            grad_shared[i, k] * factors[t0, 2]
-                            + (T.cast(x_local[i, k], T.float32) * factors[t0 + i, 0])
-                            * factors[t0 + i, 1]
-                        )
-                        if n > 0:
-                            grad += factors[t0 + i, 3 + (k0 + k) // hidden_size] * T.cast(
-                                grad_input[t0 + i, (k0 + k) % hidden_size], T.float32
-                            )
-                        if accumulates:
-                            grad += T.cast(accumulated[t0 + i, k0 + k], T.float32)
-                        grad_x[t0 + i, k0 + k] = T.cast(grad, dtype)
+                    grad_shared[i, k] = (
+                        grad_shared[i, k] * factors_shared[0, 2]
+                        + (T.cast(x_local[i, k], T.float32) * factors_shared[i, 0])
+                        * factors_shared[i, 1]
+                    )
+                if n > 0:
+                    for i, k in T.Parallel(ANY_TOKENS, columns):
+                        if t0 + i < tokens and k0 + k < size:
+                            grad_shared[i, k] += factors_shared[
+                                i, 3 + (k0 + k) // hidden_size
+                            ] * T.cast(grad_input[t0 + i, (k0 + k) % hidden_size], T.float32)
+                if accumulates:
+                    for i, k in T.Parallel(ANY_TOKENS, columns):
+                        if t0 + i < tokens and k0 + k < size:
+                            grad_shared[i, k] += T.cast(accumulated[t0 + i, k0 + k], T.float32)
+                T.copy(grad_shared, grad_x[t0, k0])
             T.copy(weight_local, weight_shared)
             for m, k in T.Parallel(num_mixes, columns):
                 if k0 + k < size:

@@ -191,10 +191,17 @@ def test_what_fails_to_compile_is_named_and_stops_nothing(monkeypatch, capsys):
         bench, "warm_command", lambda *_: [sys.executable, "-c", "raise OSError(7)"]
     )
     bench.precompile(bench.select_ops("post"), [(16, 64), (8, 64), (16, 128)], object(), 2)
-    names = [(name, args) for name in ("post_fwd", "post_bwd") for args in ((4, 64), (4, 128))]
+    biased = ("bfloat16", "float32")
+    names = [
+        (name, (4, hidden, *dtypes))
+        for name in ("post_fwd", "post_bwd")
+        for hidden in (64, 128)
+        for dtypes in ((), biased)
+    ]
+    names += [("post_bias_bwd", (hidden,)) for hidden in (64, 128)]
     assert sorted(asked) == sorted((*kernel, "sm_90a") for kernel in names)
     printed = capsys.readouterr().out
-    assert printed.count("CompileError: nvcc said no") == 2
+    assert printed.count("CompileError: nvcc said no") == 4
     assert "OSError: 7" in printed
     assert "source" not in printed
 

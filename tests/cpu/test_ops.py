@@ -16,6 +16,8 @@ import tile_mhc
 from cases import (
     AGGREGATE,
     CONTRACT,
+    DEFAULT_DTYPES,
+    DTYPES,
     EXPAND,
     FUSED_PRE,
     OPS,
@@ -27,7 +29,8 @@ from cases import (
     recompute_inputs,
 )
 from tile_mhc import config, functional, reference
-from tile_mhc.ops import _library
+from tile_mhc.kernels._shapes import ANY_K
+from tile_mhc.ops import _library, projection_any
 from tile_mhc.ops import projection as projection_op
 
 CALLS = sorted(operator_calls((2,), 2, 64, "meta"))
@@ -76,11 +79,32 @@ def test_no_token(op):
     st.sampled_from(OPS),
     st.lists(st.integers(0, 3), max_size=3),
     st.sampled_from([2, 4, 8]),
-    st.sampled_from([64, 128, 192]),
+    st.sampled_from([64, 128, 192, 1, 65, 100]),
+    st.sampled_from([DEFAULT_DTYPES, *DTYPES]),
 )
-def test_any_shape(op, lead, n, hidden_size):
+def test_any_shape(op, lead, n, hidden_size, dtypes):
     case = Case(0, n, hidden_size, "whatever comes")
-    oracle.check(op, case, *op.inputs(lead, n, hidden_size, "cpu"))
+    tensors, options = op.inputs(lead, n, hidden_size, "cpu")
+    tensors = dtypes.of(tensors)
+    ours = oracle.check(op, case, tensors, options)
+    for name, tensor in tensors.items():
+        assert ours[f"grad_{name}"].dtype == tensor.dtype
+
+
+@EVERY_OP
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_fakes_know_the_dtypes(op, dtypes):
+    """Under fake tensors every output and gradient has the dtype that it has without."""
+    tensors, options = op.inputs((3,), 4, 65, "cpu")
+    tensors = dtypes.of(tensors)
+    upstream = oracle.upstream_of(op, tensors, options)
+    ours = oracle.evaluate(op.run, tensors, options, upstream, op.outputs)
+    with FakeTensorMode() as mode:
+        fakes = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
+        grads = [mode.from_tensor(grad) for grad in upstream]
+        traced = oracle.evaluate(op.run, fakes, options, grads, op.outputs)
+    for name, value in ours.items():
+        assert (traced[name].dtype, traced[name].shape) == (value.dtype, value.shape), name
 
 
 @EVERY_OP
@@ -326,7 +350,8 @@ def test_strided_streams_are_refused(op):
     tensors, options = op.inputs((3,), 4, 64, "cpu")
     for name in set(tensors) & set(STREAM_NAMES):
         spread = torch.stack((tensors[name], tensors[name]), -1)[..., 0]
-        with pytest.raises(tile_mhc.ShapeError, match=f"{op.name}: {name} must be contiguous"):
+        message = f"{op.run.__name__}: {name} must be contiguous"
+        with pytest.raises(tile_mhc.ShapeError, match=message):
             op.run(**{**tensors, name: spread}, **options)
 
 
@@ -473,14 +498,19 @@ def test_import_brings_in_neither_compiler_nor_transformers():
 
 @pytest.mark.parametrize("hidden_size", [64, 2560, 16384])
 @pytest.mark.parametrize("num_splits", [None, 1, 3, 1000])
-def test_batch_invariant_split_depends_on_the_width_alone(hidden_size, num_splits, monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "block"), [(projection_op, projection_op.BLOCK_K), (projection_any, ANY_K)], ids=str
+)
+def test_batch_invariant_split_depends_on_the_width_alone(
+    hidden_size, num_splits, module, block, monkeypatch
+):
     def splits():
         size = 4 * hidden_size
         found = set()
         for num_sms in (1, 7, 132):
             monkeypatch.setattr(projection_op.config, "get_num_sms", lambda count=num_sms: count)
             for num_tokens in (1, 128, 129, 4096, 10**6):
-                found.add(projection_op.blocks_per_split(num_tokens, size, num_splits))
+                found.add(module.blocks_per_split(num_tokens, size, num_splits))
         return found
 
     assert len(splits()) > 1 or hidden_size == 64 or num_splits == 1
@@ -489,7 +519,7 @@ def test_batch_invariant_split_depends_on_the_width_alone(hidden_size, num_split
         (blocks,) = splits()
     finally:
         config.set_batch_invariant(False)
-    splits_of_k = -(-4 * hidden_size // projection_op.BLOCK_K // blocks)
+    splits_of_k = -(-4 * hidden_size // block // blocks)
     assert num_splits is None or splits_of_k <= num_splits
 
 

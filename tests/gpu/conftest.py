@@ -7,19 +7,21 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from cases import STREAM_CASES
-from te_cases import DTYPES, WIDTHS
+import te_cases
+from cases import STREAM_CASES, WIDTH_CASES
 from tile_mhc import jit, specs
 from tile_mhc.errors import dtype_name
 
 # A few tests compile what they need on their way.
 WORTHWHILE = 20
-# Which ops a test file runs; those not named here run the op of their name, or else all.
+# Which ops a test file runs with default dtypes; those not named run the op of their name, or all.
 OPS_OF = {
     "fused_pre": ("fused_pre", "projection", "split_mixes", "sinkhorn", "aggregate"),
     "mixes": ("split_mixes", "contract"),
     "contract": ("contract", "projection", "aggregate"),
     "recompute": ("recompute", "aggregate", "post"),
+    "dtypes": (),
+    "projection_any": (),
 }
 NATIVE = tuple(op for op in specs.OPS if op != "transformer_engine")
 COMPAT_PAIRS = ((2, 128), (4, 128))
@@ -31,6 +33,24 @@ TE_STEMS = {
     "padded_mixes",
     "padded_projection",
 }
+# What test_dtypes.py runs besides; one bfloat16 parameter alone compiles on its way.
+WIDTHS = [specs.Sizes(case.num_streams, case.hidden_size) for case in WIDTH_CASES]
+ALL_BFLOAT16 = ("bfloat16",)
+DTYPES = [
+    *WIDTHS,
+    *(
+        specs.Sizes(*size, dtype=t)
+        for size in ((4, 1280), (4, 100))
+        for t in ("float16", "float32")
+    ),
+    *(specs.Sizes(n, 128, dtype="float32") for n in (2, 4, 8)),
+    specs.Sizes(4, 2560, dtype="float32"),
+    *(
+        specs.Sizes(4, 5129, dtype=dtype, parameters=ALL_BFLOAT16)
+        for dtype in ("float16", "float32")
+    ),
+    specs.Sizes(4, 1280, dtype="float32", parameters=ALL_BFLOAT16),
+]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -65,15 +85,17 @@ def kernels_of(items):
     if "compat" in stems:
         pairs.update(COMPAT_PAIRS)
     kernels += specs.select([specs.Sizes(*pair) for pair in sorted(pairs)], sorted(ops))
+    if "dtypes" in stems:
+        kernels += specs.select(DTYPES, NATIVE)
     return list(dict.fromkeys(kernels))
 
 
 def transformer_engine_kernels():
     """Those of te_cases, whose widths and dtypes are its own."""
-    names = [(dtype_name(d.streams), (dtype_name(d.parameters),)) for d in DTYPES]
+    names = [(dtype_name(d.streams), (dtype_name(d.parameters),)) for d in te_cases.DTYPES]
     sizes = [
         specs.Sizes(4, width.hidden_size, dtype=streams, parameters=parameters)
-        for width in WIDTHS
+        for width in te_cases.WIDTHS
         for streams, parameters in names
     ]
     # The table has the projections of the other ops, too: with an aggregate, and of four rows.

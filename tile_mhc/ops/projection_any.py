@@ -9,6 +9,8 @@ from tile_mhc.ops._library import dtype_of
 
 # CTAs of the matmuls on an SM at a time: one waits for its loads while the other multiplies.
 CTAS_PER_SM = 2
+# Blocks of a split in the batch-invariant mode: the columns of the fast kernels'.
+INVARIANT_BLOCKS = 32
 
 
 def split_products(
@@ -33,11 +35,13 @@ def split_products(
 
 def blocks_per_split(num_tokens: int, size: int, num_splits: int | None) -> int:
     """How many K blocks one CTA takes; not less than eight, as the partial sums cost too."""
+    blocks = -(-size // ANY_K)
+    if config.get_batch_invariant():
+        return max(INVARIANT_BLOCKS, -(-blocks // (num_splits or blocks)))
     tiles = -(-num_tokens // ANY_TOKENS)
     wanted = max(1, CTAS_PER_SM * config.get_num_sms() // tiles)
     if num_splits is not None:
         wanted = min(wanted, num_splits)
-    blocks = -(-size // ANY_K)
     return max(8, -(-blocks // wanted))
 
 
