@@ -7,6 +7,8 @@ PATH is a checkout of TransformerEngine; its tests/pytorch/test_mhc.py runs as i
 `utils` beside it, which imports all of TransformerEngine, the test wants one function, which stands
 here. The exit status is pytest's. Further arguments go to pytest, such as `-k sinkhorn`.
 
+The kernels that the collected tests run are compiled on all cores before the first of them.
+
 With --cpu, tensors that the test puts on "cuda" are on the CPU, where the reference answers: it
 shows names, signatures, shapes and numbers, not the kernels.
 """
@@ -14,6 +16,8 @@ shows names, signatures, shapes and numbers, not the kernels.
 import argparse
 import os
 import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,9 +26,12 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from tile_mhc import jit, specs
 from tile_mhc.compat import transformer_engine
 
 SEED = 1234
+# The dtypes of streams in the tests, and those of parameters beside each.
+DTYPES = {"float32": ("float32",), "bfloat16": ("float32", "bfloat16")}
 
 
 def reset_rng_states() -> None:
@@ -44,6 +51,36 @@ class OnCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def kernels_of(widths: Iterable[int]) -> list[tuple[str, specs.Arguments]]:
+    """What tests of these C run: of the projections, those of 24 mixes without an aggregate."""
+    sizes = [
+        specs.Sizes(4, width, dtype=dtype, parameters=parameters)
+        for width in sorted(widths)
+        for dtype, parameters in DTYPES.items()
+    ]
+    return [
+        (name, args)
+        for name, args in specs.select(sizes, ["transformer_engine"])
+        if not name.startswith("projection")
+        or (args[0] == 24 and not (name in ("projection_bwd", "projection_any_bwd") and args[2]))
+    ]
+
+
+def compile_ahead(widths: Iterable[int]) -> None:
+    arch = jit.device_arch(torch.cuda.current_device())
+    jit.import_tilelang()
+
+    def compile_kernel(kernel: tuple[str, specs.Arguments]) -> None:
+        try:
+            jit.compile_kernel(*kernel, arch)
+        except jit.CompileError as error:
+            # The tests that need it will fail, and only they.
+            print(f"run_transformer_engine_tests: {error}", file=sys.stderr)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_kernel, kernels_of(widths)))
+
+
 class Alias:
     """The import alias, and a check that no module of a real transformer_engine got past it."""
 
@@ -60,6 +97,12 @@ class Alias:
             return (yield)
         with OnCpu():
             return (yield)
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        if self.on_cpu or session.config.option.collectonly or not torch.cuda.is_available():
+            return
+        parameters = [getattr(item, "callspec").params for item in session.items]  # noqa: B009
+        compile_ahead({given["cfg"].C for given in parameters if "cfg" in given})
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"transformer_engine is {transformer_engine.__file__}")

@@ -157,10 +157,11 @@ def sub_layer(
     beta: Tensor,
     buffer: Tensor | None,
     bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
 ) -> Tensor:
     """A sub-layer whose layer is the identity, as in TransformerEngine's test of the buffer."""
     layer_input, H_post, H_res = te.mhc_generate_mix_and_aggregate(
-        x, phi, alpha, beta, fused_grad_x_acc_buffer=buffer
+        x, phi, alpha, beta, norm_weight, fused_grad_x_acc_buffer=buffer
     )
     return te.mhc_fused_expand_combine(
         layer_input, bias, H_post, x, H_res, N, fused_grad_x_acc_buffer=buffer

@@ -221,11 +221,16 @@ def _projection_norm_backwards(s: Sizes) -> list[Arguments]:
     return [(s.mixes, size, 0), (s.n, size, 0), (s.mixes, size, s.n), (s.n, size, s.n)]
 
 
+def _has_te(s: Sizes) -> bool:
+    """What TransformerEngine has: n = 4, and no float16."""
+    return s.n == 4 and s.dtype != "float16"
+
+
 def _projection_backwards(s: Sizes) -> list[Arguments]:
     # With the aggregate also on top of a gradient that the streams have; alone on top of a buffer.
     size = s.n * s.hidden
     plain = [(*sizes, "") for sizes in _projection_norm_backwards(s)]
-    buffered = [(s.mixes, size, 0, "float32")] if s.n == 4 else []
+    buffered = [(s.mixes, size, 0, "float32")] if _has_te(s) else []
     return [*plain, (s.mixes, size, s.n, s.dtype), *buffered]
 
 
@@ -298,17 +303,17 @@ def _with_weights(sizes: list[Arguments], s: Sizes, *into: str) -> list[Argument
 _PROJECTION = ("projection", "contract", "fused_pre")
 
 
-def _four_streams(arguments: Callable[[Sizes], list[Arguments]]) -> Callable[..., Any]:
-    """TransformerEngine has n = 4 only."""
-    return lambda s: arguments(s) if s.n == 4 else []
+def _of_te(arguments: Callable[[Sizes], list[Arguments]]) -> Callable[..., Any]:
+    """For kernels behind compat.transformer_engine alone."""
+    return lambda s: arguments(s) if _has_te(s) else []
 
 
-@_four_streams
+@_of_te
 def _interleaved(s: Sizes) -> list[Arguments]:
-    return [(s.n, s.hidden, s.dtype)] if s.dtype != "float16" else []
+    return [(s.n, s.hidden, s.dtype)]
 
 
-@_four_streams
+@_of_te
 def _interleaved_posts(s: Sizes) -> list[Arguments]:
     # The layer's output in the dtype of the streams; without a bias, and with one.
     return [(*sizes, s.dtype, bias) for sizes in _interleaved(s) for bias in ("", *s.parameters)]
@@ -319,12 +324,12 @@ def _with_buffer(arguments: Callable[[Sizes], list[Arguments]]) -> Callable[...,
     return lambda s: [(*a, g) for a in arguments(s) for g in dict.fromkeys((s.dtype, "float32"))]
 
 
-@_four_streams
+@_of_te
 def _padded_projections(s: Sizes) -> list[Arguments]:
     return [(s.mixes, s.n * s.hidden)]
 
 
-@_four_streams
+@_of_te
 def _padded_mixes(s: Sizes) -> list[Arguments]:
     return [(s.n, *gates) for gates in itertools.product(s.parameters, repeat=2)]
 
@@ -390,8 +395,8 @@ SPECS = (
     Spec("padded_projection_pack", "padded_projection", _TE, _padded_projections),
     Spec("padded_mixes_fwd", "padded_mixes", _TE, _padded_mixes),
     Spec("padded_mixes_bwd", "padded_mixes", _TE, _padded_mixes),
-    Spec("log_sinkhorn_fwd", "log_sinkhorn", _TE, _four_streams(_n)),
-    Spec("log_sinkhorn_bwd", "log_sinkhorn", _TE, _four_streams(lambda s: [(s.n, s.capacity)])),
+    Spec("log_sinkhorn_fwd", "log_sinkhorn", _TE, _of_te(_n)),
+    Spec("log_sinkhorn_bwd", "log_sinkhorn", _TE, _of_te(lambda s: [(s.n, s.capacity)])),
     Spec("recompute", "recompute", ("recompute",), _streams),
     Spec("recompute_table", "recompute", ("recompute",), lambda _: [(TABLE_SLOTS,)]),
 )

@@ -86,8 +86,24 @@ def with_norm(op: Op, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name != "norm_weight"}
 
 
+def run_transformer_engine(case: Case) -> None:
+    """The functions of compat.transformer_engine, and its buffer of gradients."""
+    for op in te_cases.ops(TE_DTYPES):
+        tensors, options = op.inputs(*case.shape, "cpu")
+        upstream = oracle.upstream_of(op, tensors, options)
+        oracle.evaluate(op.run, tensors, options, upstream, op.outputs)
+    inputs = te_cases.sub_layer_inputs(case.num_tokens, case.hidden_size, TE_DTYPES, "cpu")
+    norm = norm_weight(case.hidden_size * te_cases.N, "cpu")
+    for more in ({}, {"bias": torch.randn(case.hidden_size), "norm_weight": norm}):
+        leaves = {name: tensor.requires_grad_() for name, tensor in (inputs | more).items()}
+        out = te_cases.sub_layer(**leaves, buffer=torch.empty(inputs["x"].shape))
+        out.backward(torch.randn_like(out))
+
+
 def run_everything(case: Case, dtypes: Dtypes = DEFAULT_DTYPES) -> None:
     """Every op forward and backward, in every form that has kernels of its own."""
+    if case.num_streams == te_cases.N and dtypes is DEFAULT_DTYPES:
+        run_transformer_engine(case)
     for op in EVERY_OP:
         tensors, options = op.inputs(*case.shape, "cpu")
         for chosen in (tensors, with_norm(op, tensors)):
