@@ -1,6 +1,8 @@
 """What the emulated tests run on: few pairs (n, H), as each is a build, and many token counts."""
 
 import dataclasses
+import os
+from collections.abc import Mapping
 from typing import Any
 from unittest import mock
 
@@ -27,6 +29,17 @@ from tile_mhc.ops import projection as projection_op
 
 TE_DTYPES = te_cases.DTYPES[0]
 PAIRS = ((2, 64), (4, 192), (8, 128))
+# A build costs seconds, and there are several hundred. By default every kernel is built at one pair,
+# and at the others what the tests of ops run; TILE_MHC_EMULATOR=full builds all of them.
+FULL = os.environ.get("TILE_MHC_EMULATOR", "") == "full"
+VARIED = PAIRS if FULL else PAIRS[1:2]
+
+
+def some(sizes: Mapping[Any, Any], count: int = 1) -> dict[Any, Any]:
+    """The first `count` of them, unless all are wanted."""
+    return dict(list(sizes.items())[: None if FULL else count])
+
+
 # A row of more than one access a thread, for the ops without a matmul.
 WIDE = (4, 2560)
 WIDE_OPS = ("expand", "aggregate", "post", "recompute")

@@ -16,6 +16,7 @@ from accumulation import (
 )
 from emulator import launch
 from emulator.ops import emulated
+from emulator.suite import some
 from tile_mhc import GradAccumulator, specs
 
 SEED = 1
@@ -25,7 +26,7 @@ SIZES = {
     (2, 64): (torch.bfloat16, torch.bfloat16),
     (2, 33): (torch.float16, torch.float32),
 }
-PAIRS = pytest.mark.parametrize("pair", SIZES, ids=str)
+PAIRS = pytest.mark.parametrize("pair", some(SIZES), ids=str)
 # The first of them writes.
 READERS = ("contract", *SUB_LAYER, "second contract")
 
@@ -100,7 +101,7 @@ def test_accumulator(pair, num_tokens):
     assert oracle.relative_error(residual, truth) <= bar
 
 
-@pytest.mark.parametrize("pair", [(4, 192), (2, 64)], ids=str)
+@pytest.mark.parametrize("pair", some({(4, 192): "", (2, 64): ""}), ids=str)
 def test_accumulator_over_several_tiles(pair):
     """One CTA with all the work: what it loads ahead of what it stores, in the same memory."""
     with emulated(seed=SEED, num_sms=1):

@@ -7,10 +7,11 @@ import oracle
 import te_cases
 from emulator import launch
 from emulator.ops import emulated
+from emulator.suite import FULL
 from te_cases import DTYPES, case, kinds, op_of
 
 SEED = 1
-FEW = (DTYPES[0], DTYPES[3])
+FEW = (DTYPES[0], DTYPES[3]) if FULL else DTYPES[:1]
 few = pytest.mark.parametrize("dtypes", FEW, ids=str)
 CASES = (
     case(0, 192, "no token"),
@@ -44,7 +45,7 @@ def test_wide_streams(kind):
 
 
 @pytest.mark.parametrize("channels", [192, 33])
-@pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[2]], ids=str)
+@pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[2]][: 2 if FULL else 1], ids=str)
 def test_buffer(dtypes, channels):
     """Written, added to and taken; nearer to float64 than the sum of rounded parts."""
     inputs = te_cases.sub_layer_inputs(130, channels, dtypes, "cpu")
