@@ -29,7 +29,7 @@ from tile_mhc.ops import projection as projection_op
 
 TE_DTYPES = te_cases.DTYPES[0]
 PAIRS = ((2, 64), (4, 192), (8, 128))
-# A build costs seconds, and there are several hundred. By default every kernel is built at one pair,
+# A build costs seconds, and there are hundreds. By default every kernel is built at one pair,
 # and at the others what the tests of ops run; TILE_MHC_EMULATOR=full builds all of them.
 FULL = os.environ.get("TILE_MHC_EMULATOR", "") == "full"
 VARIED = PAIRS if FULL else PAIRS[1:2]
