@@ -17,7 +17,6 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -68,17 +67,9 @@ def kernels_of(widths: Iterable[int]) -> list[tuple[str, specs.Arguments]]:
 
 def compile_ahead(widths: Iterable[int]) -> None:
     arch = jit.device_arch(torch.cuda.current_device())
-    jit.import_tilelang()
-
-    def compile_kernel(kernel: tuple[str, specs.Arguments]) -> None:
-        try:
-            jit.compile_kernel(*kernel, arch)
-        except jit.CompileError as error:
-            # The tests that need it will fail, and only they.
-            print(f"run_transformer_engine_tests: {error}", file=sys.stderr)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_kernel, kernels_of(widths)))
+    # The tests that need one that fails will fail, and only they.
+    for problem in jit.fill_cache(kernels_of(widths), arch, os.cpu_count() or 1):
+        print(f"run_transformer_engine_tests: {problem}", file=sys.stderr)
 
 
 class Alias:
