@@ -25,6 +25,11 @@ def check(case, plain, found, dtype, streams=torch.bfloat16):
         # Products of two parts are near float32, not in it.
         bar += tolerances.PROMISED["projection", "out"]
     assert oracle.relative_error(residual, truth) <= bar
+    if case.residual.shape[-2] == 8 and dtype == torch.float32:
+        # post's kernel for eight streams and a float32 target takes four values a thread, not
+        # eight, or it would spill: sums over H in another order.
+        for name in ("post.post_mix", "post.comb_mix"):
+            assert oracle.relative_error(found.pop(name), plain.pop(name).double()) < 1e-6
     oracle.check_same_bits(plain, found, "with an accumulator:")
 
 

@@ -104,7 +104,9 @@ def register_into(
                 if tensor is not None
             }
             grads = function(args[:-count], into)
-            return tuple(g.new_empty(0) if p in into else g for p, g in enumerate(grads))
+            return tuple(
+                into[p].tensor.new_empty(0) if p in into else g for p, g in enumerate(grads)
+            )
 
         return run
 
