@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import tile_mhc
+import tile_mhc.compat.transformer_engine  # noqa: F401  (registers its operators)
 from tile_mhc import reference
 
 Inputs = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by argument name, and the options

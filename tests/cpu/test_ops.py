@@ -485,7 +485,7 @@ def test_out_operators_end_in_their_out():
         written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
         expected = ["out"] if name.endswith(("_out", "_accumulate")) else []
         assert written == (["layer_inputs", "residuals"] if name == "recompute" else expected)
-        assert not expected or str(schema).endswith("(a!) out) -> ()")
+        assert not expected or "(a!) out) -> " in str(schema)
 
 
 def test_import_brings_in_neither_compiler_nor_transformers():
