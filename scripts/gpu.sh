@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # What only a GPU shows, in one run, with its logs in a folder:
 #
-#   scripts/gpu.sh OUT [TILEKERNELS]
+#   scripts/gpu.sh OUT [TILEKERNELS [TRANSFORMERENGINE]]
 #
-# tests/gpu and tests/parity, TileKernels' own tests where TILEKERNELS is a checkout of it, the first
-# step of a fresh process with an empty and with a filled cache, then `tile-mhc bench`, alone on the
-# GPU, beside TileKernels where it is installed. BENCH_ARGS goes to it. Exits non-zero if anything
-# failed.
+# tests/gpu and tests/parity, the own tests of TileKernels and TransformerEngine where those are
+# checkouts of them, the first step of a fresh process with an empty and with a filled cache, what
+# accumulators save, then `tile-mhc bench`, alone on the GPU, beside TileKernels where it is installed.
+# BENCH_ARGS goes to it. Exits non-zero if anything failed.
 set -uo pipefail
-[ $# -ge 1 ] || { echo "usage: scripts/gpu.sh OUT [TILEKERNELS]" >&2; exit 2; }
+[ $# -ge 1 ] || { echo "usage: scripts/gpu.sh OUT [TILEKERNELS [TRANSFORMERENGINE]]" >&2; exit 2; }
 mkdir -p "$1" || exit 1
 OUT=$(cd "$1" && pwd)
 TILEKERNELS=${2:+$(cd "$2" && pwd)} || exit 1
+TRANSFORMERENGINE=${3:+$(cd "$3" && pwd)} || exit 1
 # shellcheck source=scripts/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$ROOT" || exit 1
@@ -32,6 +33,11 @@ start gpu2 "${pytest[@]}" "${second[@]}"
 TILE_MHC_PARITY_REPORT="$OUT/parity.md" start parity "${pytest[@]}" "$ROOT/tests/parity"
 [ -z "$TILEKERNELS" ] ||
     start upstream "$PYTHON" scripts/run_tile_kernels_tests.py "$TILEKERNELS" -q
+if [ -n "$TRANSFORMERENGINE" ]; then
+    te=("$PYTHON" scripts/run_transformer_engine_tests.py "$TRANSFORMERENGINE" -q)
+    start te "${te[@]}"
+    NVTE_ALLOW_NONDETERMINISTIC_ALGO=0 start te_deterministic "${te[@]}"
+fi
 failed=()
 for name in "${!jobs[@]}"; do wait "${jobs[$name]}" || failed+=("$name"); done
 
@@ -39,6 +45,8 @@ for name in "${!jobs[@]}"; do wait "${jobs[$name]}" || failed+=("$name"); done
 TILELANG_CACHE_DIR="$cold" "$PYTHON" scripts/first_call.py --hidden 4096 >"$OUT/first_cold.log" 2>&1 ||
     failed+=(first_cold)
 "$PYTHON" scripts/first_call.py --hidden 4096 >"$OUT/first_warm.log" 2>&1 || failed+=(first_warm)
+"$PYTHON" scripts/accumulators.py --tokens 8192 --hidden 7168 >"$OUT/accumulators.log" 2>&1 ||
+    failed+=(accumulators)
 for log in "$OUT"/*.log; do say "$(basename "$log" .log): $(tail -n 1 "$log" | cut -c1-200)"; done
 vs=()
 # Found, not imported: its own __init__ does not import on tilelang 0.1.15.

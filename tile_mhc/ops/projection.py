@@ -55,7 +55,7 @@ def projection(
 
     On CUDA the weight, and streams that are not bfloat16, are split into two bfloat16 parts, so
     that the product is near fp32 (about 1e-5 relative to float64, where TF32 gives 2e-4); sums over
-    K are fp32, in a fixed order.
+    K are fp32, in a fixed order. Of float32 streams below 2**-117 the first part alone counts.
 
     Gradients of parameters that carry `main_grad` go into that: see `tile_mhc.main_grad`.
 
