@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from emulator import launch, lowering
-from emulator.suite import VARIED, WIDE, WIDE_OPS
+from emulator.suite import PAIRS, VARIED, WIDE, WIDE_OPS
 from tile_mhc import specs
 
 HERE = Path(__file__).parent
@@ -37,6 +37,9 @@ def pytest_collection_modifyitems(items):
 def built_kernels():
     """Lowering releases the GIL, and g++ is a process of its own."""
     kernels = specs.select([specs.Sizes(*pair) for pair in VARIED])
+    # At the other pairs no test has many splits.
+    others = specs.select([specs.Sizes(*pair) for pair in PAIRS])
+    kernels += [kernel for kernel in others if kernel not in kernels and True not in kernel[1]]
     kernels += specs.select([specs.Sizes(*WIDE)], WIDE_OPS)
     # The slowest first: none of them is left alone at the end.
     kernels.sort(key=lambda kernel: not kernel[0].startswith("projection"))
