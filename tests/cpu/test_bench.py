@@ -347,11 +347,11 @@ SHAPES = [Shape(16, 64, 4), Shape(8, 64, 4), Shape(16, 128, 4), Shape(2, 64, 2)]
 
 def test_every_op_is_compiled_before():
     parts = {part for op in ops.make_ops() for part in compiling.PARTS.get(op.stem, (op.stem,))}
-    assert parts == set(specs.OPS)
+    assert parts == set(specs.OPS) - {"transformer_engine"}
     post = [op for op in ops.make_ops() if op.stem == "post"]
     wanted = compiling.kernels(post, SHAPES)
     assert {name for name, _ in wanted} >= {"post_fwd", "post_bwd"}
-    assert {args for _, args in wanted} == {(4, 64), (4, 128), (2, 64)}
+    assert {args[:2] for name, args in wanted if name == "post_fwd"} == {(4, 64), (4, 128), (2, 64)}
 
 
 def test_the_peer_runs_each_stem_once_before():

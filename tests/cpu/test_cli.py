@@ -177,13 +177,13 @@ def test_list_as_json(run):
         {
             "name": name,
             "stem": "post",
-            "ops": ["post"],
+            "ops": ops,
             "arguments": arguments,
         }
-        for name, arguments in (
-            ("post_fwd", of_streams),
-            ("post_bwd", of_streams),
-            ("post_bias_bwd", [[64]]),
+        for name, ops, arguments in (
+            ("post_fwd", ["post"], of_streams),
+            ("post_bwd", ["post"], of_streams),
+            ("post_bias_bwd", ["post", "transformer_engine"], [[64]]),
         )
     ]
 

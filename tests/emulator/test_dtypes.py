@@ -111,9 +111,12 @@ def test_size_of_float32_streams(size):
         reference.projection, wide, options, [g.double() for g in upstream], ["out"]
     )
     assert oracle.relative_error(ours["out"], truth["out"]) < 1e-5
+    # A tile has one power of two: beside gradients of mixes near 1, those of a token may be as
+    # coarse as bfloat16's smallest number, 2**-133.
+    grain = 2.0**-133 * float((wide["weight"] * wide["norm_weight"]).abs().sum(0).max())
     for token in range(13):
-        grads = ours["grad_residual"][token], truth["grad_residual"][token]
-        assert oracle.relative_error(*grads) < 3e-5, token
+        got, want = ours["grad_residual"][token].double(), truth["grad_residual"][token]
+        assert (got - want).norm() <= 3e-5 * want.norm() + grain * want.numel() ** 0.5, token
     for name in ("grad_weight", "grad_norm_weight"):
         assert oracle.relative_error(ours[name], truth[name]) < 1e-5, name
 

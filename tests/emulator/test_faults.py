@@ -26,7 +26,7 @@ def expand_arguments():
 
 def aggregate_arguments():
     wide = torch.ones(3, 4, 192, dtype=BF16)
-    return wide[:, 0].clone(), wide, torch.ones(3, 4), torch.ones_like(wide), torch.ones(3, 4)
+    return wide[:, 0].clone(), wide, torch.ones(3, 4), torch.ones_like(wide), torch.ones(3, 4), 0
 
 
 def sinkhorn_arguments():
