@@ -97,10 +97,13 @@ def test_one_bfloat16_parameter(op, dtypes):
     oracle.check(op, case, dtypes.of(tensors), options)
 
 
-@pytest.mark.parametrize("size", [3.4e38, 1e30, 1e19, 1e-30], ids=str)
+@pytest.mark.parametrize("size", [1e34, 1e30, 1e19, 1e-30], ids=str)
 def test_size_of_float32_streams(size):
-    """Sums of squares that float32 cannot hold, beside tokens that it can, and high parts that
-    would round to infinity."""
+    """Sums of squares that float32 cannot hold, beside tokens that it can.
+
+    Not 3.4e38, where only a tile of such tokens is exact: a tile has one power of two, and beside
+    gradients near 1 those below 2**-117 have no low part. See test_projection_any.py for that.
+    """
     tensors, options = PROJECTION.inputs((13,), 2, 33, "cpu")
     tensors["residual"] = tensors["residual"].float()
     tensors["residual"][::2] = tensors["residual"][::2].sign() * size
@@ -111,12 +114,9 @@ def test_size_of_float32_streams(size):
         reference.projection, wide, options, [g.double() for g in upstream], ["out"]
     )
     assert oracle.relative_error(ours["out"], truth["out"]) < 1e-5
-    # A tile has one power of two: beside gradients of mixes near 1, those of a token may be as
-    # coarse as bfloat16's smallest number, 2**-133.
-    grain = 2.0**-133 * float((wide["weight"] * wide["norm_weight"]).abs().sum(0).max())
     for token in range(13):
-        got, want = ours["grad_residual"][token].double(), truth["grad_residual"][token]
-        assert (got - want).norm() <= 3e-5 * want.norm() + grain * want.numel() ** 0.5, token
+        grads = ours["grad_residual"][token], truth["grad_residual"][token]
+        assert oracle.relative_error(*grads) < 3e-5, token
     for name in ("grad_weight", "grad_norm_weight"):
         assert oracle.relative_error(ours[name], truth[name]) < 1e-5, name
 
