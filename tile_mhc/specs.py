@@ -279,12 +279,11 @@ def _into_main_grad(arguments: Choice) -> Choice:
     return of
 
 
-def _any(arguments: Choice, reads_streams: bool = True) -> Choice:
+def _any(arguments: Choice) -> Choice:
     """The same for those that take any dtype of streams, which comes first, and any width."""
 
     def of(s: Sizes) -> list[Arguments]:
-        dtype = (s.dtype,) if reads_streams else ()
-        sizes = [(*size, *dtype) for size in arguments(s)]
+        sizes = [(*size, s.dtype) for size in arguments(s)]
         return [] if _has_fast_projection(s) else _with_weights(sizes, s)
 
     return of
@@ -352,7 +351,7 @@ SPECS = (
         "projection_weight_bwd",
         "projection",
         (*_PROJECTION, *_TE),
-        _into_main_grad(_fast(_projections)),
+        _into_main_grad(lambda s: _with_weights(_projections(s), s)),
     ),
     Spec("projection_any_fwd", "projection_any", (*_PROJECTION, *_TE), _any(_projections)),
     Spec(
@@ -360,12 +359,6 @@ SPECS = (
         "projection_any",
         (*_PROJECTION, *_TE),
         _into_accumulator(_any(_projection_backwards)),
-    ),
-    Spec(
-        "projection_any_weight_bwd",
-        "projection_any",
-        (*_PROJECTION, *_TE),
-        _into_main_grad(_any(_projections, reads_streams=False)),
     ),
     Spec("split_mixes_fwd", "mixes", ("split_mixes", "fused_pre"), _n_gates),
     Spec("split_mixes_bwd", "mixes", ("split_mixes", "fused_pre"), _n_gates),

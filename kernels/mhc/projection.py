@@ -11,6 +11,8 @@ Builders take the dtypes of the two: `weight_dtype`, and `norm_dtype`, which is 
 weight. A kernel gets one element in place of a tensor that it does not read.
 """
 
+import math
+
 import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
@@ -597,7 +599,7 @@ def projection_weight_bwd(
     With `into_*`, the dtypes of the two destinations, each is written or, if it `adds`, added to.
     """
     slices = T.dynamic("num_slices")
-    vector = 4
+    vector = math.gcd(size, 4)
     has_norm = norm_dtype != ""
     directed = into_weight != ""
     # A thread takes one row of the weight; with a norm weight all, as it sums over them.

@@ -13,7 +13,6 @@ from tile_mhc.kernels._common import SIMT, builder, follow_previous
 from tile_mhc.kernels._shapes import ANY_COLUMNS, ANY_K, ANY_TOKENS, factors_width, padded
 from tile_mhc.kernels.projection import (
     MATMUL_THREADS,
-    THREADS,
     high_part,
     low_part,
     norm_shape,
@@ -235,61 +234,3 @@ def projection_any_bwd(
                     )
 
     return projection_any_bwd_kernel
-
-
-@builder(SIMT)
-def projection_any_weight_bwd(
-    num_mixes: int,
-    size: int,
-    weight_dtype: str = "float32",
-    norm_dtype: str = "",
-    into_weight: str = "",
-    into_norm: str = "",
-):
-    """`projection_weight_bwd` for a K of any alignment: one column a thread."""
-    slices = T.dynamic("num_slices")
-    has_norm = norm_dtype != ""
-    directed = into_weight != ""
-    # A thread takes one row of the weight; with a norm weight all, as it sums over them.
-    rows = num_mixes if has_norm else 1
-    threads = 32 if has_norm else THREADS
-
-    @T.prim_func
-    def projection_any_weight_bwd_kernel(
-        partials: T.Tensor[(slices, num_mixes, size), T.float32],
-        weight: T.Tensor[(num_mixes, size), weight_dtype],
-        norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
-        grad_weight: T.Tensor[(num_mixes, size), into_weight or weight_dtype],
-        grad_norm_weight: T.Tensor[
-            norm_shape(size, norm_dtype), into_norm or norm_dtype or T.float32
-        ],
-        adds: T.int32,
-        adds_norm: T.int32,
-    ):
-        with T.Kernel(T.ceildiv(size, threads), num_mixes // rows, threads=threads) as (
-            block,
-            first,
-        ):
-            follow_previous()
-            k = block * threads + T.get_thread_binding()
-            total = T.alloc_local((1,), T.float32)
-            norm = T.alloc_local((1,), T.float32)
-            if k < size:
-                norm[0] = 0.0
-                for row in T.serial(rows):
-                    m = first * rows + row
-                    total[0] = 0.0
-                    for s in T.serial(slices):
-                        total[0] += partials[s, m, k]
-                    if has_norm:
-                        norm[0] += total[0] * T.cast(weight[m, k], T.float32)
-                        total[0] *= T.cast(norm_weight[k], T.float32)
-                    if directed and adds != 0:
-                        total[0] += T.cast(grad_weight[m, k], T.float32)
-                    grad_weight[m, k] = T.cast(total[0], grad_weight.dtype)
-                if has_norm:
-                    if directed and adds_norm != 0:
-                        norm[0] += T.cast(grad_norm_weight[k], T.float32)
-                    grad_norm_weight[k] = T.cast(norm[0], grad_norm_weight.dtype)
-
-    return projection_any_weight_bwd_kernel

@@ -8,6 +8,7 @@ from torch import Tensor
 from tile_mhc import config, errors, jit, reference, specs
 from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.kernels._shapes import (
+    ANY_K,
     BACKWARD_TOKENS,
     BLOCK_K,
     BLOCK_TOKENS,
@@ -114,14 +115,10 @@ def blocks_per_split(num_tokens: int, size: int, num_splits: int | None) -> int:
 
     Not less than four: a shorter split would cost more in partial sums than it gains.
     """
-    blocks = -(-size // BLOCK_K)
-    if config.get_batch_invariant():
-        return max(INVARIANT_BLOCKS, -(-blocks // (num_splits or blocks)))
-    tiles = -(-num_tokens // BLOCK_TOKENS)
-    wanted = max(1, config.get_num_sms() // tiles)
-    if num_splits is not None:
-        wanted = min(wanted, num_splits)
-    return max(4, -(-blocks // wanted))
+    blocks, tiles = -(-size // BLOCK_K), -(-num_tokens // BLOCK_TOKENS)
+    return projection_any.divide_blocks(
+        blocks, tiles, num_splits, ctas_per_sm=1, least=4, invariant=INVARIANT_BLOCKS
+    )
 
 
 def parameter_dtypes(weight: Tensor, norm_weight: Tensor | None, *into: str) -> tuple[str, ...]:
@@ -168,17 +165,17 @@ def split_products(
     x = residual.view(-1, size)
     num_tokens = x.shape[0]
     dtypes = parameter_dtypes(weight, norm_weight)
-    if not is_fast(residual):
-        return projection_any.split_products(
-            x, parameters(weight, norm_weight), dtypes, num_splits, tf32
-        )
-    block = blocks_per_split(num_tokens, size, num_splits)
-    splits = -(-(size // BLOCK_K) // block)
+    if is_fast(residual):
+        block = blocks_per_split(num_tokens, size, num_splits)
+        splits = -(-size // (block * BLOCK_K))
+        kernel = jit.kernel("projection_fwd", num_mixes, size, *dtypes)
+    else:
+        block = projection_any.blocks_per_split(num_tokens, size, num_splits)
+        splits = -(-size // (block * ANY_K))
+        kernel = projection_any.forward_kernel(x, num_mixes, dtypes)
     products = x.new_empty(splits, num_tokens, num_mixes, dtype=torch.float32)
     squares = x.new_empty(splits, num_tokens, dtype=torch.float32)
-    jit.kernel("projection_fwd", num_mixes, size, *dtypes)(
-        x, *parameters(weight, norm_weight), products, squares, block, tf32
-    )
+    kernel(x, *parameters(weight, norm_weight), products, squares, block, tf32)
     return products, squares
 
 
@@ -319,6 +316,7 @@ def launch_matmuls(
     num_mixes, size = weight.shape
     x = residual.view(-1, size)
     num_tokens = x.shape[0]
+    given = parameters(weight, norm_weight)
     held = "" if accumulated is None else dtype_of(accumulated)
     dtypes = parameter_dtypes(weight, norm_weight, dtype_into(into, 0))
     if is_fast(residual):
@@ -337,7 +335,7 @@ def launch_matmuls(
         grad_parts,
         factors,
         x,
-        *parameters(weight, norm_weight),
+        *given,
         grad_input,
         absent(x.device, x.dtype) if accumulated is None else accumulated.view(-1, size),
         grad_residual.view(-1, size),
@@ -350,13 +348,9 @@ def launch_matmuls(
         if 1 in into or 2 in into:
             norm = "" if norm_weight is None else dtype_of(grad_norm_weight)
             dtypes = parameter_dtypes(weight, norm_weight, dtype_of(grad_weight), norm)
-        if is_fast(residual):
-            kernel = jit.kernel("projection_weight_bwd", num_mixes, size, *dtypes)
-        else:
-            kernel = projection_any.weight_kernel(num_mixes, size, dtypes)
-        kernel(
+        jit.kernel("projection_weight_bwd", num_mixes, size, *dtypes)(
             partials,
-            *parameters(weight, norm_weight),
+            *given,
             grad_weight,
             absent(x.device) if norm_weight is None else grad_norm_weight,
             adds(into, 1),

@@ -1,6 +1,5 @@
 """What `projection` launches for streams that its own kernels do not take: any dtype and width."""
 
-import torch
 from torch import Tensor
 
 from tile_mhc import config, jit
@@ -13,36 +12,29 @@ CTAS_PER_SM = 2
 INVARIANT_BLOCKS = 32
 
 
-def split_products(
-    x: Tensor,
-    parameters: tuple[Tensor, Tensor],
-    dtypes: tuple[str, ...],
-    num_splits: int | None,
-    tf32: bool,
-) -> tuple[Tensor, Tensor]:
-    """The products (S, T, N) and sums of squares (S, T) of S slices of K."""
-    num_tokens, size = x.shape
-    num_mixes = parameters[0].shape[0]
-    block = blocks_per_split(num_tokens, size, num_splits)
-    splits = -(-size // (block * ANY_K))
-    products = x.new_empty(splits, num_tokens, num_mixes, dtype=torch.float32)
-    squares = x.new_empty(splits, num_tokens, dtype=torch.float32)
-    jit.kernel("projection_any_fwd", num_mixes, size, dtype_of(x), *dtypes)(
-        x, *parameters, products, squares, block, tf32
-    )
-    return products, squares
+def forward_kernel(x: Tensor, num_mixes: int, dtypes: tuple[str, ...]) -> jit.Launch:
+    return jit.kernel("projection_any_fwd", num_mixes, x.shape[1], dtype_of(x), *dtypes)
 
 
 def blocks_per_split(num_tokens: int, size: int, num_splits: int | None) -> int:
     """How many K blocks one CTA takes; not less than eight, as the partial sums cost too."""
-    blocks = -(-size // ANY_K)
+    blocks, tiles = -(-size // ANY_K), -(-num_tokens // ANY_TOKENS)
+    return divide_blocks(
+        blocks, tiles, num_splits, ctas_per_sm=CTAS_PER_SM, least=8, invariant=INVARIANT_BLOCKS
+    )
+
+
+def divide_blocks(
+    blocks: int, tiles: int, num_splits: int | None, *, ctas_per_sm: int, least: int, invariant: int
+) -> int:
+    """Blocks of a split, of at most `num_splits`: so many that all tiles' splits run at once, and
+    `least`; in the batch-invariant mode `invariant`, for any number of tiles and SMs."""
     if config.get_batch_invariant():
-        return max(INVARIANT_BLOCKS, -(-blocks // (num_splits or blocks)))
-    tiles = -(-num_tokens // ANY_TOKENS)
-    wanted = max(1, CTAS_PER_SM * config.get_num_sms() // tiles)
+        return max(invariant, -(-blocks // (num_splits or blocks)))
+    wanted = max(1, ctas_per_sm * config.get_num_sms() // tiles)
     if num_splits is not None:
         wanted = min(wanted, num_splits)
-    return max(8, -(-blocks // wanted))
+    return max(least, -(-blocks // wanted))
 
 
 def backward_kernel(
@@ -50,10 +42,6 @@ def backward_kernel(
 ) -> jit.Launch:
     size, dtype = x.shape[1], dtype_of(x)
     return jit.kernel("projection_any_bwd", num_mixes, size, streams, held, dtype, *dtypes)
-
-
-def weight_kernel(num_mixes: int, size: int, dtypes: tuple[str, ...]) -> jit.Launch:
-    return jit.kernel("projection_any_weight_bwd", num_mixes, size, *dtypes)
 
 
 def backward_slice(num_tokens: int, size: int) -> int:
