@@ -52,3 +52,29 @@ def factors_width(n: int) -> int:
 def padded(num_mixes: int) -> int:
     """projection: columns of one part of a split weight, in whole 8-column tensor core tiles."""
     return -(-num_mixes // 8) * 8
+
+
+# contract_cluster: tokens that a cluster of CTAs takes at a time, and columns of H a warp has.
+CLUSTER_TOKENS = 8
+CLUSTER_COLUMNS = 64
+# What its ring of tokens may take of shared memory, in bytes; the rest is for sums.
+CLUSTER_RING = 214 * 1024
+
+
+def cluster_stages(n: int, width: int, backward: bool) -> int:
+    """contract_cluster: how many groups of tokens fit the ring of a CTA that has `width` of H."""
+    return CLUSTER_RING // (CLUSTER_TOKENS * (n + backward) * width * 2)
+
+
+def cluster_size(n: int, hidden_size: int, backward: bool) -> int:
+    """contract_cluster: CTAs that share a token; 0 where there is no such kernel.
+
+    As few as leave room for three groups of tokens: one whose products are taken, one whose gates
+    are awaited, one that comes.
+    """
+    for size in (1, 2, 4, 8):
+        width = hidden_size // size
+        whole = hidden_size % (size * CLUSTER_COLUMNS) == 0 and width <= 1024
+        if n <= 4 and whole and cluster_stages(n, width, backward) >= 3:
+            return size
+    return 0

@@ -200,7 +200,6 @@ def split_sums(
     if sharing == 1:
         for s in T.unroll(splits, unroll_factor=8):
             out[0] += products[s, t, m]
-        for s in T.unroll(splits, unroll_factor=8):
             out[1] += squares[s, t]
     else:
         for step in T.unroll(T.ceildiv(splits - lane, sharing), unroll_factor=8):
