@@ -42,11 +42,16 @@ def register(
     return _recorded(name, operator, backward, setup_context)
 
 
+def empty_like(tensor: Tensor) -> Tensor:
+    """Contiguous; `new_empty` with the tensor's shape takes the host twice as long."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
 def empty_gradients(*inputs: Tensor | None) -> tuple[Tensor, ...]:
     """Room for the gradient of each input; of a None no element, in the dtype of the one before."""
     grads: list[Tensor] = []
     for value in inputs:
-        grads.append(grads[-1].new_empty(0) if value is None else value.new_empty(value.shape))
+        grads.append(grads[-1].new_empty(0) if value is None else empty_like(value))
     return tuple(grads)
 
 
