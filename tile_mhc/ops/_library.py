@@ -42,6 +42,23 @@ def register(
     return _recorded(name, operator, backward, setup_context)
 
 
+def temporaries(like: Tensor, *shapes: tuple[int, int]) -> list[Tensor]:
+    """Float32 tensors for a launcher's own use, out of one allocation, each aligned as one.
+
+    An allocation takes the host three times as long as a view. Not for what an op returns: a view
+    keeps all of the memory.
+    """
+    starts, size = [], 0
+    for height, width in shapes:
+        starts.append(size)
+        size += (height * width + 63) & -64  # 256 bytes
+    memory = like.new_empty(size, dtype=torch.float32)
+    return [
+        memory.as_strided(shape, (shape[1], 1), start)
+        for shape, start in zip(shapes, starts, strict=True)
+    ]
+
+
 def empty_like(tensor: Tensor) -> Tensor:
     """Contiguous; `new_empty` with the tensor's shape takes the host twice as long."""
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
