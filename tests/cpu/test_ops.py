@@ -465,6 +465,30 @@ def test_kernels_get_aligned_inputs(monkeypatch):
     assert number == 3
 
 
+def test_temporaries_are_apart_and_aligned():
+    shapes = [(3, 5), (1, 64), (130, 24), (7, 1), (2, 2)]
+    tensors = _library.temporaries(torch.empty(2, dtype=torch.bfloat16), *shapes)
+    for value, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
+        assert tensor.shape == shape
+        assert tensor.dtype == torch.float32
+        assert tensor.is_contiguous()
+        assert (tensor.data_ptr() - tensors[0].data_ptr()) % 256 == 0
+        tensor.fill_(value)
+    assert all((tensor == value).all() for value, tensor in enumerate(tensors))
+
+
+@EVERY_OP
+def test_eager_autograd_is_the_operators(op, monkeypatch):
+    """Around the operator as in it, which is what torch.compile traces."""
+    tensors, options = op.inputs((3,), 4, 64, "cpu")
+    upstream = oracle.upstream_of(op, tensors, options)
+    eager = oracle.evaluate(op.run, tensors, options, upstream, op.outputs)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    traced = oracle.evaluate(op.run, tensors, options, upstream, op.outputs)
+    assert eager.keys() == traced.keys()
+    assert all(torch.equal(eager[name], traced[name]) for name in eager)
+
+
 def test_shifted_out_is_refused(monkeypatch):
     storage = torch.zeros(65)
     schema = "op_out(Tensor a, Tensor(a!) out) -> ()"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tile_mhc import errors, main_grad
 from tile_mhc.accumulator import GradAccumulator, State
-from tile_mhc.ops._library import dtype_of, outside_graphs, register
+from tile_mhc.ops._library import dtype_of, empty_like, outside_graphs, register
 
 
 class Into(NamedTuple):
@@ -42,7 +42,7 @@ def room(into: Destinations, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         elif value is None:
             grads.append(grads[-1].new_empty(0))
         else:
-            grads.append(value.new_empty(value.shape))
+            grads.append(empty_like(value))
     return tuple(grads)
 
 

@@ -10,8 +10,17 @@ from tile_mhc import errors, jit, reference, specs
 from tile_mhc.ops import mixes as mixes_op
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops import sinkhorn as sinkhorn_op
-from tile_mhc.ops._destinations import NOWHERE, Destinations, Route, call, moved, register_into
-from tile_mhc.ops._library import dtype_of, empty_gradients, register
+from tile_mhc.ops._destinations import (
+    NOWHERE,
+    Destinations,
+    Route,
+    call,
+    clear,
+    moved,
+    register_into,
+    room,
+)
+from tile_mhc.ops._library import dtype_of, empty_gradients, register, temporaries
 
 
 def fused_pre(
@@ -75,7 +84,7 @@ def fused_pre(
     op = "fused_pre"
     n, _ = errors.check_streams(op, "residual", residual)
     rows = n * (n + 2)
-    projection_op.check_projection(
+    projection_op.check_parameters(
         op, residual, weight, norm_weight, norm_eps, num_splits, tf32, (rows,)
     )
     mixes_op.check_gates(op, scale, bias, 3, rows, ("residual", residual))
@@ -184,40 +193,65 @@ def _backward_cuda(
     into: Destinations = NOWHERE,
 ) -> tuple[Tensor, ...]:
     n, hidden_size = residual.shape[-2:]
-    pre_mix, _, logits = mixes_op.launch(mixes, scale, bias, n, post_mult, pre_eps)
-    grad_input = grad_input.contiguous()
-    grad_pre = torch.empty_like(pre_mix)
-    if residual.numel():
-        jit.kernel("aggregate_mix_bwd", n, hidden_size, *specs.stream_dtypes(dtype_of(residual)))(
-            grad_input.view(-1, hidden_size),
-            residual.view(-1, n, hidden_size),
-            grad_pre.view(-1, n),
-        )
-    grad_logits = sinkhorn_op.launch_backward(grad_comb, logits, sinkhorn_repeat, sinkhorn_eps)
-    grad_mixes, grad_scale, grad_bias = mixes_op.launch_backward(
+    grads = room(into, residual, weight, scale, bias, norm_weight)
+    grad_residual, grad_weight, grad_scale, grad_bias, grad_norm_weight = grads
+    if residual.numel() == 0:
+        clear(into, dict(enumerate(grads)))
+        return grads
+    num_mixes = weight.shape[0]
+    mixes = mixes.view(-1, num_mixes)
+    num_tokens = mixes.shape[0]
+    grad_input = grad_input.contiguous().view(-1, hidden_size)
+    pre_mix, grad_pre, logits, grad_logits, grad_mixes, partials, *factors = temporaries(
+        mixes,
+        (num_tokens, n),
+        (num_tokens, n),
+        (num_tokens, n * n),
+        (num_tokens, n * n),
+        (num_tokens, num_mixes),
+        mixes_op.partial_shape(num_tokens, num_mixes),
+        *projection_op.factor_shapes(num_tokens, num_mixes, n),
+    )
+    # Nothing reads post_mix here: it goes where the gradient of pre_mix then overwrites it.
+    mixes_op.launch_rows(mixes, scale, bias, pre_mix, grad_pre, logits, post_mult, pre_eps)
+    jit.kernel("aggregate_mix_bwd", n, hidden_size, *specs.stream_dtypes(dtype_of(residual)))(
+        grad_input, residual.view(-1, n, hidden_size), grad_pre
+    )
+    sinkhorn_op.launch_backward_rows(
+        n,
+        grad_comb.contiguous().view(-1, n * n),
+        logits,
+        grad_logits,
+        sinkhorn_repeat,
+        sinkhorn_eps,
+    )
+    mixes_op.launch_backward_rows(
         grad_pre,
-        grad_post,
+        grad_post.contiguous().view(-1, n),
         grad_logits,
         mixes,
         scale,
         bias,
-        n,
+        grad_mixes,
+        partials,
         post_mult,
-        into=moved(into, {2: 1, 3: 2}),
     )
-    grad_residual, grad_weight, grad_norm_weight = projection_op.launch_backward(
+    mixes_op.launch_sums(partials, grad_scale, grad_bias, moved(into, {2: 1, 3: 2}))
+    projection_op.launch_backward_rows(
         grad_mixes,
         residual,
         weight,
         norm_weight,
         mixes,
-        inv_rms,
+        inv_rms.view(-1),
         tf32,
-        aggregated=(grad_input, pre_mix),
-        accumulated=None if accumulated is None else accumulated.contiguous(),
-        into=moved(into, {1: 1, 4: 2}),
+        (grad_input, pre_mix),
+        None if accumulated is None else accumulated.contiguous(),
+        factors,
+        (grad_residual, grad_weight, grad_norm_weight),
+        moved(into, {1: 1, 4: 2}),
     )
-    return grad_residual, grad_weight, grad_scale, grad_bias, grad_norm_weight
+    return grads
 
 
 def _backward_cpu(*args: Any) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ from tile_mhc.ops._destinations import (
     adds,
     call,
     clear,
+    moved,
     register_into,
     room,
 )
@@ -83,12 +84,18 @@ def column_sums(
 
     `into` has them at the positions 1 and 2.
     """
-    _, grad_scale, grad_bias = room(into, partials, scale, bias)
+    grad_scale, grad_bias = room(moved(into, {1: 0, 2: 1}), scale, bias)
+    launch_sums(partials, grad_scale, grad_bias, into)
+    return grad_scale, grad_bias
+
+
+def launch_sums(
+    partials: Tensor, grad_scale: Tensor, grad_bias: Tensor, into: Destinations = NOWHERE
+) -> None:
     dtypes = specs.sums_dtypes(dtype_of(grad_scale), dtype_of(grad_bias), 1 in into or 2 in into)
-    jit.kernel("column_sums", bias.numel(), scale.numel(), *dtypes)(
+    jit.kernel("column_sums", grad_bias.numel(), grad_scale.numel(), *dtypes)(
         partials, grad_bias, grad_scale, adds(into, 2), adds(into, 1)
     )
-    return grad_scale, grad_bias
 
 
 def partial_rows(num_tokens: int) -> int:
@@ -109,10 +116,10 @@ def launch(
     outputs = _fake(mixes, scale, bias, num_streams, post_mult, pre_eps)
     n = num_streams
     if mixes.numel():
-        jit.kernel("split_mixes_fwd", n, *gate_dtypes(scale, bias))(
+        launch_rows(
             mixes.contiguous().view(-1, n * (n + 2)),
-            scale.contiguous(),
-            bias.contiguous(),
+            scale,
+            bias,
             outputs[0].view(-1, n),
             outputs[1].view(-1, n),
             outputs[2].view(-1, n * n),
@@ -120,6 +127,29 @@ def launch(
             pre_eps,
         )
     return outputs
+
+
+def launch_rows(
+    mixes: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    pre_mix: Tensor,
+    post_mix: Tensor,
+    logits: Tensor,
+    post_mult: float,
+    pre_eps: float,
+) -> None:
+    """Of mixes that are contiguous (tokens, numbers), as are the three outputs."""
+    jit.kernel("split_mixes_fwd", pre_mix.shape[1], *gate_dtypes(scale, bias))(
+        mixes,
+        scale.contiguous(),
+        bias.contiguous(),
+        pre_mix,
+        post_mix,
+        logits,
+        post_mult,
+        pre_eps,
+    )
 
 
 def _cpu(
@@ -147,20 +177,49 @@ def launch_backward(
     num_tokens = mixes.numel() // num_mixes
     if num_tokens == 0:
         return grad_mixes, *no_sums(scale, bias, into)
-    # One row of partial sums a CTA: the bias gradients, then the three scale gradients.
-    partials = mixes.new_empty(partial_rows(num_tokens), num_mixes + 3)
-    jit.kernel("split_mixes_bwd", n, *gate_dtypes(scale, bias))(
+    partials = mixes.new_empty(partial_shape(num_tokens, num_mixes))
+    launch_backward_rows(
         grad_pre.contiguous().view(-1, n),
         grad_post.contiguous().view(-1, n),
         grad_comb.contiguous().view(-1, n * n),
         mixes.contiguous().view(-1, num_mixes),
-        scale.contiguous(),
-        bias.contiguous(),
+        scale,
+        bias,
         grad_mixes.view(-1, num_mixes),
         partials,
         post_mult,
     )
     return grad_mixes, *column_sums(partials, scale, bias, into)
+
+
+def partial_shape(num_tokens: int, num_mixes: int) -> tuple[int, int]:
+    """One row of partial sums a CTA: the bias gradients, then the three scale gradients."""
+    return partial_rows(num_tokens), num_mixes + 3
+
+
+def launch_backward_rows(
+    grad_pre: Tensor,
+    grad_post: Tensor,
+    grad_comb: Tensor,
+    mixes: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    grad_mixes: Tensor,
+    partials: Tensor,
+    post_mult: float,
+) -> None:
+    """Of mixes and gradients that are contiguous (tokens, numbers); `partials` to be summed."""
+    jit.kernel("split_mixes_bwd", grad_pre.shape[1], *gate_dtypes(scale, bias))(
+        grad_pre,
+        grad_post,
+        grad_comb,
+        mixes,
+        scale.contiguous(),
+        bias.contiguous(),
+        grad_mixes,
+        partials,
+        post_mult,
+    )
 
 
 def no_sums(scale: Tensor, bias: Tensor, into: Destinations) -> tuple[Tensor, Tensor]:

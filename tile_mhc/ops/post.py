@@ -17,7 +17,7 @@ from tile_mhc.ops._destinations import (
     register_into,
     room,
 )
-from tile_mhc.ops._library import dtype_of, empty_gradients, register
+from tile_mhc.ops._library import dtype_of, empty_gradients, empty_like, register
 from tile_mhc.ops.aggregate import check_mix
 
 # CTAs of the backward that fit an SM, by their registers.
@@ -116,7 +116,7 @@ def _cuda(
     comb_mix: Tensor,
     bias: Tensor | None,
 ) -> Tensor:
-    out = residual.new_empty(residual.shape)
+    out = empty_like(residual)
     _launch(layer_output, residual, post_mix, comb_mix, bias, out)
     return out
 

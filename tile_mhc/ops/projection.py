@@ -1,5 +1,6 @@
 """RMS statistic and (n*H) -> n*(n+2) matmul of the flattened streams."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from tile_mhc.ops._destinations import (
     register_into,
     room,
 )
-from tile_mhc.ops._library import absent, dtype_of, empty_gradients, register
+from tile_mhc.ops._library import absent, dtype_of, empty_gradients, register, temporaries
 
 # What the start of the backward's pipeline costs a CTA, in tiles.
 START_TILES = 3
@@ -97,9 +98,23 @@ def check_projection(
     tf32: bool,
     num_mixes: tuple[int, ...] | None = None,
 ) -> None:
-    num_streams, hidden_size = errors.check_streams(op, "residual", residual)
-    rows = num_mixes or (num_streams * (num_streams + 2), num_streams)
-    size = num_streams * hidden_size
+    n, _ = errors.check_streams(op, "residual", residual)
+    rows = num_mixes or (n * (n + 2), n)
+    check_parameters(op, residual, weight, norm_weight, norm_eps, num_splits, tf32, rows)
+
+
+def check_parameters(
+    op: str,
+    residual: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    num_splits: int | None,
+    tf32: bool,
+    rows: tuple[int, ...],
+) -> None:
+    """All but the streams."""
+    size = residual.shape[-2] * residual.shape[-1]
     like = ("residual", residual)
     errors.check_tensor(op, "weight", weight, [(n, size) for n in rows], errors.PARAMETERS, like)
     if norm_weight is not None:
@@ -241,47 +256,85 @@ def launch_backward(
     inv_rms: Tensor,
     tf32: bool,
     aggregated: tuple[Tensor, Tensor] | None = None,
-    accumulated: Tensor | None = None,
     into: Destinations = NOWHERE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of residual, weight and norm_weight, by position in `into`.
 
     `aggregated`, (gradient of the layer input, pre_mix), adds the gradient of an aggregate of the
-    same streams before the one rounding; `accumulated`, only with it, a gradient they already have.
+    same streams before the one rounding.
     """
     grad_residual, grad_weight, grad_norm_weight = room(into, residual, weight, norm_weight)
+    grads = grad_residual, grad_weight, grad_norm_weight
     if residual.numel() == 0:
         clear(into, {1: grad_weight, 2: grad_norm_weight})
-        return grad_residual, grad_weight, grad_norm_weight
-    num_mixes, size = weight.shape
-    n, hidden_size = residual.shape[-2:]
-    x = residual.view(-1, size)
-    num_tokens = x.shape[0]
+        return grads
+    num_mixes = weight.shape[0]
     streams = 0
-    pre_mix = absent(x.device)
-    grad_input = absent(x.device, x.dtype)
     if aggregated is not None:
-        streams = n
-        grad_input = aggregated[0].contiguous().view(-1, hidden_size)
-        pre_mix = aggregated[1].view(-1, n)
-    if adds(into, 0):
-        accumulated = grad_residual
-    # Per token: the gradient of the bare product in two bfloat16 parts, and a few factors.
-    grad_parts = x.new_empty(num_tokens, 2 * padded(num_mixes), dtype=torch.bfloat16)
-    factors = inv_rms.new_empty(num_tokens, factors_width(streams))
-    jit.kernel("projection_norm_bwd", num_mixes, size, streams)(
+        streams, hidden_size = residual.shape[-2:]
+        grad_input, pre_mix = aggregated
+        aggregated = grad_input.contiguous().view(-1, hidden_size), pre_mix.view(-1, streams)
+    mixes = mixes.view(-1, num_mixes)
+    launch_backward_rows(
         grad.contiguous().view(-1, num_mixes),
-        mixes.view(-1, num_mixes),
+        residual,
+        weight,
+        norm_weight,
+        mixes,
         inv_rms.view(-1),
-        pre_mix,
-        grad_parts,
-        factors,
         tf32,
+        aggregated,
+        grad_residual if adds(into, 0) else None,
+        temporaries(mixes, *factor_shapes(mixes.shape[0], num_mixes, streams)),
+        grads,
+        into,
     )
-    grads = (grad_residual, grad_weight, grad_norm_weight)
+    return grads
+
+
+def factor_shapes(
+    num_tokens: int, num_mixes: int, streams: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Per token: the gradient of the bare product in two bfloat16 parts, and a few factors.
+
+    As float32, of which two bfloat16 take one.
+    """
+    return (num_tokens, padded(num_mixes)), (num_tokens, factors_width(streams))
+
+
+def launch_backward_rows(
+    grad: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    mixes: Tensor,
+    inv_rms: Tensor,
+    tf32: bool,
+    aggregated: tuple[Tensor, Tensor] | None,
+    accumulated: Tensor | None,
+    factors: Sequence[Tensor],
+    grads: tuple[Tensor, Tensor, Tensor],
+    into: Destinations,
+) -> None:
+    """Write `grads`; what has a row a token has two dimensions, but for the streams.
+
+    `accumulated` is a gradient that the streams already have; `factors`, room of `factor_shapes`.
+    """
+    num_mixes, size = weight.shape
+    device = residual.device
+    if aggregated is None:
+        streams = 0
+        grad_input, pre_mix = absent(device, residual.dtype), absent(device)
+    else:
+        grad_input, pre_mix = aggregated
+        streams = pre_mix.shape[1]
+    grad_parts = factors[0].view(torch.bfloat16)
+    jit.kernel("projection_norm_bwd", num_mixes, size, streams)(
+        grad, mixes, inv_rms, pre_mix, grad_parts, factors[1], tf32
+    )
     launch_matmuls(
         grad_parts,
-        factors,
+        factors[1],
         residual,
         weight,
         norm_weight,
@@ -292,7 +345,6 @@ def launch_backward(
         grads,
         into,
     )
-    return grads
 
 
 def launch_matmuls(

@@ -74,8 +74,8 @@ def launch_backward(grad: Tensor, logits: Tensor, repeat: int, eps: float) -> Te
     grad_logits = logits.new_empty(logits.shape)
     n = logits.shape[-1]
     if grad_logits.numel():
-        capacity = -(-repeat // HISTORY_STEP) * HISTORY_STEP
-        jit.kernel("sinkhorn_bwd", n, capacity)(
+        launch_backward_rows(
+            n,
             grad.contiguous().view(-1, n * n),
             logits.contiguous().view(-1, n * n),
             grad_logits.view(-1, n * n),
@@ -83,6 +83,14 @@ def launch_backward(grad: Tensor, logits: Tensor, repeat: int, eps: float) -> Te
             eps,
         )
     return grad_logits
+
+
+def launch_backward_rows(
+    num_streams: int, grad: Tensor, logits: Tensor, grad_logits: Tensor, repeat: int, eps: float
+) -> None:
+    """Of contiguous (tokens, n*n)."""
+    capacity = -(-repeat // HISTORY_STEP) * HISTORY_STEP
+    jit.kernel("sinkhorn_bwd", num_streams, capacity)(grad, logits, grad_logits, repeat, eps)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
