@@ -44,6 +44,8 @@ GROUP = CLUSTER_TOKENS
 # What a tensor core multiplies at a time, of a warp's columns.
 BLOCK = 32
 BLOCKS = CLUSTER_COLUMNS // BLOCK
+# Vectors in a warp's columns of one stream.
+CHUNKS = CLUSTER_COLUMNS // VECTOR
 # Columns whose products a tensor core adds up before float32 does: see `projection_fwd`.
 CHAIN = 128
 # Sums are pushed to a CTA that may still read those of two steps before; see `push_sums`.
@@ -85,12 +87,12 @@ def load_columns(
 
     Zeros past the last token: products over tokens see them.
     """
-    g = T.get_thread_binding() % 32 // 4
-    q = T.get_thread_binding() % 4
-    for e in T.unroll(rows * BLOCKS):
-        row = e // BLOCKS
-        at = row * width + column + swizzled(g, e % BLOCKS * 4 + q)
-        k = row * hidden_size + h + e % BLOCKS * BLOCK + q * VECTOR
+    lane = T.get_thread_binding() % 32
+    for e in T.unroll(GROUP * rows * CHUNKS // 32):
+        g = (e * 32 + lane) // (rows * CHUNKS)
+        row = (e * 32 + lane) // CHUNKS % rows
+        at = row * width + column + swizzled(g, lane % CHUNKS)
+        k = row * hidden_size + h + lane % CHUNKS * VECTOR
         if t0 + g < source.shape[0]:
             T.ptx_cp_async(
                 T.access_ptr(ring[slot, g, at], "w", VECTOR),
@@ -378,20 +380,21 @@ def contract_cluster_fwd(
                         load_columns(x, t0, h, n, hidden_size, ring, slot, column, width)
                     T.ptx_commit_group()
                     if step >= 1:
-                        t = (first + (step - 1) * clusters) * GROUP + lane // 4
-                        for i in T.unroll(n):
-                            mix[i] = gates[step % 2, lane // 4 * n + i]
-                        for b in T.unroll(BLOCKS):
-                            c = column + swizzled(lane // 4, b * 4 + lane % 4)
+                        for j in T.unroll(GROUP * CHUNKS // 32):
+                            g = j * (32 // CHUNKS) + lane // CHUNKS
+                            t = (first + (step - 1) * clusters) * GROUP + g
                             for i in T.unroll(n):
+                                mix[i] = gates[step % 2, g * n + i]
                                 for v in T.vectorized(VECTOR):
                                     streams[i, v] = ring[
-                                        (step - 1) % stages, lane // 4, i * width + c + v
+                                        (step - 1) % stages,
+                                        g,
+                                        i * width + column + swizzled(g, lane % CHUNKS) + v,
                                     ]
                             weighted_sum(mix, streams, n, total)
                             if t < tokens:
                                 for v in T.vectorized(VECTOR):
-                                    out[t, h + b * BLOCK + lane % 4 * VECTOR + v] = T.cast(
+                                    out[t, h + lane % CHUNKS * VECTOR + v] = T.cast(
                                         total[v], T.bfloat16
                                     )
                 else:
