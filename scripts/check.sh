@@ -52,8 +52,9 @@ types() {
         --config-file "$ROOT/pyproject.toml" --cache-dir "$ROOT/build/mypy" -p tile_mhc)
 }
 
-# Every kernel of the table, for both generations: spills are errors, and so is a jump in registers
-# or shared memory beside scripts/resources.json. RENEW_RESOURCES=1 writes that table instead.
+# Every kernel of the table, for both generations: spills are errors on Hopper, and so is a jump in
+# registers, shared memory or spills beside scripts/resources.json. RENEW_RESOURCES=1 writes that table
+# instead.
 kernels() {
     say "kernels"
     present click && present rich || return 0
@@ -62,9 +63,9 @@ jit.import_tilelang(); sys.exit(jit.find_nvcc() is None)'); then
         say "skipped: no nvcc"
         return 0
     fi
-    local compile=(-m tile_mhc.cli compile --arch sm_90a,sm_100a --hidden 4096 --streams 4)
-    (cd "$scratch" && "$PYTHON" "${compile[@]}" --fail-on-spills &&
-        "$PYTHON" "${compile[@]}" --json >compiled.json &&
+    local compile=(-m tile_mhc.cli compile --hidden 4096 --streams 4 --arch)
+    (cd "$scratch" && "$PYTHON" "${compile[@]}" sm_90a --fail-on-spills &&
+        "$PYTHON" "${compile[@]}" sm_90a,sm_100a --json >compiled.json &&
         "$PYTHON" "$ROOT/scripts/resources.py" compiled.json ${RENEW_RESOURCES:+--renew})
 }
 

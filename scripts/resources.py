@@ -3,7 +3,8 @@
 
     tile-mhc compile --json ... > compiled.json
     resources.py compiled.json            exits with 1 where a kernel spills, takes over 10 % more
-                                          registers or shared memory, or is not in the table
+                                          registers or shared memory, or is not in the table; on
+                                          other GPUs than Hopper where it spills more than there
     resources.py compiled.json --renew    write the table
 
 `scripts/check.sh kernels` does the first, `RENEW_RESOURCES=1 scripts/check.sh kernels` the second.
@@ -25,6 +26,8 @@ TABLE = Path(__file__).resolve().with_name("resources.json")
 GROWTH = 1.1
 COUNTED = ("registers", "shared_memory")
 SPILLS = ("spill_stores", "spill_loads")
+# What all shapes are chosen for; elsewhere a few registers of an address may not fit.
+NO_SPILLS = "sm_90a"
 
 Row = dict[str, int]
 
@@ -43,7 +46,8 @@ def problems(found: dict[str, Row], table: dict[str, Row], same_nvcc: bool) -> l
     """What fails, by kernel."""
     bad = []
     for title, row in found.items():
-        if any(row[key] != 0 for key in SPILLS):
+        known = {} if title.endswith(NO_SPILLS) else table.get(title, {})
+        if any(row[key] > known.get(key, 0) for key in SPILLS):
             bad.append(f"{title}: spills, {row['spill_stores']} + {row['spill_loads']} bytes")
         if title not in table:
             bad.append(f"{title}: is not in the table")
@@ -91,7 +95,11 @@ def main() -> int:
         print("\n".join(bad), file=sys.stderr)
         print("if meant so: RENEW_RESOURCES=1 scripts/check.sh kernels, with why", file=sys.stderr)
         return 1
-    print(f"{len(found)} kernels take what {TABLE.name} says, or less than 10 % more; none spills")
+    spilling = [title for title, row in found.items() if any(row[key] for key in SPILLS)]
+    print(
+        f"{len(found)} kernels take what {TABLE.name} says, or less than 10 % more; "
+        f"spilling: {', '.join(spilling) or 'none'}"
+    )
     return 0
 
 

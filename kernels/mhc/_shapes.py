@@ -61,20 +61,28 @@ CLUSTER_COLUMNS = 64
 CLUSTER_RING = 214 * 1024
 
 
-def cluster_stages(n: int, width: int, backward: bool) -> int:
-    """contract_cluster: how many groups of tokens fit the ring of a CTA that has `width` of H."""
-    return CLUSTER_RING // (CLUSTER_TOKENS * (n + backward) * width * 2)
+def cluster_row(n: int, width: int) -> int:
+    """contract_cluster: columns of a token in the ring of a CTA that has `width` of H.
+
+    32 more than the streams have: the rows of neighbours then lie half of the banks apart.
+    """
+    return n * width + 32
 
 
-def cluster_size(n: int, hidden_size: int, backward: bool) -> int:
+def cluster_stages(n: int, width: int) -> int:
+    """contract_cluster: how many groups of tokens fit the ring."""
+    return CLUSTER_RING // (CLUSTER_TOKENS * cluster_row(n, width) * 2)
+
+
+def cluster_size(n: int, hidden_size: int) -> int:
     """contract_cluster: CTAs that share a token; 0 where there is no such kernel.
 
     As few as leave room for three groups of tokens: one whose products are taken, one whose gates
-    are awaited, one that comes.
+    are awaited, one that comes. The weight of eight streams would not fit the registers.
     """
     for size in (1, 2, 4, 8):
         width = hidden_size // size
         whole = hidden_size % (size * CLUSTER_COLUMNS) == 0 and width <= 1024
-        if n <= 4 and whole and cluster_stages(n, width, backward) >= 3:
+        if n <= 4 and whole and cluster_stages(n, width) >= 3:
             return size
     return 0
