@@ -57,24 +57,25 @@ def padded(num_mixes: int) -> int:
 # contract_cluster: tokens that a cluster of CTAs takes at a time, and columns of H a warp has.
 CLUSTER_TOKENS = 8
 CLUSTER_COLUMNS = 64
-# What its ring of tokens may take of shared memory, in bytes; the rest is for sums.
+# What its rings of tokens may take of shared memory, in bytes; the rest is for sums.
 CLUSTER_RING = 214 * 1024
 
 
-def cluster_row(n: int, width: int) -> int:
-    """contract_cluster: columns of a token in the ring of a CTA that has `width` of H.
+def cluster_row(rows: int, width: int) -> int:
+    """contract_cluster: columns of a token in a ring of a CTA that has `width` of H of its rows.
 
-    32 more than the streams have: the rows of neighbours then lie half of the banks apart.
+    32 more than those: the rows of neighbours then lie half of the banks apart.
     """
-    return n * width + 32
+    return rows * width + 32
 
 
-def cluster_stages(n: int, width: int) -> int:
-    """contract_cluster: how many groups of tokens fit the ring."""
-    return CLUSTER_RING // (CLUSTER_TOKENS * cluster_row(n, width) * 2)
+def cluster_stages(n: int, width: int, backward: bool) -> int:
+    """contract_cluster: how many groups of tokens fit: n streams and, in the backward, a gradient."""
+    row = cluster_row(n, width) + (cluster_row(1, width) if backward else 0)
+    return CLUSTER_RING // (CLUSTER_TOKENS * row * 2)
 
 
-def cluster_size(n: int, hidden_size: int) -> int:
+def cluster_size(n: int, hidden_size: int, backward: bool) -> int:
     """contract_cluster: CTAs that share a token; 0 where there is no such kernel.
 
     As few as leave room for three groups of tokens: one whose products are taken, one whose gates
@@ -83,6 +84,6 @@ def cluster_size(n: int, hidden_size: int) -> int:
     for size in (1, 2, 4, 8):
         width = hidden_size // size
         whole = hidden_size % (size * CLUSTER_COLUMNS) == 0 and width <= 1024
-        if n <= 4 and whole and cluster_stages(n, width) >= 3:
+        if n <= 4 and whole and cluster_stages(n, width, backward) >= 3:
             return size
     return 0
