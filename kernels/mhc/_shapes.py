@@ -70,7 +70,7 @@ def cluster_row(rows: int, width: int) -> int:
 
 
 def cluster_stages(n: int, width: int, backward: bool) -> int:
-    """contract_cluster: how many groups of tokens fit: n streams and, in the backward, a gradient."""
+    """contract_cluster: groups of tokens that fit: n streams and, in the backward, a gradient."""
     row = cluster_row(n, width) + (cluster_row(1, width) if backward else 0)
     return CLUSTER_RING // (CLUSTER_TOKENS * row * 2)
 

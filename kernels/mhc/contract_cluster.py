@@ -1,9 +1,9 @@
 """The learned n -> 1 readout and its gradients, each in one pass over the streams.
 
-A token's weighted sum waits for its mixes, which need all of the token. Here a cluster of CTAs keeps
-the token in shared memory meanwhile: each CTA has a slice of H, whose weight stays in registers, and
-the dot products of the slices meet through shared memory of the cluster. x crosses HBM once, where
-`projection` and `contract_fwd`, one after the other, read it twice.
+A token's weighted sum waits for its mixes, which need all of the token. Here a cluster of CTAs
+keeps the token in shared memory meanwhile: each CTA has a slice of H, whose weight stays in
+registers, and the dot products of the slices meet through shared memory of the cluster. x crosses
+HBM once, where `projection` and `contract_fwd`, one after the other, read it twice.
 
 A warp has CLUSTER_COLUMNS columns of every stream, and takes them of a group of tokens at a time:
 in step s it takes the products of group s, asks for a later one, and finishes group s - 1, whose
@@ -145,8 +145,8 @@ def push_sums(
 ):
     """Add up what the warps of this CTA have, and give it to every CTA of the cluster.
 
-    By one warp. A CTA that pushes step s has read what all pushed in step s - 2, and who pushed that
-    had read step s - 4: SLOTS steps are enough. A slot's barrier is full when all have come.
+    By one warp. A CTA that pushes step s has read what all pushed in step s - 2, and who pushed
+    that had read step s - 4: SLOTS steps are enough. A slot's barrier is full when all have come.
     """
     lane = T.get_thread_binding() % 32
     total = T.alloc_local((1,), T.float32)
