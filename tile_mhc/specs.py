@@ -237,13 +237,13 @@ def _projection_norms(s: Sizes) -> list[Arguments]:
 def _projection_readers(s: Sizes) -> list[Arguments]:
     # Alone, and with the aggregate of the same streams: contract's where it makes two passes.
     size = s.n * s.hidden
-    readers = [(s.mixes, size, 0), (s.n, size, 0), (s.mixes, size, s.n)]
+    readers: list[Arguments] = [(s.mixes, size, 0), (s.n, size, 0), (s.mixes, size, s.n)]
     return readers if _clusters(backward=True)(s) else [*readers, (s.n, size, s.n)]
 
 
 def _projection_norm_backwards(s: Sizes) -> list[Arguments]:
     # Into an accumulator contract always makes two.
-    directed = [(s.n, s.n * s.hidden, s.n)] if _accumulators(s) else []
+    directed: list[Arguments] = [(s.n, s.n * s.hidden, s.n)] if _accumulators(s) else []
     return [*_projection_readers(s), *directed]
 
 
