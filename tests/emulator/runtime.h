@@ -517,7 +517,7 @@ inline void run_cluster(Dim block) {
     if (state.random)
       for (int i = all - 1; i > 0; --i) std::swap(order[i], order[next_random() % (i + 1)]);
     // For some turns one CTA stands still: the others get as far ahead as their barriers let them.
-    if (state.random && state.cluster > 1 && turn % 32 == 0)
+    if (state.random && state.cluster > 1 && turn % 8 == 0)
       stopped = next_random() % state.cluster;
     bool progress = false;
     for (int at : order) {

@@ -4,6 +4,9 @@ Its barriers are placed by hand: that the emulator sees no race in any order of 
 CTA of a cluster ahead of the others or behind, is what holds them.
 """
 
+import dataclasses
+import re
+
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ import oracle
 import readout
 from cases import CONTRACT, PARAMETERS, Case, Dtypes
 from emulator import launch
+from emulator.launch import FaultError, Kernel
 from emulator.ops import emulated
 from emulator.suite import some
 from tile_mhc import contract, reference
@@ -101,3 +105,49 @@ def test_bfloat16_parameters(pair):
 @PAIRS
 def test_nonfinite_stays_in_its_token(pair):
     oracle.check_isolation(CONTRACT, readout.inputs(pair, 13, "cpu"), {}, "residual")
+
+
+SLOT, SLOT_BEFORE = "((step & 3) * 80)", "(((step + 3) & 3) * 80)"
+# Of the forward's source in clusters of two: what becomes of what, and the fault.
+BROKEN = {
+    "no wait": ((r"full\[[^;]*\.wait\([^;]*;", ""), "never written|under way"),
+    "no barrier of the warp": ((r"__syncwarp\(\);(?![\s\S]*__syncwarp)", ""), "never written"),
+    "one slot of sums": (
+        (f"{re.escape(SLOT)}|{re.escape(SLOT_BEFORE)}", "0"),
+        "no wait between|under way",
+    ),
+    "leaves at once": ((r"tl::cluster_sync\(\);(?![\s\S]*cluster_sync)", ""), "has left"),
+}
+
+
+@pytest.fixture(scope="module")
+def forward():
+    """A launch of it: the kernel and its arguments."""
+    launches = []
+
+    def watch(kernel, given):
+        if kernel.key[0] == "contract_cluster_fwd":
+            launches.append((kernel, [g.clone() if torch.is_tensor(g) else g for g in given]))
+
+    tensors = readout.inputs((4, 1280), 60, "cpu", norm=False)
+    with emulated(num_sms=1), launch.settings(watch=watch):
+        contract(**tensors)
+    return launches[0]
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_faults_within_a_cluster(forward, what):
+    """In some order of threads: most of them hide that a CTA may be ahead."""
+    kernel, given = forward
+    (old, new), message = BROKEN[what]
+    source, count = re.subn(old, new, kernel.lowered.source)
+    assert count, f"the kernel has no {old!r} any more: choose another place to break"
+    broken = Kernel(dataclasses.replace(kernel.lowered, source=source))
+
+    def run():
+        for seed in range(12):
+            with launch.settings(seed=seed):
+                broken(*[g.clone() if torch.is_tensor(g) else g for g in given])
+
+    with pytest.raises(FaultError, match=message):
+        run()
