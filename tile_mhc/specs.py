@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from tile_mhc import errors
 from tile_mhc.errors import MAX_HIDDEN, SUPPORTED_STREAMS
-from tile_mhc.kernels._shapes import FAST_HIDDEN, HISTORY_STEP, TABLE_SLOTS
+from tile_mhc.kernels._shapes import FAST_HIDDEN, HISTORY_STEP, TABLE_SLOTS, cluster_size
 
 Arguments = tuple[int | str, ...]
 
@@ -123,6 +123,11 @@ def pre_dtypes(dtype: str, weight: str, norm_weight: str, scale: str, bias: str)
     )
 
 
+@functools.cache
+def readout_dtypes(weight: str, norm_weight: str, scale: str, bias: str) -> tuple[str, ...]:
+    return dtypes((weight, PARAMETER), (norm_weight, ""), (scale, PARAMETER), (bias, PARAMETER))
+
+
 @dataclass(frozen=True)
 class Spec:
     """One kernel.
@@ -192,13 +197,27 @@ def _post_biases(s: Sizes) -> list[Arguments]:
     return [(s.hidden, *parameter_dtypes(bias)) for bias in s.parameters]
 
 
+def _parameters(s: Sizes) -> list[tuple[str, ...]]:
+    """The dtypes of the weight, without and with a norm weight, scale and bias."""
+    return list(itertools.product(s.parameters, ("", *s.parameters), s.parameters, s.parameters))
+
+
 def _pres(s: Sizes) -> list[Arguments]:
-    """What reads the streams, the weight without and with a norm weight, scale and bias."""
-    norms = ("", *s.parameters)
-    choices = itertools.product(s.parameters, norms, s.parameters, s.parameters)
+    """What reads the streams and all parameters."""
     sizes = [(s.n, s.hidden, many_splits) for many_splits in (False, True)]
-    dtypes_of = [pre_dtypes(s.dtype, *choice) for choice in choices]
+    dtypes_of = [pre_dtypes(s.dtype, *choice) for choice in _parameters(s)]
     return [(*size, *given) for size in sizes for given in dtypes_of]
+
+
+def _clusters(backward: bool) -> Callable[[Sizes], list[Arguments]]:
+    """The same for the readout in one pass, where it has a kernel."""
+
+    def of(s: Sizes) -> list[Arguments]:
+        if s.dtype != DTYPE or not cluster_size(s.n, s.hidden, backward):
+            return []
+        return [(s.n, s.hidden, *readout_dtypes(*choice)) for choice in _parameters(s)]
+
+    return of
 
 
 def _projections(s: Sizes) -> list[Arguments]:
@@ -215,10 +234,17 @@ def _projection_norms(s: Sizes) -> list[Arguments]:
     ]
 
 
-def _projection_norm_backwards(s: Sizes) -> list[Arguments]:
-    # Alone, and with the aggregate of the same streams.
+def _projection_readers(s: Sizes) -> list[Arguments]:
+    # Alone, and with the aggregate of the same streams: contract's where it makes two passes.
     size = s.n * s.hidden
-    return [(s.mixes, size, 0), (s.n, size, 0), (s.mixes, size, s.n), (s.n, size, s.n)]
+    readers: list[Arguments] = [(s.mixes, size, 0), (s.n, size, 0), (s.mixes, size, s.n)]
+    return readers if _clusters(backward=True)(s) else [*readers, (s.n, size, s.n)]
+
+
+def _projection_norm_backwards(s: Sizes) -> list[Arguments]:
+    # Into an accumulator contract always makes two.
+    directed: list[Arguments] = [(s.n, s.n * s.hidden, s.n)] if _accumulators(s) else []
+    return [*_projection_readers(s), *directed]
 
 
 def _has_te(s: Sizes) -> bool:
@@ -229,7 +255,7 @@ def _has_te(s: Sizes) -> bool:
 def _projection_backwards(s: Sizes) -> list[Arguments]:
     # With the aggregate also on top of a gradient that the streams have; alone on top of a buffer.
     size = s.n * s.hidden
-    plain = [(*sizes, "") for sizes in _projection_norm_backwards(s)]
+    plain = [(*sizes, "") for sizes in _projection_readers(s)]
     buffered = [(s.mixes, size, 0, "float32")] if _has_te(s) else []
     return [*plain, (s.mixes, size, s.n, s.dtype), *buffered]
 
@@ -379,6 +405,8 @@ SPECS = (
     Spec("head_mix_fwd", "contract", ("head_mix", "contract"), _n_gates),
     Spec("head_mix_bwd", "contract", ("head_mix", "contract"), _n_gates),
     Spec("contract_fwd", "contract", ("contract",), _pres),
+    Spec("contract_cluster_fwd", "contract_cluster", ("contract",), _clusters(backward=False)),
+    Spec("contract_cluster_bwd", "contract_cluster", ("contract",), _clusters(backward=True)),
     Spec("fused_pre", "fused_pre", ("fused_pre",), _pres),
     Spec("interleaved_aggregate_fwd", "interleaved_aggregate", _TE, _interleaved),
     Spec("interleaved_aggregate_bwd", "interleaved_aggregate", _TE, _with_buffer(_interleaved)),

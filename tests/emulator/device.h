@@ -14,6 +14,7 @@
 inline void cudaGridDependencySynchronize() { emu::state.self->may_access = true; }
 inline void cudaTriggerProgrammaticLaunchCompletion() {}
 #define __syncthreads() emu::block_barrier(__LINE__)
+#define __syncwarp() emu::warp_barrier(__LINE__)
 
 typedef unsigned int uint;
 typedef unsigned char uchar;
@@ -87,7 +88,9 @@ inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline float rsqrtf(float x) { return float(1 / std::sqrt(double(x))); }
 inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
-template <typename T> T __shfl_xor_sync(uint, T value, int mask, int line = __builtin_LINE()) {
+template <typename T>
+T __shfl_xor_sync(uint, T value, int mask, int width = 32, int line = __builtin_LINE()) {
+  if (width != 32) emu::fail("a shuffle within %d lanes is not emulated", width);
   auto slots = emu::exchange(&value, sizeof value, line);
   memcpy(&value, slots[(emu::state.self->index % 32) ^ mask], sizeof value);
   return value;
@@ -100,6 +103,19 @@ enum class DataType { kBFloat16, kTensorFloat32, kFloat32 };
 // rcp.approx.ftz: its last bit differs from this.
 inline float fast_rcp(float x) { return 1 / x; }
 inline void fence_proxy_async() {}
+inline void fence_barrier_init() {}
+
+// The one thread of the CTA that sets up mbarriers.
+template <int threads> bool tl_shuffle_elect() {
+  static_assert(threads == 0, "another election is not emulated yet");
+  return emu::state.self->index == 0;
+}
+inline void cluster_sync(int line = __builtin_LINE()) { emu::cluster_barrier(line); }
+template <typename T, typename U>
+void tma_store_cluster(emu::Address<T> to, emu::Address<U> from, int rank, uint32_t bytes,
+                       emu::Mbarrier &full) {
+  emu::push({to.buffer, to.at}, {from.buffer, from.at}, rank, bytes, full);
+}
 
 struct SumOp { template <typename T> T operator()(T a, T b) { return a + b; } };
 struct MaxOp { template <typename T> T operator()(T a, T b) { return ::max(a, b); } };
@@ -108,7 +124,7 @@ struct MinOp { template <typename T> T operator()(T a, T b) { return ::min(a, b)
 template <typename T, typename Op>
 T butterfly(T value, Op op, int from, int to, int line) {
   for (int mask = from; mask >= to; mask /= 2)
-    value = op(value, __shfl_xor_sync(~0u, value, mask, line));
+    value = op(value, __shfl_xor_sync(~0u, value, mask, 32, line));
   return value;
 }
 template <typename T> T warp_reduce_sum(T value, int line = __builtin_LINE()) {
@@ -162,7 +178,7 @@ void load_matrix(emu::Address<T> row, void *registers, int line) {
       const int c = transposed ? lane / 4 : 2 * (lane % 4) + k;
       emu::Address<uint16_t> from;
       memcpy(&from, slots[8 * i + r], sizeof from);
-      if ((from.at - emu::state.shared) % 16) emu::fail("ldmatrix row is not aligned to 16 bytes");
+      if ((from.at - emu::state.cta->shared) % 16) emu::fail("ldmatrix row is not aligned to 16 bytes");
       out[2 * i + k] = from[c].load(true);
     }
 }
@@ -178,7 +194,7 @@ void store_matrix(int line, emu::Address<T> row, V... values) {
       const int c = transposed ? lane / 4 : 2 * (lane % 4) + k;
       emu::Address<uint16_t> to;
       memcpy(&to, slots[8 * i + r], sizeof to);
-      if ((to.at - emu::state.shared) % 16) emu::fail("stmatrix row is not aligned to 16 bytes");
+      if ((to.at - emu::state.cta->shared) % 16) emu::fail("stmatrix row is not aligned to 16 bytes");
       to[c] = uint16_t(words[i] >> 16 * k);
     }
 }

@@ -115,6 +115,7 @@ class Kernel:
                 pointers,
                 (ctypes.c_int32 * 3)(*grid),
                 int(extents["threadIdx.x"]),
+                lowered.cluster,
                 ctypes.c_int64(lowered.shared_bytes),
                 ctypes.c_uint64(Settings.seed),
                 Settings.time_limit,

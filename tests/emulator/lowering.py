@@ -30,7 +30,6 @@ NOT_EMULATED = {
     "mbarriers": r"\bmbarrier\[",
     "wgmma": r"tl::wgmma_\w+",
     "register reallocation": r"tl::warpgroup_reg_\w+",
-    "clusters": r"cluster",
 }
 
 # Held while tracing: the parser keeps global state, and a sibling swaps a module's language.
@@ -50,6 +49,7 @@ class Lowered:
         values: what the host calls the arguments: name -> index into `inputs`.
         arguments: what the device function gets, over the names of inputs and dimensions.
         extents: grid and block.
+        cluster: CTAs of a cluster, neighbours in x.
         shared_bytes: dynamic shared memory.
         shared: bytes of each buffer in shared memory.
     """
@@ -62,6 +62,7 @@ class Lowered:
     values: dict[str, int]
     arguments: list[str]
     extents: dict[str, str]
+    cluster: int
     shared_bytes: int
     shared: dict[str, int]
 
@@ -164,9 +165,17 @@ def _describe(name: str, func: Any, artifact: Any) -> dict[str, Any]:
         "values": values,
         "arguments": _split(call[1])[: len(device.params)],
         "extents": extents,
+        "cluster": _cluster(device),
         "shared_bytes": int(device.attrs.get("dyn_shared_memory_buf", 0)),
         "shared": _shared_buffers(func),
     }
+
+
+def _cluster(device: Any) -> int:
+    x, *others = map(int, device.attrs.get("cluster_dims", (1,)))
+    if any(size != 1 for size in others):
+        raise ValueError(f"the emulator has no clusters of {(x, *others)}")
+    return x
 
 
 def _shared_buffers(func: Any) -> dict[str, int]:

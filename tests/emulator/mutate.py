@@ -10,7 +10,7 @@ from emulator.lowering import Lowered
 
 KINDS = ("wait", "barrier", "mask", "index")
 _WAIT = re.compile(r"(?:tl::cp_async_wait<\d+>|cudaGridDependencySynchronize)\(\);")
-_BARRIER = re.compile(r"__syncthreads\(\);|tl::__sync_thread_partial\([^;]*\);")
+_BARRIER = re.compile(r"__sync(?:threads|warp)\(\);|tl::__sync_thread_partial\([^;]*\);")
 # The condition of a copy that fills with zeros comes last.
 _CONDITIONAL = "tl::cp_async_gs_conditional<"
 

@@ -1,4 +1,5 @@
-// Runs one CUDA kernel on one CPU core: a CTA after the other, its threads as fibers.
+// Runs one CUDA kernel on one CPU core: a CTA, or a cluster of them, after the other, its threads as
+// fibers.
 //
 // Every access to global and shared memory goes through a Ref, which knows its buffer: it checks
 // bounds and alignment, and for shared memory also that the bytes have been written and that no
@@ -14,11 +15,13 @@
 #include <cstring>
 #include <sys/time.h>
 #include <type_traits>
+#include <memory>
 #include <vector>
 
 namespace emu {
 
 constexpr int MAX_THREADS = 1024;
+constexpr int MAX_CLUSTER = 8;
 constexpr int STACK_BYTES = 128 * 1024;
 constexpr int SHARED_BYTES = 232448;  // what a CTA can have on sm_90
 constexpr int CELL = 2;               // bytes that share one entry of the shadow of shared memory
@@ -26,11 +29,13 @@ constexpr int POISON = 0xff;          // NaN in float32, in bfloat16 and in floa
 
 struct Dim { int x = 0, y = 0, z = 0; };
 
+struct Cta;
+
 struct Buffer {
   const char *name;
   char *base;
   int64_t bytes;
-  bool shared;
+  Cta *shared;  // whose shared memory it is in; global memory is nobody's
   bool writable;
 };
 
@@ -56,6 +61,7 @@ struct Thread {
   const Barrier *waiting = nullptr;
   uint64_t generation = 0;
   uint32_t epoch = 0;             // barriers passed
+  uint32_t warp_epoch = 0;        // and those of its warp alone
   unsigned exchanges = 0;         // warp exchanges passed
   std::vector<Copy> open;         // cp.async since the last commit
   std::vector<std::vector<Copy>> groups;
@@ -63,25 +69,59 @@ struct Thread {
 
 // Who wrote and read a cell of shared memory last, and between which barriers.
 struct Shadow {
-  uint32_t write_epoch, read_epoch;
-  int16_t writer, reader;  // -1: none; reader -2: several
+  uint32_t write_epoch, read_epoch, write_warp_epoch, read_warp_epoch;
+  int16_t writer, reader;  // -1: none; reader -2: several, of several warps; -3 - w: of warp w
 };
+// Writers that are no threads: a copy from another CTA, which has been waited for, or has not.
+constexpr int COPIED = -2, COMING = -3;
 
 struct Warp {
   Barrier barrier;
   alignas(16) char slots[2][32][64];
 };
 
-// All state of a launch. One kernel is one library, so there is one of these per kernel.
-struct State {
-  Dim thread, block, grid, block_dim;
+// Of a copy into shared memory of a CTA of the cluster; what it takes must stay until it is there.
+struct Push {
+  Cta *from;
+  Buffer *to;
+  char *destination;
+  const char *source;
+  std::vector<char> bytes;
+  uint64_t phase;
+};
+
+// Full when as many copies as `init` said have come: then the next phase begins.
+struct Mbarrier {
+  Barrier barrier;
+  std::vector<Push> pushes;
+
+  void init(int count) {
+    barrier = Barrier();
+    barrier.expected = count;
+  }
+  void wait(uint32_t parity);
+};
+
+struct Cta {
+  Dim block;
+  int left = 0;  // threads that have not returned
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   Barrier barriers[16];
-  std::vector<Buffer> buffers;  // global: the kernel's tensors, then those known by address
+  Mbarrier mbarriers[16];
   std::vector<Buffer> shared_buffers;
   alignas(1024) char shared[SHARED_BYTES];
   Shadow shadow[SHARED_BYTES / CELL];
+};
+
+// All state of a launch. One kernel is one library, so there is one of these per kernel.
+struct State {
+  Dim thread, block, grid, block_dim;
+  std::vector<std::unique_ptr<Cta>> ctas;  // of the cluster that runs
+  int cluster = 1;
+  Cta *cta = nullptr;
+  Barrier cluster_barrier;
+  std::vector<Buffer> buffers;  // global: the kernel's tensors, then those known by address
   int64_t shared_bytes = 0;
   bool dependent = false;  // launched while the kernel before it may still run
   Thread *self = nullptr;
@@ -166,24 +206,36 @@ inline void arrive_and_wait(Barrier &barrier, int expected, int line, bool order
 }
 
 inline void block_barrier(int line) {
-  arrive_and_wait(state.barriers[0], state.block_dim.x, line, true);
+  arrive_and_wait(state.cta->barriers[0], state.block_dim.x, line, true);
+}
+
+inline void cluster_barrier(int line) {
+  arrive_and_wait(state.cluster_barrier, state.block_dim.x * state.cluster, line, true);
 }
 
 inline void named_barrier(int id, int count, int line) {
   if (id < 0 || id > 15) fail("barrier %d does not exist", id);
-  arrive_and_wait(state.barriers[id], count, line, true);
+  arrive_and_wait(state.cta->barriers[id], count, line, true);
+}
+
+inline int lanes_of_warp() {
+  const int first = state.self->index / 32 * 32;
+  return state.block_dim.x - first < 32 ? state.block_dim.x - first : 32;
+}
+
+inline void warp_barrier(int line) {
+  arrive_and_wait(state.cta->warps[state.self->index / 32].barrier, lanes_of_warp(), line, false);
+  ++state.self->warp_epoch;
 }
 
 // Hands `bytes` of every lane of the warp to every other; returns the 32 slots of 64 bytes.
 inline char (*exchange(const void *mine, int bytes, int line))[64] {
   Thread &self = *state.self;
-  const int first = self.index / 32 * 32;
-  const int lanes = state.block_dim.x - first < 32 ? state.block_dim.x - first : 32;
-  Warp &warp = state.warps[self.index / 32];
+  Warp &warp = state.cta->warps[self.index / 32];
   auto slots = warp.slots[self.exchanges++ % 2];
   memcpy(slots[self.index % 32], mine, bytes);
   // Not a memory barrier: a shuffle orders no shared memory.
-  arrive_and_wait(warp.barrier, lanes, line, false);
+  arrive_and_wait(warp.barrier, lanes_of_warp(), line, false);
   return slots;
 }
 
@@ -203,25 +255,37 @@ inline void check(const Buffer &buffer, const char *at, int bytes, int alignment
   if (!buffer.shared && !self.may_access)
     fail("%s of %s before the wait for the kernel before this one", verb, buffer.name);
   if (!buffer.shared) return;
-  Shadow *cell = &state.shadow[(at - state.shared) / CELL];
+  const int warp = self.index / 32;
+  // A barrier of the warp alone orders what its own lanes do.
+  const auto at_once = [&](int other, uint32_t epoch, uint32_t warp_epoch) {
+    return epoch == self.epoch && (other != warp || warp_epoch == self.warp_epoch);
+  };
+  Shadow *cell = &buffer.shared->shadow[(at - buffer.shared->shared) / CELL];
   for (int i = 0; i < (bytes + CELL - 1) / CELL; ++i, ++cell) {
-    const bool by_other = cell->writer >= 0 && cell->writer != self.index;
-    if (by_other && cell->write_epoch == self.epoch)
-      fail("%s of byte %ld of %s, which thread %d wrote since the last barrier", verb,
-           (long)offset + i * CELL, buffer.name, cell->writer);
+    const long byte = offset + i * CELL;
+    if (cell->writer == COMING)
+      fail("%s of byte %ld of %s, to which a copy is under way", verb, byte, buffer.name);
+    if (cell->writer >= 0 && cell->writer != self.index &&
+        at_once(cell->writer / 32, cell->write_epoch, cell->write_warp_epoch))
+      fail("%s of byte %ld of %s, which thread %d wrote since the last barrier", verb, byte,
+           buffer.name, cell->writer);
+    // The warp of all that read it, or -1.
+    const int readers = cell->reader >= 0 ? cell->reader / 32 : -3 - cell->reader;
+    const bool read = cell->reader != -1 && cell->reader != self.index &&
+                      at_once(readers, cell->read_epoch, cell->read_warp_epoch);
     if (!write) {
-      if (cell->writer < 0 && !operand)
-        fail("read of byte %ld of %s, which was never written", (long)offset + i * CELL,
-             buffer.name);
-      const bool again = cell->reader != -1 && cell->read_epoch == self.epoch;
-      cell->reader = again && cell->reader != self.index ? -2 : self.index;
+      if (cell->writer == -1 && !operand)
+        fail("read of byte %ld of %s, which was never written", byte, buffer.name);
+      cell->reader = !read ? self.index : readers == warp ? -3 - warp : -2;
       cell->read_epoch = self.epoch;
+      cell->read_warp_epoch = self.warp_epoch;
     } else {
-      if (cell->reader != -1 && cell->reader != self.index && cell->read_epoch == self.epoch)
-        fail("write of byte %ld of %s, which another thread read since the last barrier",
-             (long)offset + i * CELL, buffer.name);
+      if (read)
+        fail("write of byte %ld of %s, which another thread read since the last barrier", byte,
+             buffer.name);
       cell->writer = self.index;
       cell->write_epoch = self.epoch;
+      cell->write_warp_epoch = self.warp_epoch;
       cell->reader = -1;
     }
   }
@@ -289,13 +353,81 @@ template <typename T> Address<T> global(int index) {
 
 // A part of the CTA's shared memory, by its name in the kernel.
 template <typename T> Address<T> shared(const char *name, int64_t offset, int64_t bytes) {
-  for (Buffer &buffer : state.shared_buffers)
+  Cta &cta = *state.cta;
+  for (Buffer &buffer : cta.shared_buffers)
     if (!strcmp(buffer.name, name)) return {&buffer, buffer.base};
   if (offset + bytes > state.shared_bytes)
     fail("%s ends at byte %ld of %ld of shared memory", name, (long)(offset + bytes),
          (long)state.shared_bytes);
-  state.shared_buffers.push_back({name, state.shared + offset, bytes, true, true});
-  return {&state.shared_buffers.back(), state.shared + offset};
+  cta.shared_buffers.push_back({name, cta.shared + offset, bytes, &cta, true});
+  return {&cta.shared_buffers.back(), cta.shared + offset};
+}
+
+// They have memory of their own.
+inline Mbarrier *mbarriers(int count) {
+  if (count > 16) fail("more mbarriers than are emulated");
+  return state.cta->mbarriers;
+}
+
+// To the same place of CTA `rank` of the cluster: there it is undefined until its mbarrier has been
+// waited for, and here what it takes must stay.
+inline void push(Address<void> to, Address<const void> from, int rank, int bytes,
+                 Mbarrier &mine) {
+  if (rank < 0 || rank >= state.cluster) fail("the cluster has no CTA %d", rank);
+  Cta &cta = *state.cta, &other = *state.ctas[rank];
+  Mbarrier &full = other.mbarriers[&mine - cta.mbarriers];
+  Barrier &barrier = full.barrier;
+  if (!other.left) fail("copy to a CTA that has left");
+  if (!barrier.expected) fail("mbarrier without a count");
+  check(*from.buffer, from.at, bytes, 16, false);
+  if ((to.at - to.buffer->base) % 16 || bytes % 16) fail("copy is not aligned to 16 bytes");
+  Buffer *there = &other.shared_buffers[to.buffer - cta.shared_buffers.data()];
+  char *destination = there->base + (to.at - to.buffer->base);
+  if (to.at < to.buffer->base || to.at + bytes > to.buffer->base + to.buffer->bytes)
+    fail("copy to %s is out of its bounds", there->name);
+  for (int i = 0; i < bytes / CELL; ++i) {
+    Shadow &cell = other.shadow[(destination - other.shared) / CELL + i];
+    if (cell.writer == COMING) fail("two copies to %s, no wait between", there->name);
+    cell.writer = COMING;
+  }
+  memset(destination, POISON, bytes);
+  full.pushes.push_back({&cta, there, destination, from.at, {from.at, from.at + bytes},
+                         barrier.generation});
+  if (++barrier.arrived == barrier.expected) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+  }
+}
+
+inline void Mbarrier::wait(uint32_t parity) {
+  Thread &self = *state.self;
+  if (!barrier.expected) fail("mbarrier without a count");
+  barrier.line = state.line;
+  while ((barrier.generation & 1) == parity) {
+    self.waiting = &barrier;
+    self.generation = barrier.generation;
+    yield();
+    self.waiting = nullptr;
+    state.line = barrier.line;
+  }
+  std::vector<Push> rest;
+  for (Push &push : pushes) {
+    if (push.phase >= barrier.generation) {
+      rest.push_back(push);
+      continue;
+    }
+    if (!push.from->left) fail("a CTA has left before what it copied was waited for");
+    if (memcmp(push.source, push.bytes.data(), push.bytes.size()))
+      fail("what was copied to %s changed before the copy was waited for", push.to->name);
+    memcpy(push.destination, push.bytes.data(), push.bytes.size());
+    Cta &cta = *state.cta;
+    for (size_t i = 0; i < push.bytes.size() / CELL; ++i) {
+      Shadow &cell = cta.shadow[(push.destination - cta.shared) / CELL + i];
+      cell.writer = COPIED;
+      cell.reader = -1;
+    }
+  }
+  pushes = rest;
 }
 
 // cp.async: the destination is undefined until the copy has been waited for.
@@ -333,7 +465,9 @@ inline void wait_copies(int pending) {
 inline void fiber() {
   state.body(state.arguments);
   Thread &self = *state.self;
-  if (!self.open.empty() || !self.groups.empty()) fail("cp.async that nothing waits for");
+  for (const auto &group : self.groups)
+    if (!group.empty()) fail("cp.async that nothing waits for");
+  if (!self.open.empty()) fail("cp.async that nothing waits for");
   self.done = true;
   yield();
 }
@@ -351,43 +485,70 @@ inline void prepare(Thread &thread, int index) {
   thread.stack_pointer = top;
 }
 
-inline void run_block() {
+inline void prepare(Cta &cta) {
   const int count = state.block_dim.x;
-  std::vector<int> order(count);
-  for (int i = 0; i < count; ++i) {
-    prepare(state.threads[i], i);
-    order[i] = i;
-  }
-  for (Barrier &barrier : state.barriers) barrier = Barrier();
-  for (Warp &warp : state.warps) warp.barrier = Barrier();
-  state.shared_buffers.clear();
-  state.shared_buffers.reserve(64);
-  memset(state.shared, POISON, state.shared_bytes);
+  cta.threads.resize(MAX_THREADS);
+  cta.warps.resize(MAX_THREADS / 32);
+  for (int i = 0; i < count; ++i) prepare(cta.threads[i], i);
+  cta.left = count;
+  for (Barrier &barrier : cta.barriers) barrier = Barrier();
+  for (Mbarrier &barrier : cta.mbarriers) barrier = Mbarrier();
+  for (Warp &warp : cta.warps) warp.barrier = Barrier();
+  cta.shared_buffers.clear();
+  cta.shared_buffers.reserve(64);
+  memset(cta.shared, POISON, state.shared_bytes);
   for (int64_t i = 0; i < (state.shared_bytes + CELL - 1) / CELL; ++i)
-    state.shadow[i] = {0, 0, -1, -1};
-  for (int left = count; left;) {
+    cta.shadow[i] = {0, 0, 0, 0, -1, -1};
+}
+
+// All CTAs of a cluster at once, from `block` on; without clusters, one.
+inline void run_cluster(Dim block) {
+  const int count = state.block_dim.x, all = count * state.cluster;
+  std::vector<int> order(all);
+  for (int i = 0; i < all; ++i) order[i] = i;
+  for (int rank = 0; rank < state.cluster; ++rank) {
+    prepare(*state.ctas[rank]);
+    state.ctas[rank]->block = {block.x + rank, block.y, block.z};
+  }
+  state.cluster_barrier = Barrier();
+  int stopped = -1;
+  for (int left = all, turn = 0; left; ++turn) {
     // Another order at every turn; seed 0 keeps that of the indices.
     if (state.random)
-      for (int i = count - 1; i > 0; --i) std::swap(order[i], order[next_random() % (i + 1)]);
+      for (int i = all - 1; i > 0; --i) std::swap(order[i], order[next_random() % (i + 1)]);
+    // For some turns one CTA stands still: the others get as far ahead as their barriers let them.
+    if (state.random && state.cluster > 1 && turn % 8 == 0)
+      stopped = next_random() % state.cluster;
     bool progress = false;
-    for (int index : order) {
-      Thread &thread = state.threads[index];
-      if (thread.done || (thread.waiting && thread.waiting->generation == thread.generation))
+    for (int at : order) {
+      Cta &cta = *state.ctas[at / count];
+      Thread &thread = cta.threads[at % count];
+      if (at / count == stopped || thread.done ||
+          (thread.waiting && thread.waiting->generation == thread.generation))
         continue;
       state.self = &thread;
-      state.thread.x = index;
+      state.cta = &cta;
+      state.block = cta.block;
+      state.thread.x = thread.index;
       emu_switch(&state.scheduler, thread.stack_pointer);
       progress = true;
       left -= thread.done;
+      cta.left -= thread.done;
     }
     if (progress) continue;
-    for (const Thread &thread : state.threads)
-      if (!thread.done && thread.waiting) {
-        state.line = thread.waiting->line;
-        state.self = &state.threads[thread.index];
-        fail("divergent barrier: %d of %d threads have come, the others never will",
-             thread.waiting->arrived, thread.waiting->expected);
-      }
+    if (stopped >= 0) {
+      stopped = -1;
+      continue;
+    }
+    for (auto &cta : state.ctas)
+      for (Thread &thread : cta->threads)
+        if (!thread.done && thread.waiting) {
+          state.line = thread.waiting->line;
+          state.self = &thread;
+          state.block = cta->block;
+          fail("divergent barrier: %d of %d threads have come, the others never will",
+               thread.waiting->arrived, thread.waiting->expected);
+        }
   }
 }
 
@@ -409,21 +570,22 @@ struct Tensor {
 };
 
 inline int launch(void (*body)(void **), const Tensor *tensors, int num_tensors, void **arguments,
-                  const int32_t *grid, int block, int64_t shared_bytes, uint64_t seed, int seconds,
-                  char *message, int message_bytes) {
+                  const int32_t *grid, int block, int cluster, int64_t shared_bytes, uint64_t seed,
+                  int seconds, char *message, int message_bytes) {
   state.message = message;
   state.message_bytes = message_bytes;
   state.body = body;
   state.arguments = arguments;
   state.grid = {grid[0], grid[1], grid[2]};
   state.block_dim = {block, 1, 1};
+  state.cluster = cluster;
   state.shared_bytes = shared_bytes;
   state.random = seed * 0x9e3779b97f4a7c15ull;
   state.self = nullptr;
   state.line = 0;
   state.buffers.clear();
   for (int i = 0; i < num_tensors; ++i)
-    state.buffers.push_back({tensors[i].name, (char *)tensors[i].base, tensors[i].bytes, false,
+    state.buffers.push_back({tensors[i].name, (char *)tensors[i].base, tensors[i].bytes, nullptr,
                              tensors[i].writable != 0});
   struct sigaction before[5], action = {};
   action.sa_handler = on_signal;
@@ -438,14 +600,11 @@ inline int launch(void (*body)(void **), const Tensor *tensors, int num_tensors,
   if (!failed) {
     if (shared_bytes > SHARED_BYTES) fail("%ld bytes of shared memory", (long)shared_bytes);
     if (block < 1 || block > MAX_THREADS) fail("a CTA of %d threads", block);
-    state.threads.resize(MAX_THREADS);
-    state.warps.resize(MAX_THREADS / 32);
+    if (cluster < 1 || cluster > MAX_CLUSTER || grid[0] % cluster) fail("a cluster of %d", cluster);
+    while (int(state.ctas.size()) < cluster) state.ctas.push_back(std::make_unique<Cta>());
     for (int z = 0; z < grid[2]; ++z)
       for (int y = 0; y < grid[1]; ++y)
-        for (int x = 0; x < grid[0]; ++x) {
-          state.block = {x, y, z};
-          run_block();
-        }
+        for (int x = 0; x < grid[0]; x += cluster) run_cluster({x, y, z});
   }
   setitimer(ITIMER_REAL, &none, nullptr);
   for (int i = 0; i < 5; ++i) sigaction(SIGNALS[i], &before[i], nullptr);

@@ -1,6 +1,7 @@
 """What the emulated tests run on: few pairs (n, H), as each is a build, and many token counts."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +25,7 @@ from cases import (
     norm_weight,
     recompute_inputs,
 )
-from tile_mhc import fused_pre, recompute, reference
+from tile_mhc import contract, fused_pre, recompute, reference
 from tile_mhc.ops import projection as projection_op
 
 TE_DTYPES = te_cases.DTYPES[0]
@@ -78,7 +79,9 @@ def _head_inputs(*shape: Any) -> Inputs:
 
 # The projection of n rows, as TileKernels' readout calls it by itself.
 HEAD_PROJECTION = dataclasses.replace(PROJECTION, inputs=_head_inputs)
-EVERY_OP = (*OPS, PASSING, HEAD_PROJECTION)
+# The readout in two passes where by default it makes one.
+TWO_PASSES = dataclasses.replace(CONTRACT, run=functools.partial(contract, num_splits=1000))
+EVERY_OP = (*OPS, PASSING, HEAD_PROJECTION, TWO_PASSES)
 
 
 def run_recompute(
@@ -95,7 +98,7 @@ def run_recompute(
 
 def with_norm(op: Op, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inputs with a weight of the norm, where the op takes one, or without, where they have."""
-    if op in (CONTRACT, HEAD_PROJECTION):
+    if op in (CONTRACT, HEAD_PROJECTION, TWO_PASSES):
         size = tensors["residual"].shape[-2:].numel()
         return tensors | {"norm_weight": norm_weight(size, "cpu")}
     return {name: tensor for name, tensor in tensors.items() if name != "norm_weight"}

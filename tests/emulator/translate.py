@@ -15,6 +15,7 @@ _PROTOTYPE = re.compile(r'extern "C" __global__ void .*\);')
 _POINTER = re.compile(r"(?:const )?(\w+)\s*\*\s*(?:__restrict__ )?(\w+)")
 _SHARED = re.compile(r"(?:extern )?__shared__ __align__\(\d+\) (\w+) (\w+)\[(\d*)\];")
 _PART = re.compile(r"void\* (\w+) = \(\(void\*\)\(\(char\*\)(\w+) \+ (\d+)\)\);")
+_MBARRIERS = re.compile(r"auto (\w+) = reinterpret_cast<Barrier\*>\((\w+)\);")
 # `*(float4*)(`, but not the `*(void* *)(` that reads an address from a register.
 _ACCESS = re.compile(r"\*\((\w+) ?\*\)\(")
 _CAST = re.compile(r"\(\((\w+)\*\)(\w+)\)")
@@ -25,6 +26,8 @@ def translate(lowered: Lowered) -> str:
     """One C++ file that defines `emu_run`."""
     lines = lowered.source.split("\n")
     (at,) = (i for i, line in enumerate(lines) if _SIGNATURE.match(line))
+    if len(_MBARRIERS.findall(lowered.source)) > 1:
+        raise ValueError(f"{lowered.name}: the emulator has one array of mbarriers")
     signature = _SIGNATURE.match(lines[at])
     body = ["" if line.startswith("#") or _PROTOTYPE.match(line) else line for line in lines]
     body[:at] = [""] * at
@@ -54,12 +57,17 @@ def _parameters(text: str) -> str:
 def _line(line: str, number: int, lowered: Lowered) -> str:
     if line.lstrip().startswith("#"):
         return ""
+    mbarriers = _MBARRIERS.search(line)
+    if mbarriers:
+        return f"auto {mbarriers[1]} = emu::mbarriers({mbarriers[2]});"
     shared = _SHARED.search(line)
     if shared:
         kind, name, count = shared.groups()
         size = f"{count} * sizeof({kind})" if count else str(lowered.shared_bytes)
         if name == "buf_dyn_shmem":
             return ""
+        if f"reinterpret_cast<Barrier*>({name})" in lowered.source:
+            return f"const int {name} = {count};"
         return f'auto {name} = emu::shared<{kind}>("{name}", 0, {size});'
     part = _PART.search(line)
     if part:
@@ -73,10 +81,10 @@ def _line(line: str, number: int, lowered: Lowered) -> str:
 
 _ENTRY = """
 extern "C" int emu_run(const emu::Tensor *tensors, int num_tensors, void **arguments,
-                       const int32_t *grid, int block, int64_t shared_bytes, uint64_t seed,
-                       int seconds, char *message, int message_bytes) {
+                       const int32_t *grid, int block, int cluster, int64_t shared_bytes,
+                       uint64_t seed, int seconds, char *message, int message_bytes) {
   emu::state.dependent = DEPENDENT;
-  return emu::launch(body, tensors, num_tensors, arguments, grid, block, shared_bytes, seed,
-                     seconds, message, message_bytes);
+  return emu::launch(body, tensors, num_tensors, arguments, grid, block, cluster, shared_bytes,
+                     seed, seconds, message, message_bytes);
 }
 """

@@ -19,6 +19,7 @@ OPS_OF = {
     "fused_pre": ("fused_pre", "projection", "split_mixes", "sinkhorn", "aggregate"),
     "mixes": ("split_mixes", "contract"),
     "contract": ("contract", "projection", "aggregate"),
+    "contract_cluster": ("contract",),
     "nn": ("fused_pre", "post", "contract"),
     "recompute": ("recompute", "aggregate", "post"),
     "accumulator": (),

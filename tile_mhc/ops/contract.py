@@ -1,4 +1,9 @@
-"""n -> 1 at the end: a learned readout of the streams."""
+"""n -> 1 at the end: a learned readout of the streams.
+
+`contract` makes one pass over the streams each way where clusters of CTAs hold its tokens, which is
+for bfloat16 where `cluster_size` is not 0: see `contract_cluster`. It makes two, the projection's
+and its own, with a given `num_splits`, and for a gradient that goes into an accumulator.
+"""
 
 from typing import Any
 
@@ -7,6 +12,7 @@ from torch import Tensor
 
 from tile_mhc import errors, jit, reference, specs
 from tile_mhc.accumulator import GradAccumulator
+from tile_mhc.ops import contract_cluster
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops._destinations import NOWHERE, Destinations, Route, call, moved, register_into
 from tile_mhc.ops._library import dtype_of, empty_gradients, register
@@ -31,8 +37,11 @@ def contract(
     gate = sigmoid(projection(residual, weight) * scale + bias) + pre_eps
     out[t, h] = sum_i gate[t, i] * residual[t, i, h]
 
-    The output is the bits of `projection`, `head_mix` and `aggregate` one after another, with the
-    same `num_splits`; the gradient of the residual is rounded once for both its uses.
+    On CUDA products are near fp32, as in `projection` (about 2.5e-6 relative to float64), and sums
+    in a fixed order; the gradient of the residual is rounded once for both its uses. bfloat16
+    streams with n up to 4 and of most widths are read once, each way. With a `num_splits` they are
+    read twice in the forward: the output is then the bits of `projection`, `head_mix` and
+    `aggregate` one after another, with the same `num_splits`.
 
     Gradients of parameters that carry `main_grad` go into that: see `tile_mhc.main_grad`.
 
@@ -45,9 +54,11 @@ def contract(
         norm_weight: optional (n*H,) float32 or bfloat16, a learnable weight of the RMS norm.
         norm_eps: added to the mean square of the RMS norm.
         pre_eps: added to the gate.
-        num_splits: as in `projection`.
+        num_splits: as in `projection`, which then makes the mixes in a pass of its own; by default
+            the streams are read once where they can be.
         tf32: as in `projection`.
-        grad_accumulator: gathers the gradient of the residual from all ops that get it.
+        grad_accumulator: gathers the gradient of the residual from all ops that get it. The
+            backward is then that of two passes: other last bits.
 
     Returns:
         (..., H), of the dtype of the residual.
@@ -115,7 +126,13 @@ def _contract_cuda(
     tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     outputs = _contract_fake(residual)
-    if residual.numel():
+    if residual.numel() == 0:
+        return outputs
+    if num_splits is None and contract_cluster.takes(residual, backward=False):
+        contract_cluster.forward(
+            residual, weight, scale, bias, norm_weight, norm_eps, pre_eps, tf32, outputs
+        )
+    else:
         n, hidden_size = residual.shape[-2:]
         x = residual.view(-1, n * hidden_size)
         products, squares = projection_op.split_products(
@@ -170,6 +187,20 @@ def _contract_backward_cuda(
     tf32: bool,
     into: Destinations = NOWHERE,
 ) -> tuple[Tensor, ...]:
+    if residual.numel() and 0 not in into and contract_cluster.takes(residual, backward=True):
+        return contract_cluster.backward(
+            grad,
+            residual,
+            weight,
+            scale,
+            bias,
+            norm_weight,
+            mixes,
+            inv_rms,
+            pre_eps,
+            tf32,
+            into,
+        )
     n, hidden_size = residual.shape[-2:]
     grad = grad.contiguous()
     gate = _cuda(mixes, scale, bias, pre_eps)

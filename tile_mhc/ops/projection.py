@@ -364,7 +364,7 @@ def launch_matmuls(
 
     `grad_input` is read if there are `streams`; `accumulated` is a gradient of the residual to add.
     """
-    grad_residual, grad_weight, grad_norm_weight = grads
+    grad_residual, grad_weight, _ = grads
     num_mixes, size = weight.shape
     x = residual.view(-1, size)
     num_tokens = x.shape[0]
@@ -379,10 +379,7 @@ def launch_matmuls(
         slice_tokens = projection_any.backward_slice(num_tokens, size)
         kernel = projection_any.backward_kernel(x, num_mixes, streams, held, dtypes)
     slices = -(-num_tokens // slice_tokens)
-    # The gradient of a single slice is the gradient.
-    is_sum = slices > 1 or norm_weight is not None or grad_weight.dtype != torch.float32
-    is_sum = is_sum or adds(into, 1)
-    partials = factors.new_empty(slices, num_mixes, size) if is_sum else grad_weight.unsqueeze(0)
+    partials = partial_sums(slices, grad_weight, norm_weight, into)
     kernel(
         grad_parts,
         factors,
@@ -391,23 +388,53 @@ def launch_matmuls(
         grad_input,
         absent(x.device, x.dtype) if accumulated is None else accumulated.view(-1, size),
         grad_residual.view(-1, size),
-        partials,
+        grad_weight.unsqueeze(0) if partials is None else partials,
         slice_tokens,
         tf32,
     )
-    if is_sum:
-        dtypes = parameter_dtypes(weight, norm_weight)
-        if 1 in into or 2 in into:
-            norm = "" if norm_weight is None else dtype_of(grad_norm_weight)
-            dtypes = parameter_dtypes(weight, norm_weight, dtype_of(grad_weight), norm)
-        jit.kernel("projection_weight_bwd", num_mixes, size, *dtypes)(
-            partials,
-            *given,
-            grad_weight,
-            absent(x.device) if norm_weight is None else grad_norm_weight,
-            adds(into, 1),
-            adds(into, 2),
-        )
+    if partials is not None:
+        sum_partials(partials, weight, norm_weight, grads, into)
+
+
+def partial_sums(
+    slices: int, grad_weight: Tensor, norm_weight: Tensor | None, into: Destinations
+) -> Tensor | None:
+    """Room for the gradients of the weight by slices of the tokens, to `sum_partials` then.
+
+    None where that of a single slice is the gradient.
+    """
+    if (
+        slices == 1
+        and norm_weight is None
+        and grad_weight.dtype == torch.float32
+        and not adds(into, 1)
+    ):
+        return None
+    return grad_weight.new_empty(slices, *grad_weight.shape, dtype=torch.float32)
+
+
+def sum_partials(
+    partials: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    grads: tuple[Tensor, ...],
+    into: Destinations,
+) -> None:
+    """Write the gradients of weight and norm_weight, the second and third of `grads`."""
+    _, grad_weight, grad_norm_weight = grads
+    _, num_mixes, size = partials.shape
+    dtypes = parameter_dtypes(weight, norm_weight)
+    if 1 in into or 2 in into:
+        norm = "" if norm_weight is None else dtype_of(grad_norm_weight)
+        dtypes = parameter_dtypes(weight, norm_weight, dtype_of(grad_weight), norm)
+    jit.kernel("projection_weight_bwd", num_mixes, size, *dtypes)(
+        partials,
+        *parameters(weight, norm_weight),
+        grad_weight,
+        absent(weight.device) if norm_weight is None else grad_norm_weight,
+        adds(into, 1),
+        adds(into, 2),
+    )
 
 
 def backward_slice(num_tokens: int, size: int, num_mixes: int, columns: int) -> int:
