@@ -13,8 +13,7 @@ see what the other wrote. TileLang adds no barriers of its own (RING).
 """
 
 import tilelang.language as T
-from tilelang import PassConfigKey
-from tvm.ir import Op
+from tilelang import PassConfigKey, tvm
 
 from tile_mhc.kernels._common import SIMT, VECTOR, builder, follow_previous, weighted_sum
 from tile_mhc.kernels._shapes import (
@@ -53,7 +52,7 @@ SLOTS = 4
 MAX_STAGES = 6
 # The barrier of a step, at which warps arrive from two loops.
 BARRIER = 1
-STORE_TO_CTA = Op.get("tl.tma_store_cluster")
+STORE_TO_CTA = tvm.ir.Op.get("tl.tma_store_cluster")
 
 
 @T.macro
@@ -160,7 +159,9 @@ def push_sums(
                 mine[slot, k] = total[0]
             else:
                 parts[slot, 0, k] = total[0]
-    if cluster > 1:
+    if cluster == 1:
+        T.sync_warp()
+    else:
         T.fence_proxy_async()
         T.sync_warp()
         # Not T.copy_cluster, of which one lane would issue all, one after the other.

@@ -181,7 +181,8 @@ inline uint64_t next_random() {
 }
 
 // `ordered`: memory before the barrier is ordered before memory after it.
-inline void arrive_and_wait(Barrier &barrier, int expected, int line, bool ordered) {
+inline void arrive_and_wait(Barrier &barrier, int expected, int line, bool ordered,
+                            bool from_one_statement = true) {
   Thread &self = *state.self;
   state.line = line;
   if (barrier.arrived == 0) {
@@ -189,7 +190,7 @@ inline void arrive_and_wait(Barrier &barrier, int expected, int line, bool order
     barrier.line = line;
     barrier.first_thread = self.index;
   }
-  if (barrier.line != line || barrier.expected != expected)
+  if ((from_one_statement && barrier.line != line) || barrier.expected != expected)
     fail("divergent barrier: thread %d waits for it at line %d", barrier.first_thread,
          barrier.line);
   if (++barrier.arrived == expected) {
@@ -213,9 +214,10 @@ inline void cluster_barrier(int line) {
   arrive_and_wait(state.cluster_barrier, state.block_dim.x * state.cluster, line, true);
 }
 
+// Warps with a loop each may meet here from either.
 inline void named_barrier(int id, int count, int line) {
   if (id < 0 || id > 15) fail("barrier %d does not exist", id);
-  arrive_and_wait(state.cta->barriers[id], count, line, true);
+  arrive_and_wait(state.cta->barriers[id], count, line, true, false);
 }
 
 inline int lanes_of_warp() {

@@ -107,7 +107,7 @@ def test_nonfinite_stays_in_its_token(pair):
     oracle.check_isolation(CONTRACT, readout.inputs(pair, 13, "cpu"), {}, "residual")
 
 
-SLOT, SLOT_BEFORE = "((step & 3) * 80)", "(((step + 3) & 3) * 80)"
+SLOT, SLOT_BEFORE = "((step_1 & 3) * 80)", "(((step_1 + 3) & 3) * 80)"
 # Of the forward's source in clusters of two: what becomes of what, and the fault.
 BROKEN = {
     "no wait": ((r"full\[[^;]*\.wait\([^;]*;", ""), "never written|under way"),
