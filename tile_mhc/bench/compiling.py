@@ -1,7 +1,8 @@
 """Compile what a run needs before it, on many cores: one after another it would take minutes.
 
-Our kernels in threads; the peer's by running its calls once, a process a stem, as its JIT holds the
-interpreter. Both leave them in TileLang's cache. What fails here fails again where it is measured.
+In processes, as tracing holds the interpreter: ours some a process, the peer's by running its calls
+once, a process a stem. Both leave them in TileLang's cache. What fails here fails again where it is
+measured.
 """
 
 import subprocess
@@ -59,14 +60,6 @@ def compile_all(
 ) -> list[str]:
     """Compile `wanted` for this GPU and run `commands`, `jobs` at a time; what failed."""
     arch = jit.device_arch(torch.cuda.current_device())
-    jit.import_tilelang()
-
-    def ours(kernel: tuple[str, specs.Arguments]) -> str | None:
-        try:
-            jit.compile_kernel(*kernel, arch)
-        except jit.CompileError as failure:
-            return f"{kernel[0]}{kernel[1]}: {describe(failure)}"
-        return None
 
     def theirs(stem: str) -> str | None:
         title, command = f"{NAME}, {stem}", commands[stem]
@@ -79,8 +72,8 @@ def compile_all(
 
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(theirs, stem) for stem in commands]
-        futures += [pool.submit(ours, kernel) for kernel in wanted]
-        return [problem for future in futures if (problem := future.result())]
+        problems = [problem.partition("\n")[0] for problem in jit.fill_cache(wanted, arch, jobs)]
+        return [*(problem for future in futures if (problem := future.result())), *problems]
 
 
 def warm_peer(
