@@ -10,6 +10,17 @@ from tile_mhc import contract, reference
 
 Pair = tuple[int, int]
 NAMES = ("residual", "weight", "scale", "bias", "norm_weight")
+# CTAs a token on a GPU, forward and backward; and where there is no such kernel.
+SIZES = {
+    (4, 256): (1, 1),
+    (2, 256): (1, 1),
+    (4, 1280): (2, 2),
+    (4, 2560): (4, 4),
+    (2, 2560): (4, 4),
+    (4, 7168): (8, 8),
+    (2, 7168): (8, 8),
+}
+NONE = {(8, 256): "most streams", (4, 4160): "a width in 65 pieces", (4, 100): "no whole piece"}
 
 
 def inputs(pair: Pair, num_tokens: int, device: str, norm: bool = True) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 
+import readout
 import te_cases
 from accumulation import GPU_SIZES
 from cases import STREAM_CASES, WIDTH_CASES
@@ -19,7 +20,7 @@ OPS_OF = {
     "fused_pre": ("fused_pre", "projection", "split_mixes", "sinkhorn", "aggregate"),
     "mixes": ("split_mixes", "contract"),
     "contract": ("contract", "projection", "aggregate"),
-    "contract_cluster": ("contract",),
+    "contract_cluster": (),
     "nn": ("fused_pre", "post", "contract"),
     "recompute": ("recompute", "aggregate", "post"),
     "accumulator": (),
@@ -34,6 +35,10 @@ DIRECTED = {
     "main_grad": ("projection", "split_mixes", "head_mix", "contract", "fused_pre"),
 }
 GRADS = ("float32", "bfloat16")
+OTHERS_DIRECTED = [
+    *(specs.Sizes(2, 33, dtype=dtype, grads=("float32",)) for dtype in ("float16", "float32")),
+    specs.Sizes(4, 1280, parameters=("bfloat16",), grads=GRADS),
+]
 COMPAT_PAIRS = ((2, 128), (4, 128))
 TE_STEMS = {
     "compat_transformer_engine",
@@ -89,10 +94,24 @@ def kernels_of(items):
     if stems & DIRECTED.keys():
         directed = {op for stem in stems & DIRECTED.keys() for op in DIRECTED[stem]}
         sizes = [specs.Sizes(*size[1:], grads=GRADS) for size in GPU_SIZES]
-        kernels += specs.select(sizes, sorted(directed))
+        kernels += specs.select([*sizes, *OTHERS_DIRECTED], sorted(directed))
+    if "contract_cluster" in stems:
+        kernels += readout_kernels()
     if "dtypes" in stems:
         kernels += specs.select(DTYPES, NATIVE)
     return list(dict.fromkeys(kernels))
+
+
+def readout_kernels():
+    """Those of the readout in one pass, of either parameters; where there is none, of two."""
+    both = [
+        specs.Sizes(*pair, parameters=(dtype,))
+        for pair in readout.SIZES
+        for dtype in specs.EVERY_PARAMETER
+    ]
+    names = {"contract_cluster_fwd", "contract_cluster_bwd", "projection_weight_bwd", "column_sums"}
+    kernels = [kernel for kernel in specs.select(both, ("contract",)) if kernel[0] in names]
+    return kernels + specs.select([specs.Sizes(*pair) for pair in readout.NONE], ("contract",))
 
 
 def transformer_engine_kernels():

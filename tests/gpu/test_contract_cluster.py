@@ -9,21 +9,11 @@ from torch.profiler import ProfilerActivity, profile
 import oracle
 import readout
 from cases import CONTRACT, PARAMETERS, Case, Dtypes
+from readout import NONE, SIZES
 from tile_mhc import config, contract, reference
 from tile_mhc.kernels._shapes import CLUSTER_TOKENS, cluster_size
 from tile_mhc.ops import contract_cluster
 
-# CTAs a token, forward and backward.
-SIZES = {
-    (4, 256): (1, 1),
-    (2, 256): (1, 1),
-    (4, 1280): (2, 2),
-    (4, 2560): (4, 4),
-    (2, 2560): (4, 4),
-    (4, 7168): (8, 8),
-    (2, 7168): (8, 8),
-}
-NONE = {(8, 256): "most streams", (4, 4160): "a width in 65 pieces", (4, 100): "no whole piece"}
 PAIRS = pytest.mark.parametrize("pair", SIZES, ids=str)
 ONE_OF_EACH = pytest.mark.parametrize("pair", [(4, 256), *list(SIZES)[2:4], (4, 7168)], ids=str)
 NORMS = pytest.mark.parametrize("norm", [True, False], ids=["norm_weight", "plain"])
