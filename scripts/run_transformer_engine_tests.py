@@ -1,13 +1,14 @@
 """Run TransformerEngine's own mHC tests, from a checkout of it, on tile_mhc.
 
-    python scripts/run_transformer_engine_tests.py PATH [--cpu] [pytest arguments]
+    python scripts/run_transformer_engine_tests.py PATH [--cpu | --compile ARCH] [pytest arguments]
 
 PATH is a checkout of TransformerEngine; its tests/pytorch/test_mhc.py runs as it is, with
 `transformer_engine.pytorch.triton.mhc` resolving to tile_mhc.compat.transformer_engine. Of the
 `utils` beside it, which imports all of TransformerEngine, the test wants one function, which stands
 here. The exit status is pytest's. Further arguments go to pytest, such as `-k sinkhorn`.
 
-The kernels that the collected tests run are compiled on all cores before the first of them.
+The kernels that the collected tests run are compiled on all cores before the first of them; with
+--compile sm_90a that is all, and needs no GPU.
 
 With --cpu, tensors that the test puts on "cuda" are on the CPU, where the reference answers: it
 shows names, signatures, shapes and numbers, not the kernels.
@@ -65,8 +66,7 @@ def kernels_of(widths: Iterable[int]) -> list[tuple[str, specs.Arguments]]:
     ]
 
 
-def compile_ahead(widths: Iterable[int]) -> None:
-    arch = jit.device_arch(torch.cuda.current_device())
+def compile_ahead(widths: Iterable[int], arch: str) -> None:
     # The tests that need one that fails will fail, and only they.
     for problem in jit.fill_cache(kernels_of(widths), arch, os.cpu_count() or 1):
         print(f"run_transformer_engine_tests: {problem}", file=sys.stderr)
@@ -75,12 +75,13 @@ def compile_ahead(widths: Iterable[int]) -> None:
 class Alias:
     """The import alias, and a check that no module of a real transformer_engine got past it."""
 
-    def __init__(self, on_cpu: bool) -> None:
+    def __init__(self, on_cpu: bool, compiles_for: str | None) -> None:
         transformer_engine.install(force=True)
         utils = ModuleType("utils")
         utils.reset_rng_states = reset_rng_states  # type: ignore[attr-defined]
         sys.modules["utils"] = utils
         self.on_cpu = on_cpu
+        self.compiles_for = compiles_for
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self) -> Any:
@@ -90,10 +91,14 @@ class Alias:
             return (yield)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        if self.on_cpu or session.config.option.collectonly or not torch.cuda.is_available():
-            return
+        arch = self.compiles_for
+        if not arch:
+            only_collects = self.on_cpu or session.config.option.collectonly
+            if only_collects or not torch.cuda.is_available():
+                return
+            arch = jit.device_arch(torch.cuda.current_device())
         parameters = [getattr(item, "callspec").params for item in session.items]  # noqa: B009
-        compile_ahead({given["cfg"].C for given in parameters if "cfg" in given})
+        compile_ahead({given["cfg"].C for given in parameters if "cfg" in given}, arch)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"transformer_engine is {transformer_engine.__file__}")
@@ -115,6 +120,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run TransformerEngine's mHC tests on tile_mhc.")
     parser.add_argument("path", type=Path, help="a checkout of TransformerEngine")
     parser.add_argument("--cpu", action="store_true", help='run what is put on "cuda" on the CPU')
+    parser.add_argument("--compile", metavar="ARCH", help="compile what they need, and run none")
     options, pytest_arguments = parser.parse_known_args()
     root = options.path.resolve()
     test = root / "tests" / "pytorch" / "test_mhc.py"
@@ -127,7 +133,10 @@ def main() -> int:
     sys.dont_write_bytecode = True
     os.chdir(root)
     own = [f"--rootdir={root}", "--noconftest", "-c", os.devnull, "-p", "no:cacheprovider"]
-    return pytest.main([*own, str(test), *pytest_arguments], plugins=[Alias(options.cpu)])
+    if options.compile:
+        own += ["--collect-only", "-q", "-q"]
+    plugin = Alias(options.cpu, options.compile)
+    return pytest.main([*own, str(test), *pytest_arguments], plugins=[plugin])
 
 
 if __name__ == "__main__":
