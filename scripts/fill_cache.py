@@ -1,4 +1,4 @@
-"""Compile what scripts/gpu.sh runs, without a GPU: compiling would take most of its time there.
+"""Compile what the tests and timings of a GPU run, without one: there it takes most of the time.
 
     TILELANG_CACHE_DIR=cache python scripts/fill_cache.py [--arch sm_90a] [--jobs 2]
 
@@ -8,12 +8,10 @@ tests need: `run_transformer_engine_tests.py PATH --compile sm_90a`.
 """
 
 import argparse
-import importlib.util
 import os
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 from tile_mhc import jit, specs
 from tile_mhc.bench import compiling
@@ -33,17 +31,12 @@ BATCH = 64
 
 
 def kernels_of_tests() -> list[tuple[str, specs.Arguments]]:
-    """What the session fixture of tests/gpu would compile for all of its files."""
     sys.path.insert(0, str(ROOT / "tests"))
-    path = ROOT / "tests" / "gpu" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("gpu_conftest", path)
-    if spec is None or spec.loader is None:
-        raise SystemExit(f"fill_cache: {path} does not load")
-    conftest = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(conftest)
-    files = sorted(path.parent.glob("test_*.py"))
-    kernels: list[tuple[str, specs.Arguments]] = conftest.kernels_of(
-        [SimpleNamespace(path=file) for file in files]
+    from gpu_kernels import kernels_of
+
+    files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
+    kernels: list[tuple[str, specs.Arguments]] = kernels_of(
+        [file.stem.removeprefix("test_") for file in files]
     )
     return kernels
 

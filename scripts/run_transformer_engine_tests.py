@@ -66,10 +66,13 @@ def kernels_of(widths: Iterable[int]) -> list[tuple[str, specs.Arguments]]:
     ]
 
 
-def compile_ahead(widths: Iterable[int], arch: str) -> None:
+def compile_ahead(widths: Iterable[int], arch: str) -> int:
+    """How many failed."""
     # The tests that need one that fails will fail, and only they.
-    for problem in jit.fill_cache(kernels_of(widths), arch, os.cpu_count() or 1):
+    problems = jit.fill_cache(kernels_of(widths), arch, os.cpu_count() or 1)
+    for problem in problems:
         print(f"run_transformer_engine_tests: {problem}", file=sys.stderr)
+    return len(problems)
 
 
 class Alias:
@@ -82,6 +85,7 @@ class Alias:
         sys.modules["utils"] = utils
         self.on_cpu = on_cpu
         self.compiles_for = compiles_for
+        self.failed = 0
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self) -> Any:
@@ -98,7 +102,7 @@ class Alias:
                 return
             arch = jit.device_arch(torch.cuda.current_device())
         parameters = [getattr(item, "callspec").params for item in session.items]  # noqa: B009
-        compile_ahead({given["cfg"].C for given in parameters if "cfg" in given}, arch)
+        self.failed = compile_ahead({g["cfg"].C for g in parameters if "cfg" in g}, arch)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"transformer_engine is {transformer_engine.__file__}")
@@ -119,8 +123,9 @@ class Alias:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run TransformerEngine's mHC tests on tile_mhc.")
     parser.add_argument("path", type=Path, help="a checkout of TransformerEngine")
-    parser.add_argument("--cpu", action="store_true", help='run what is put on "cuda" on the CPU')
-    parser.add_argument("--compile", metavar="ARCH", help="compile what they need, and run none")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--cpu", action="store_true", help='run what is put on "cuda" on the CPU')
+    where.add_argument("--compile", choices=specs.ARCHS, help="compile what they need, run none")
     options, pytest_arguments = parser.parse_known_args()
     root = options.path.resolve()
     test = root / "tests" / "pytorch" / "test_mhc.py"
@@ -136,7 +141,8 @@ def main() -> int:
     if options.compile:
         own += ["--collect-only", "-q", "-q"]
     plugin = Alias(options.cpu, options.compile)
-    return pytest.main([*own, str(test), *pytest_arguments], plugins=[plugin])
+    status = pytest.main([*own, str(test), *pytest_arguments], plugins=[plugin])
+    return status or int(options.compile is not None and plugin.failed > 0)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,13 @@ NAMES = ("residual", "weight", "scale", "bias", "norm_weight")
 # CTAs a token on a GPU, forward and backward; and where there is no such kernel.
 SIZES = {
     (4, 256): (1, 1),
+    (4, 960): (1, 0),
+    (4, 1024): (1, 2),
     (2, 256): (1, 1),
     (4, 1280): (2, 2),
     (4, 2560): (4, 4),
     (2, 2560): (4, 4),
+    (4, 4096): (4, 8),
     (4, 7168): (8, 8),
     (2, 7168): (8, 8),
 }

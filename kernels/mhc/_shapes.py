@@ -1,4 +1,6 @@
-"""Numbers on which a kernel and its launcher must agree. Imports nothing: launchers read it too."""
+"""Numbers on which a kernel and its launcher must agree. Imports no other module of ours."""
+
+import functools
 
 # projection: the tile of x that one CTA takes at a time.
 BLOCK_TOKENS = 128
@@ -59,12 +61,16 @@ CLUSTER_TOKENS = 8
 CLUSTER_COLUMNS = 64
 # What its rings of tokens may take of shared memory, in bytes; the rest is for sums.
 CLUSTER_RING = 214 * 1024
+# More groups than this in a ring gain nothing.
+CLUSTER_STAGES = 6
+# The widest part of H of a CTA: with 16 warps and the one for sums, 96 registers a thread.
+CLUSTER_WIDTH = 1024
 
 
 def cluster_row(rows: int, width: int) -> int:
-    """contract_cluster: columns of a token in a ring of a CTA that has `width` of H of its rows.
+    """contract_cluster: the length of a token in a ring of `rows` streams of `width` columns.
 
-    32 more than those: the rows of neighbours then lie half of the banks apart.
+    32 more than those, so that neighbours lie half of the banks apart.
     """
     return rows * width + 32
 
@@ -72,9 +78,10 @@ def cluster_row(rows: int, width: int) -> int:
 def cluster_stages(n: int, width: int, backward: bool) -> int:
     """contract_cluster: groups of tokens that fit: n streams and, in the backward, a gradient."""
     row = cluster_row(n, width) + (cluster_row(1, width) if backward else 0)
-    return CLUSTER_RING // (CLUSTER_TOKENS * row * 2)
+    return min(CLUSTER_RING // (CLUSTER_TOKENS * row * 2), CLUSTER_STAGES)
 
 
+@functools.cache
 def cluster_size(n: int, hidden_size: int, backward: bool) -> int:
     """contract_cluster: CTAs that share a token; 0 where there is no such kernel.
 
@@ -83,7 +90,7 @@ def cluster_size(n: int, hidden_size: int, backward: bool) -> int:
     """
     for size in (1, 2, 4, 8):
         width = hidden_size // size
-        whole = hidden_size % (size * CLUSTER_COLUMNS) == 0 and width <= 1024
+        whole = hidden_size % (size * CLUSTER_COLUMNS) == 0 and width <= CLUSTER_WIDTH
         if n <= 4 and whole and cluster_stages(n, width, backward) >= 3:
             return size
     return 0

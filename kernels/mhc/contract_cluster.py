@@ -9,7 +9,7 @@ A warp has CLUSTER_COLUMNS columns of every stream, and takes them of a group of
 in step s it takes the products of group s, asks for a later one, and finishes group s - 1, whose
 gates have come by then. One more warp adds up the products of the others, pushes the sums to every
 CTA of the cluster, and makes gates of what came from there. One barrier a step, for both, lets each
-see what the other wrote. TileLang adds no barriers of its own (RING).
+see what the other wrote. TileLang adds none but that after the setup of the mbarriers (RING).
 """
 
 import tilelang.language as T
@@ -47,9 +47,8 @@ BLOCKS = CLUSTER_COLUMNS // BLOCK
 CHUNKS = CLUSTER_COLUMNS // VECTOR
 # Columns whose products a tensor core adds up before float32 does: see `projection_fwd`.
 CHAIN = 128
-# Sums are pushed to a CTA that may still read those of two steps before; see `push_sums`.
+# Two would do: see `push_sums`.
 SLOTS = 4
-MAX_STAGES = 6
 # The barrier of a step, at which warps arrive from two loops.
 BARRIER = 1
 STORE_TO_CTA = tvm.ir.Op.get("tl.tma_store_cluster")
@@ -144,8 +143,8 @@ def push_sums(
 ):
     """Add up what the warps of this CTA have, and give it to every CTA of the cluster.
 
-    By one warp. A CTA that pushes step s has read what all pushed in step s - 2, and who pushed
-    that had read step s - 4: SLOTS steps are enough. A slot's barrier is full when all have come.
+    By one warp. A CTA that pushes step s has read what all pushed in step s - 1, and who pushed
+    that had read step s - 2: its slot is free. A slot's barrier is full when all have come.
     """
     lane = T.get_thread_binding() % 32
     total = T.alloc_local((1,), T.float32)
@@ -194,7 +193,7 @@ def contract_cluster_fwd(
     width = hidden_size // cluster
     warps = width // CLUSTER_COLUMNS
     threads = warps * 32 + 32
-    stages = min(cluster_stages(n, width, False), MAX_STAGES)
+    stages = cluster_stages(n, width, False)
     ahead = stages - 2
     products = GROUP * n
     # Products, then squares; a push moves multiples of 16 bytes.
@@ -278,6 +277,8 @@ def contract_cluster_fwd(
                             for k in T.unroll(4):
                                 sums[c, k] = 0.0
                         # Below the weights' rows the tokens themselves: their squares come along.
+                        # Loops over a tuple are unrolled as they are traced: operands of products
+                        # are chosen by a number, not by an expression.
                         for b in tuple(range(n * BLOCKS)):
                             for v in T.vectorized(VECTOR):
                                 values[v] = ring[
@@ -414,7 +415,7 @@ def contract_cluster_bwd(
     width = hidden_size // cluster
     warps = width // CLUSTER_COLUMNS
     threads = warps * 32 + 32
-    stages = min(cluster_stages(n, width, True), MAX_STAGES)
+    stages = cluster_stages(n, width, True)
     ahead = stages - 2
     products = GROUP * n
     # A thread keeps the weight, and its gradient, of columns of one stream.

@@ -228,7 +228,9 @@ def token_mix(
     tf32: T.int32,
     out: T.Buffer,
 ):
-    """out = (mix m of token t, inv_rms of the token): every mix's arithmetic. See `split_sums`."""
+    """out = (mix m of token t, inv_rms of the token): the arithmetic of every mix but those of the
+    readout in one pass, which has no splits. See `split_sums`.
+    """
     sums = T.alloc_local((2,), T.float32)
     exact = T.alloc_local((2,), T.float64)
     value = T.alloc_local((1,), T.float32)

@@ -26,7 +26,7 @@ CACHE = Path(os.environ.get("TILE_MHC_EMULATOR_CACHE") or ROOT / "build" / "emul
 SIBLING_STAGES = 1
 # What the header does not have, and how it shows in a kernel's source.
 NOT_EMULATED = {
-    "TMA copies": r"tl::tma_(?:load|store)",
+    "TMA copies": r"tl::tma_(?:load|store(?!_cluster))",
     "mbarriers": r"\bmbarrier\[",
     "wgmma": r"tl::wgmma_\w+",
     "register reallocation": r"tl::warpgroup_reg_\w+",

@@ -78,6 +78,7 @@ constexpr int COPIED = -2, COMING = -3;
 struct Warp {
   Barrier barrier;
   alignas(16) char slots[2][32][64];
+  int line[16] = {}, arrived[16] = {};  // at named barriers
 };
 
 // Of a copy into shared memory of a CTA of the cluster; what it takes must stay until it is there.
@@ -214,15 +215,20 @@ inline void cluster_barrier(int line) {
   arrive_and_wait(state.cluster_barrier, state.block_dim.x * state.cluster, line, true);
 }
 
-// Warps with a loop each may meet here from either.
-inline void named_barrier(int id, int count, int line) {
-  if (id < 0 || id > 15) fail("barrier %d does not exist", id);
-  arrive_and_wait(state.cta->barriers[id], count, line, true, false);
-}
-
 inline int lanes_of_warp() {
   const int first = state.self->index / 32 * 32;
   return state.block_dim.x - first < 32 ? state.block_dim.x - first : 32;
+}
+
+// Warps with a loop each may meet here from either; the lanes of one come from one statement.
+inline void named_barrier(int id, int count, int line) {
+  if (id < 0 || id > 15) fail("barrier %d does not exist", id);
+  Warp &warp = state.cta->warps[state.self->index / 32];
+  if (warp.arrived[id] == 0) warp.line[id] = line;
+  if (warp.line[id] != line)
+    fail("divergent barrier: another lane of the warp waits for it at line %d", warp.line[id]);
+  warp.arrived[id] = (warp.arrived[id] + 1) % lanes_of_warp();
+  arrive_and_wait(state.cta->barriers[id], count, line, true, false);
 }
 
 inline void warp_barrier(int line) {
@@ -495,7 +501,10 @@ inline void prepare(Cta &cta) {
   cta.left = count;
   for (Barrier &barrier : cta.barriers) barrier = Barrier();
   for (Mbarrier &barrier : cta.mbarriers) barrier = Mbarrier();
-  for (Warp &warp : cta.warps) warp.barrier = Barrier();
+  for (Warp &warp : cta.warps) {
+    warp.barrier = Barrier();
+    memset(warp.arrived, 0, sizeof warp.arrived);
+  }
   cta.shared_buffers.clear();
   cta.shared_buffers.reserve(64);
   memset(cta.shared, POISON, state.shared_bytes);

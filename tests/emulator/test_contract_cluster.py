@@ -1,4 +1,4 @@
-"""The readout in one pass on the emulator, in clusters of every size.
+"""The readout in one pass on the emulator: by default in clusters of one and two, with all in any.
 
 Its barriers are placed by hand: that the emulator sees no race in any order of threads, with one
 CTA of a cluster ahead of the others or behind, is what holds them.
@@ -21,8 +21,8 @@ from tile_mhc import contract, reference
 from tile_mhc.kernels._shapes import cluster_size
 
 SEED = 1
-# CTAs a token.
-SIZES = {(4, 192): 1, (2, 64): 1, (4, 1280): 2, (2, 2560): 4, (4, 7168): 8}
+# CTAs a token. The ring of (4, 896) has three stages, the fewest; the others' more.
+SIZES = {(4, 896): 1, (2, 64): 1, (4, 1280): 2, (2, 2560): 4, (4, 7168): 8}
 PAIRS = pytest.mark.parametrize("pair", some(SIZES, 3), ids=str)
 # With a build of its own for other dtypes.
 ONE = pytest.mark.parametrize("pair", some(SIZES), ids=str)

@@ -15,7 +15,9 @@ from tile_mhc.kernels._shapes import CLUSTER_TOKENS, cluster_size
 from tile_mhc.ops import contract_cluster
 
 PAIRS = pytest.mark.parametrize("pair", SIZES, ids=str)
-ONE_OF_EACH = pytest.mark.parametrize("pair", [(4, 256), *list(SIZES)[2:4], (4, 7168)], ids=str)
+ONE_OF_EACH = pytest.mark.parametrize(
+    "pair", [(4, 256), (4, 1280), (4, 2560), (4, 4096), (4, 7168)], ids=str
+)
 NORMS = pytest.mark.parametrize("norm", [True, False], ids=["norm_weight", "plain"])
 
 
@@ -37,13 +39,19 @@ def launched(function):
 def test_which_kernels_run(pair):
     sizes = tuple(cluster_size(*pair, backward) for backward in (False, True))
     assert sizes == SIZES.get(pair, (0, 0))
+    forward, backward = (size > 0 for size in sizes)
     tensors = inputs(pair, 65)
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
     grad = torch.randn_like(tensors["residual"][:, 0])
     names = launched(lambda: contract(**leaves).backward(grad))
-    assert ("contract_cluster_fwd" in names) == ("contract_cluster_bwd" in names) == (pair in SIZES)
-    assert ("contract_fwd_kernel" in names) == (pair in NONE)
-    names = launched(lambda: contract(**leaves, num_splits=1))
+    assert ("contract_cluster_fwd" in names) == forward
+    assert ("contract_cluster_bwd" in names) == backward
+    assert ("contract_fwd_kernel" in names) == (not forward)
+    assert ("aggregate_mix_bwd" in names) == (not backward)
+
+
+def test_a_number_of_splits_asks_for_two_passes():
+    names = launched(lambda: contract(**inputs((4, 1280), 65), num_splits=1))
     assert "contract_fwd_kernel" in names
     assert "contract_cluster_fwd" not in names
 

@@ -71,9 +71,8 @@ def compile_all(
         return f"{title}: {lines[-1] if lines else ''}" if done.returncode else None
 
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(theirs, stem) for stem in commands]
-        problems = [problem.partition("\n")[0] for problem in jit.fill_cache(wanted, arch, jobs)]
-        return [*(problem for future in futures if (problem := future.result())), *problems]
+        problems = [problem for problem in pool.map(theirs, commands) if problem]
+    return problems + [text.partition("\n")[0] for text in jit.fill_cache(wanted, arch, jobs)]
 
 
 def warm_peer(

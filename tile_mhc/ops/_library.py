@@ -96,7 +96,8 @@ def _recorded(
 
     That which `register_autograd` puts inside is for torch.compile, and for who calls the operator
     itself: it reads the schema anew in every call that records, 10 us for five arguments and 45 for
-    twelve, and is one more pass through Python in every call that does not.
+    twelve. Backward operators have none: as one more pass through Python it costs them 15 us.
+    Who differentiates one called directly gets torch's warning instead of `_no_gradient_of`.
     """
 
     def forward(ctx: Any, *inputs: Any) -> Any:
@@ -121,7 +122,7 @@ def _recorded(
 
 
 def _no_gradient_of(name: str) -> Callable[..., Any]:
-    """A backward op's own backward: torch would leave out its terms in silence."""
+    """A backward op's own backward: torch would leave out its terms."""
 
     def refuse(ctx: Any, *grads: Tensor) -> None:
         raise errors.UnsupportedError(

@@ -1,8 +1,9 @@
 """n -> 1 at the end: a learned readout of the streams.
 
-`contract` makes one pass over the streams each way where clusters of CTAs hold its tokens, which is
-for bfloat16 where `cluster_size` is not 0: see `contract_cluster`. It makes two, the projection's
-and its own, with a given `num_splits`, and for a gradient that goes into an accumulator.
+`contract` makes one pass over bfloat16 streams where clusters of CTAs hold its tokens: where
+`cluster_size` is not 0, for the forward and the backward each; see `contract_cluster`. Elsewhere it
+makes two, the projection's and its own; in the forward also with a given `num_splits`, and in the
+backward for a gradient that goes into an accumulator.
 """
 
 from typing import Any
@@ -38,10 +39,10 @@ def contract(
     out[t, h] = sum_i gate[t, i] * residual[t, i, h]
 
     On CUDA products are near fp32, as in `projection` (about 2.5e-6 relative to float64), and sums
-    in a fixed order; the gradient of the residual is rounded once for both its uses. bfloat16
-    streams with n up to 4 and of most widths are read once, each way. With a `num_splits` they are
-    read twice in the forward: the output is then the bits of `projection`, `head_mix` and
-    `aggregate` one after another, with the same `num_splits`.
+    in a fixed order; the gradient of the residual is rounded once for both its uses. Where a
+    cluster of CTAs can hold a token (bfloat16, n up to 4, the usual H up to 8192) the streams are
+    read once. Elsewhere, and with a `num_splits`, they are read twice in the forward: the output
+    is then the bits of `projection`, `head_mix` and `aggregate` one after another.
 
     Gradients of parameters that carry `main_grad` go into that: see `tile_mhc.main_grad`.
 

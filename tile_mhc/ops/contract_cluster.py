@@ -1,7 +1,5 @@
 """What `contract` launches where clusters of CTAs hold its tokens: one pass over the streams."""
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -12,20 +10,19 @@ from tile_mhc.ops._destinations import NOWHERE, Destinations, moved, room
 from tile_mhc.ops._library import dtype_of
 from tile_mhc.ops.mixes import column_sums
 
-_cluster_size = functools.cache(cluster_size)
-
 
 def takes(residual: Tensor, backward: bool) -> bool:
     """Whether there is a kernel for these streams; the number of tokens does not matter."""
     n, hidden_size = residual.shape[-2:]
-    return residual.dtype == torch.bfloat16 and _cluster_size(n, hidden_size, backward) > 0
+    return residual.dtype == torch.bfloat16 and cluster_size(n, hidden_size, backward) > 0
 
 
 def num_clusters(num_tokens: int, size: int) -> int:
     """How many clusters of `size` CTAs to launch: as many as have tokens, and as run at once.
 
     Of clusters of four and eight an H200's 132 SMs hold 30 and 15: GPCs with fewer than 16 SMs
-    leave some out. One cluster more than fits doubles the time, so an eighth is left.
+    leave some out. One cluster more than fits doubles the time, so an eighth is left. At least
+    one, also where `set_num_sms` leaves fewer than `size`.
     """
     sms = config.get_num_sms()
     if size > 2:
@@ -65,7 +62,7 @@ def forward(
         norm_eps,
         pre_eps,
         tf32,
-        num_clusters(x.shape[0], _cluster_size(n, hidden_size, False)),
+        num_clusters(x.shape[0], cluster_size(n, hidden_size, False)),
     )
 
 
@@ -87,7 +84,7 @@ def backward(
     x = residual.view(-1, n * hidden_size)
     of_projection = moved(into, {1: 1, 4: 2})
     grads = room(of_projection, residual, weight, norm_weight)
-    clusters = num_clusters(x.shape[0], _cluster_size(n, hidden_size, True))
+    clusters = num_clusters(x.shape[0], cluster_size(n, hidden_size, True))
     partials = projection_op.partial_sums(clusters, grads[1], norm_weight, of_projection)
     # One row a cluster: the bias gradients, then the scale gradient.
     gate_partials = mixes.new_empty(clusters, n + 1)

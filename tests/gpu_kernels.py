@@ -1,0 +1,111 @@
+"""The kernels that each file of tests/gpu runs, to compile them on all cores before the first."""
+
+import readout
+import te_cases
+from accumulation import GPU_SIZES
+from cases import STREAM_CASES, WIDTH_CASES
+from tile_mhc import specs
+from tile_mhc.errors import dtype_name
+
+# Which ops a test file runs with default dtypes; those not named run the op of their name, or all.
+OPS_OF = {
+    "fused_pre": ("fused_pre", "projection", "split_mixes", "sinkhorn", "aggregate"),
+    "mixes": ("split_mixes", "contract"),
+    "contract": ("contract", "projection", "aggregate"),
+    "contract_cluster": (),
+    "nn": ("fused_pre", "post", "contract"),
+    "recompute": ("recompute", "aggregate", "post"),
+    "accumulator": (),
+    "main_grad": (),
+    "dtypes": (),
+    "projection_any": (),
+}
+NATIVE = tuple(op for op in specs.OPS if op != "transformer_engine")
+# The files that also run kernels with destinations for gradients, at sizes of their own.
+DIRECTED = {
+    "accumulator": ("projection", "aggregate", "post", "contract"),
+    "main_grad": ("projection", "split_mixes", "head_mix", "contract", "fused_pre"),
+}
+GRADS = ("float32", "bfloat16")
+OTHERS_DIRECTED = [
+    *(specs.Sizes(2, 33, dtype=dtype, grads=("float32",)) for dtype in ("float16", "float32")),
+    specs.Sizes(4, 1280, parameters=("bfloat16",), grads=GRADS),
+]
+COMPAT_PAIRS = ((2, 128), (4, 128))
+TE_STEMS = {
+    "compat_transformer_engine",
+    "interleaved_aggregate",
+    "interleaved_post",
+    "log_sinkhorn",
+    "padded_mixes",
+    "padded_projection",
+}
+# What test_dtypes.py runs besides; one bfloat16 parameter alone compiles on its way.
+WIDTHS = [specs.Sizes(case.num_streams, case.hidden_size) for case in WIDTH_CASES]
+ALL_BFLOAT16 = ("bfloat16",)
+DTYPES = [
+    *WIDTHS,
+    *(
+        specs.Sizes(*size, dtype=t)
+        for size in ((4, 1280), (4, 100))
+        for t in ("float16", "float32")
+    ),
+    *(specs.Sizes(n, 128, dtype="float32") for n in (2, 4, 8)),
+    specs.Sizes(4, 2560, dtype="float32"),
+    *(
+        specs.Sizes(4, 5129, dtype=dtype, parameters=ALL_BFLOAT16)
+        for dtype in ("float16", "float32")
+    ),
+    specs.Sizes(4, 1280, dtype="float32", parameters=ALL_BFLOAT16),
+]
+
+
+def kernels_of(stems):
+    """Every kernel that these files of tests/gpu use, by the (n, H) pairs of cases.py."""
+    pairs = {(case.num_streams, case.hidden_size) for case in STREAM_CASES}
+    stems = set(stems)
+    ops = set()
+    kernels = transformer_engine_kernels() if stems & TE_STEMS else []
+    for stem in stems - TE_STEMS:
+        ops.update(OPS_OF.get(stem, (stem,) if stem in specs.OPS else NATIVE))
+    if "compat" in stems:
+        pairs.update(COMPAT_PAIRS)
+    kernels += specs.select([specs.Sizes(*pair) for pair in sorted(pairs)], sorted(ops))
+    if stems & DIRECTED.keys():
+        directed = {op for stem in stems & DIRECTED.keys() for op in DIRECTED[stem]}
+        sizes = [specs.Sizes(*size[1:], grads=GRADS) for size in GPU_SIZES]
+        kernels += specs.select([*sizes, *OTHERS_DIRECTED], sorted(directed))
+    if "contract_cluster" in stems:
+        kernels += readout_kernels()
+    if "dtypes" in stems:
+        kernels += specs.select(DTYPES, NATIVE)
+    return list(dict.fromkeys(kernels))
+
+
+def readout_kernels():
+    """Those of the readout in one pass, of either parameters; where there is none, of two."""
+    both = [
+        specs.Sizes(*pair, parameters=(dtype,))
+        for pair in readout.SIZES
+        for dtype in specs.EVERY_PARAMETER
+    ]
+    names = {"contract_cluster_fwd", "contract_cluster_bwd", "projection_weight_bwd", "column_sums"}
+    kernels = [kernel for kernel in specs.select(both, ("contract",)) if kernel[0] in names]
+    return kernels + specs.select([specs.Sizes(*pair) for pair in readout.NONE], ("contract",))
+
+
+def transformer_engine_kernels():
+    """Those of te_cases, whose widths and dtypes are its own."""
+    names = [(dtype_name(d.streams), (dtype_name(d.parameters),)) for d in te_cases.DTYPES]
+    sizes = [
+        specs.Sizes(4, width.hidden_size, dtype=streams, parameters=parameters)
+        for width in te_cases.WIDTHS
+        for streams, parameters in names
+    ]
+    # The table has the projections of the other ops, too: with an aggregate, and of four rows.
+    return [
+        (name, args)
+        for name, args in specs.select(sizes, ["transformer_engine"])
+        if not name.startswith("projection")
+        or (args[0] == 24 and not (name.endswith("_bwd") and "weight" not in name and args[2]))
+    ]
