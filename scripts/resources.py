@@ -47,7 +47,8 @@ def problems(found: dict[str, Row], table: dict[str, Row], same_nvcc: bool) -> l
     bad = []
     for title, row in found.items():
         known = {} if title.endswith(NO_SPILLS) else table.get(title, {})
-        if any(row[key] > known.get(key, 0) for key in SPILLS):
+        # Unknown counts as spilling.
+        if any(row[key] is None or row[key] > known.get(key, 0) for key in SPILLS):
             bad.append(f"{title}: spills, {row['spill_stores']} + {row['spill_loads']} bytes")
         if title not in table:
             bad.append(f"{title}: is not in the table")

@@ -35,6 +35,18 @@ def test_what_fails():
     assert problems({}, table=gone) == ["gone(4) sm_90a: is in the table, and not compiled"]
 
 
+def test_only_hopper_may_not_spill_what_the_table_has():
+    spilling = ROW | {"spill_stores": 24, "spill_loads": 16}
+    for arch, fails in (("sm_90a", True), ("sm_100a", False)):
+        title = f"contract_cluster_fwd(4, 4096) {arch}"
+        found = resources.problems({title: spilling}, {title: spilling}, True)
+        assert found == ([f"{title}: spills, 24 + 16 bytes"] if fails else [])
+    more = spilling | {"spill_loads": 20}
+    assert resources.problems({title: more}, {title: spilling}, True) == [
+        f"{title}: spills, 24 + 20 bytes"
+    ]
+
+
 def test_with_another_nvcc_only_spills_fail(capsys):
     assert problems({"registers": 200}, same_nvcc=False) == []
     assert f"with another nvcc: {TITLE}: registers from 100 to 200" in capsys.readouterr().out
