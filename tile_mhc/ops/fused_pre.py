@@ -245,11 +245,11 @@ def _backward_cuda(
         mixes,
         inv_rms.view(-1),
         tf32,
-        (grad_input, pre_mix),
-        None if accumulated is None else accumulated.contiguous(),
-        factors,
-        (grad_residual, grad_weight, grad_norm_weight),
-        moved(into, {1: 1, 4: 2}),
+        aggregated=(grad_input, pre_mix),
+        accumulated=None if accumulated is None else accumulated.contiguous(),
+        factors=factors,
+        grads=(grad_residual, grad_weight, grad_norm_weight),
+        into=moved(into, {1: 1, 4: 2}),
     )
     return grads
 

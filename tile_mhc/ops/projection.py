@@ -283,11 +283,11 @@ def launch_backward(
         mixes,
         inv_rms.view(-1),
         tf32,
-        aggregated,
-        grad_residual if adds(into, 0) else None,
-        temporaries(mixes, *factor_shapes(mixes.shape[0], num_mixes, streams)),
-        grads,
-        into,
+        aggregated=aggregated,
+        accumulated=grad_residual if adds(into, 0) else None,
+        factors=temporaries(mixes, *factor_shapes(mixes.shape[0], num_mixes, streams)),
+        grads=grads,
+        into=into,
     )
     return grads
 
@@ -310,6 +310,7 @@ def launch_backward_rows(
     mixes: Tensor,
     inv_rms: Tensor,
     tf32: bool,
+    *,
     aggregated: tuple[Tensor, Tensor] | None,
     accumulated: Tensor | None,
     factors: Sequence[Tensor],
