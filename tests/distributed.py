@@ -9,30 +9,51 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cases import contract_inputs, pre_inputs
-from tile_mhc import contract, fused_pre, post, reference
+from tile_mhc import contract, fused_pre, main_grad, post, reference
 
 STREAMS, HIDDEN = 4, 64
 RANKS, MICRO_BATCHES, TOKENS = 2, 3, 24
 LAYERS = 2
 
 
-class Layer(nn.Module):
-    def __init__(self) -> None:
+class Op(nn.Module):
+    """What an op has for parameters, as this module's own: Megatron-FSDP gathers those."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
         super().__init__()
+        for name, tensor in tensors.items():
+            if name != "residual":
+                self.register_parameter(name, nn.Parameter(tensor))
+
+    def own(self) -> dict[str, Any]:
+        return dict(self.named_parameters(recurse=False))
+
+
+class Layer(Op):
+    def __init__(self) -> None:
         tensors, self.options = pre_inputs((1,), STREAMS, HIDDEN, "cpu")
-        del tensors["residual"]
-        self.parameters_of_op = nn.ParameterDict(tensors)
+        super().__init__(tensors)
 
     def forward(self, residual: Tensor) -> Tensor:
         if residual.dtype == torch.float64:
-            pre = reference.fused_pre(residual, **self.parameters_of_op, **self.options)
+            pre = reference.fused_pre(residual, **self.own(), **self.options)
             return reference.post(torch.tanh(pre[0]), residual, *pre[1:])
-        *pre, residual = fused_pre(
-            residual, **self.parameters_of_op, **self.options, passes_residual=True
-        )
+        *pre, residual = fused_pre(residual, **self.own(), **self.options, passes_residual=True)
         return post(torch.tanh(pre[0]), residual, *pre[1:])
+
+
+class Head(Op):
+    def __init__(self) -> None:
+        super().__init__(contract_inputs((1,), STREAMS, HIDDEN, "cpu")[0])
+        # Without a gradient, and among those that have one.
+        self.scale.requires_grad_(False)
+
+    def forward(self, residual: Tensor) -> Tensor:
+        readout = reference.contract if residual.dtype == torch.float64 else contract
+        return readout(residual, **self.own())
 
 
 class Network(nn.Module):
@@ -44,18 +65,13 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
-        tensors, _ = contract_inputs((1,), STREAMS, HIDDEN, "cpu")
-        del tensors["residual"]
-        self.head = nn.ParameterDict(tensors)
-        # Without a gradient, and among those that have one.
-        self.head["scale"].requires_grad_(False)
+        self.head = Head()
 
     def forward(self, residual: Tensor) -> Tensor:
-        readout = reference.contract if residual.dtype == torch.float64 else contract
         for layer in self.layers:
             first = residual
             residual = layer(residual)
-        outputs = readout(residual, **self.head) + readout(first, **self.head)
+        outputs = self.head(residual) + self.head(first)
         wide = outputs if outputs.dtype == torch.float64 else outputs.float()
         return wide.square().mean()
 
@@ -187,3 +203,37 @@ def torch_fsdp(rank: int, ranks: int, folder: Path) -> None:
         }
         if rank == 0:
             torch.save(grads, folder / "gradients.pt")
+
+
+def megatron_fsdp(
+    folder: Path, strategy: str, parameters: torch.dtype, main_grads: torch.dtype
+) -> None:
+    """The package megatron-fsdp, one rank, on a GPU: it knows no other device."""
+    from megatron_fsdp import MixedPrecisionPolicy, fully_shard_model
+
+    with process_group(0, 1, folder, "nccl"):
+        model = fully_shard_model(
+            network(parameters),
+            fsdp_unit_modules=[Layer],
+            zero_dp_strategy=strategy,
+            device=torch.device("cuda", 0),
+            mixed_precision_policy=MixedPrecisionPolicy(main_grads_dtype=main_grads),
+            sync_model_each_microbatch=False,
+        )
+        for _ in range(2):  # the second step as the first: all flags are back
+            model.zero_grad_buffer()
+            with mock.patch.object(main_grad, "finish", wraps=main_grad.finish) as finished:
+                run_steps(model, 0, model.no_sync)
+            model.finish_grad_sync()
+        trained = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
+        # By every micro-batch once, and by the second readout again.
+        expected = MICRO_BATCHES * (
+            len(trained) + sum(name.startswith("head.") for name in trained)
+        )
+        if finished.call_count != expected:
+            raise RuntimeError(f"{finished.call_count} gradients in main_grad, not {expected}")
+        grads = {}
+        for name, parameter in trained.items():
+            grad = parameter.grad
+            grads[name] = (grad.to_local() if isinstance(grad, DTensor) else grad).cpu()
+        torch.save(grads, folder / "gradients.pt")

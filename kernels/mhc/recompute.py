@@ -19,6 +19,8 @@ from tile_mhc.kernels._common import (
 from tile_mhc.kernels._shapes import TABLE_SLOTS
 from tile_mhc.kernels.post import combine
 
+# More, smaller CTAs: two warps wait less for each other than eight that start and end together.
+MOST_THREADS = 64
 PRE_MIX, LAYER_INPUT, LAYER_OUTPUT, POST_MIX, COMB_MIX, RESIDUAL = range(6)
 
 
@@ -27,7 +29,7 @@ def recompute(n: int, hidden_size: int, dtype: str = "bfloat16"):
     tokens = T.dynamic("num_tokens")
     rows = T.dynamic("num_layers")
     vector = row_vector(hidden_size, dtype)
-    threads = row_threads(hidden_size, vector)
+    threads = row_threads(hidden_size, vector, MOST_THREADS)
     chunks = row_chunks(hidden_size, threads, vector)
 
     @T.prim_func

@@ -114,11 +114,29 @@ def test_megatron_ddp(parameters, in_fp32, tmp_path):
     """One rank, reductions on NCCL overlapped with the backward."""
     pytest.importorskip("megatron.core.distributed", exc_type=ImportError)
     distributed.megatron_ddp(0, 1, tmp_path, parameters, in_fp32, "cuda")
-    found = torch.load(tmp_path / "gradients.pt")
+    check_saved(tmp_path, parameters, torch.float32 if in_fp32 else parameters)
+
+
+def check_saved(folder, parameters, main_grads):
+    """As plain autograd gives them, added in float64, but for the rounding of the sums."""
+    found = torch.load(folder / "gradients.pt")
     plain = distributed.gradients(1, parameters, "cuda")
     unit = tolerances.FLOAT32_SUM
-    if torch.bfloat16 in (parameters, torch.float32 if in_fp32 else parameters):
+    if torch.bfloat16 in (parameters, main_grads):
         unit = distributed.MICRO_BATCHES * 2**-9
     assert found.keys() == plain.keys()
     for name, grad in found.items():
-        assert oracle.relative_error(grad, plain[name].cpu()) <= unit, name
+        expected = plain[name].cpu()
+        assert oracle.relative_error(grad.view(expected.shape), expected) <= unit, name
+
+
+@pytest.mark.parametrize(
+    ("parameters", "main_grads"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)],
+    ids=["fp32", "bf16 with fp32 main_grad"],
+)
+@pytest.mark.parametrize("strategy", ["no_shard", "optim", "optim_grads", "optim_grads_params"])
+def test_megatron_fsdp(strategy, parameters, main_grads, tmp_path):
+    pytest.importorskip("megatron_fsdp", exc_type=ImportError)
+    distributed.megatron_fsdp(tmp_path, strategy, parameters, main_grads)
+    check_saved(tmp_path, parameters, main_grads)
