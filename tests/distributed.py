@@ -1,6 +1,7 @@
 """A small model under a data-parallel wrapper: what each rank of the tests runs."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -209,7 +210,10 @@ def megatron_fsdp(
     folder: Path, strategy: str, parameters: torch.dtype, main_grads: torch.dtype
 ) -> None:
     """The package megatron-fsdp, one rank, on a GPU: it knows no other device."""
-    from megatron_fsdp import MixedPrecisionPolicy, fully_shard_model
+    # An older megatron-core beside it has another configuration, which it would take for its own.
+    core = [name for name in sys.modules if name.startswith("megatron.")]
+    with mock.patch.dict(sys.modules, dict.fromkeys(["megatron.core", *core])):
+        from megatron_fsdp import MixedPrecisionPolicy, fully_shard_model
 
     with process_group(0, 1, folder, "nccl"):
         model = fully_shard_model(

@@ -1,6 +1,7 @@
 """Gradients of parameters that carry `main_grad`: Megatron's protocol, without Megatron."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -418,3 +419,12 @@ def test_other_tensors_with_main_grad_are_not_parameters():
     out.sum().backward()
     assert source.grad.any()
     assert not weight.main_grad.any()
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_megatron_fsdp_buffer(sharded):
+    """Unsharded, its buffer keeps the sum over micro-batches, whatever overwrite_main_grad says."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.overwrite_main_grad, parameter.grad_added_to_main_grad = True, False
+    parameter._gbuf = SimpleNamespace(is_data_distributed=sharded)
+    assert main_grad.adds(parameter) is not sharded

@@ -1,5 +1,7 @@
 """main_grad on a GPU: the kernels write and add to it; and Megatron-Core's DDP with one rank."""
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -137,6 +139,7 @@ def check_saved(folder, parameters, main_grads):
 )
 @pytest.mark.parametrize("strategy", ["no_shard", "optim", "optim_grads", "optim_grads_params"])
 def test_megatron_fsdp(strategy, parameters, main_grads, tmp_path):
-    pytest.importorskip("megatron_fsdp", exc_type=ImportError)
+    if importlib.util.find_spec("megatron_fsdp") is None:  # not imported: it asks for megatron-core
+        pytest.skip("could not import 'megatron_fsdp'")
     distributed.megatron_fsdp(tmp_path, strategy, parameters, main_grads)
     check_saved(tmp_path, parameters, main_grads)
