@@ -79,8 +79,8 @@ def locate(parameter: Tensor) -> object:
 
 def adds(parameter: Tensor) -> bool:
     """Whether a gradient is added to `main_grad`, or takes its place."""
-    # Megatron-FSDP sets overwrite_main_grad on every parameter. Where it does not shard gradients, as
-    # with one rank, its buffer keeps the sum over micro-batches, to which its own hook adds.
+    # Megatron-FSDP sets overwrite_main_grad on every parameter. Where it does not shard gradients,
+    # as with one rank, its buffer keeps the sum over micro-batches, to which its own hook adds.
     buffer = getattr(parameter, "_gbuf", None)
     keeps_sum = buffer is not None and not getattr(buffer, "is_data_distributed", True)
     writes = getattr(parameter, "overwrite_main_grad", False) and not keeps_sum
