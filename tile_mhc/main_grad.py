@@ -7,8 +7,8 @@ or absent, the gradient goes to autograd as ever. A parameter that gets its firs
 forward and backward does not take part: autograd gets its gradient, which the hooks of Megatron's
 DDP and FSDP then add to `main_grad` themselves.
 
-The gradient is added to `main_grad`, or written with `overwrite_main_grad`, by the kernel that
-finishes it; where `main_grad` cannot be a kernel's target (not contiguous, misaligned, neither
+The gradient is added to `main_grad`, or written with `overwrite_main_grad` (unless Megatron-FSDP keeps
+a sum there, not sharding gradients), by the kernel that finishes it; where `main_grad` cannot be a kernel's target (not contiguous, misaligned, neither
 float32 nor bfloat16), it is made in float32 and torch adds it. The first op of a backward writes,
 and another that reads the same parameter adds: `grad_added_to_main_grad`, which Megatron-FSDP
 clears when it has reduced a gradient, tells them apart.
@@ -81,9 +81,8 @@ def adds(parameter: Tensor) -> bool:
     """Whether a gradient is added to `main_grad`, or takes its place."""
     # Megatron-FSDP sets overwrite_main_grad on every parameter. Where it does not shard gradients,
     # as with one rank, its buffer keeps the sum over micro-batches, to which its own hook adds.
-    buffer = getattr(parameter, "_gbuf", None)
-    keeps_sum = buffer is not None and not getattr(buffer, "is_data_distributed", True)
-    writes = getattr(parameter, "overwrite_main_grad", False) and not keeps_sum
+    sharded = getattr(getattr(parameter, "_gbuf", None), "is_data_distributed", True)
+    writes = getattr(parameter, "overwrite_main_grad", False) and sharded
     return not writes or getattr(parameter, "grad_added_to_main_grad", False)
 
 
