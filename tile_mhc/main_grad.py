@@ -7,11 +7,12 @@ or absent, the gradient goes to autograd as ever. A parameter that gets its firs
 forward and backward does not take part: autograd gets its gradient, which the hooks of Megatron's
 DDP and FSDP then add to `main_grad` themselves.
 
-The gradient is added to `main_grad`, or written with `overwrite_main_grad` (unless Megatron-FSDP keeps
-a sum there, not sharding gradients), by the kernel that finishes it; where `main_grad` cannot be a kernel's target (not contiguous, misaligned, neither
-float32 nor bfloat16), it is made in float32 and torch adds it. The first op of a backward writes,
-and another that reads the same parameter adds: `grad_added_to_main_grad`, which Megatron-FSDP
-clears when it has reduced a gradient, tells them apart.
+The gradient is added to `main_grad`, or written with `overwrite_main_grad` (not where Megatron-FSDP
+keeps a sum there, as it does not shard gradients), by the kernel that finishes it; where
+`main_grad` cannot be a kernel's target (not contiguous, misaligned, neither float32 nor bfloat16),
+it is made in float32 and torch adds it. The first op of a backward writes, and another that reads
+the same parameter adds: `grad_added_to_main_grad`, which Megatron-FSDP clears when it has reduced a
+gradient, tells them apart.
 
 Then, if the parameter has `grad_added_to_main_grad`, it is set, and autograd gets a gradient that
 only keeps hooks firing: one shared tensor a shape and dtype, or zeros of its own with
