@@ -55,7 +55,8 @@ def select(
         points = {
             line.T: line
             for line in run
-            if (line.gpu, line.commit, line.op) == (last.gpu, last.commit, op)
+            if (line.gpu, line.commit, line.flush) == (last.gpu, last.commit, last.flush)
+            and line.op == op
             and (line.H, line.n) == (hidden, streams)
         }
         if len(points) < 2:

@@ -165,18 +165,19 @@ def clock(monkeypatch):
     """A clock without a device, which writes down what it would do there."""
     clock = object.__new__(timing.Clock)
     clock.log = []
-    clock.events = "inside"
+    clock.events, clock.flush_by = "inside", "read"
 
     class Stream:
         def synchronize(self):
             clock.log.append("wait")
 
     clock.stream = Stream()
-    monkeypatch.setattr(timing.Clock, "flush", lambda self: self.log.append("flush"))
+    monkeypatch.setattr(timing.Clock, "flush", lambda self, by: self.log.append(by))
     return clock
 
 
-def test_graphs_are_replayed_in_turn_from_a_flushed_cache(clock):
+@pytest.mark.parametrize(("asked", "flush"), [(None, "read"), ("copy", "copy")])
+def test_graphs_are_replayed_in_turn_from_a_flushed_cache(clock, asked, flush):
     class Graph:
         def __init__(self, name):
             self.name, self.replays = name, 0
@@ -188,11 +189,41 @@ def test_graphs_are_replayed_in_turn_from_a_flushed_cache(clock):
         def microseconds(self):
             return float(self.replays)
 
-    ours, theirs = clock.time([Graph("ours"), Graph("peer")], rounds=5)
-    turn = ["flush", "ours", "wait", "flush", "peer", "wait"]
+    ours, theirs = clock.time([Graph("ours"), Graph("peer")], rounds=5, flush_by=asked)
+    turn = [flush, "ours", "wait", flush, "peer", "wait"]
     assert clock.log == turn * (timing.WARM_ROUNDS + 5)
     # The first replays are not samples.
     assert ours == theirs == timing.Times.of([timing.WARM_ROUNDS + 1.0 + i for i in range(5)])
+
+
+@pytest.mark.parametrize("flush_by", ["copy", "read"])
+def test_a_flush_reads_all_and_writes_only_by_a_copy(flush_by):
+    clock = object.__new__(timing.Clock)
+    touched = []
+
+    class Memory(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            touched.append((function.__name__, *(kwargs or {})))
+            return super().__torch_function__(function, types, args, kwargs)
+
+    clock._source, clock._target = (torch.ones(8).as_subclass(Memory) for _ in range(2))
+    clock.flush(flush_by)
+    assert touched == {"copy": [("mul", "out")], "read": [("amax",), ("amax",)]}[flush_by]
+
+
+def test_the_bandwidth_is_that_after_a_copy(clock, monkeypatch):
+    asked = []
+
+    def time_alone(self, call, flush_by=None):
+        asked.append(flush_by)
+        return timing.Times(2.0, 2.0, 2.0)
+
+    clock.device = torch.device("cpu")
+    monkeypatch.setattr(timing, "COPY_BYTES", 64)
+    monkeypatch.setattr(timing.Clock, "time_alone", time_alone)
+    assert clock.copy_bandwidth() == 64
+    assert asked == ["copy"]
 
 
 def test_host_time_leaves_the_device_out(clock, monkeypatch):

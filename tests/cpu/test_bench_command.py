@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,8 +59,8 @@ def measured(monkeypatch):
     given = []
 
     class Clock:
-        def __init__(self, device, events):
-            pass
+        def __init__(self, device, events, flush_by):
+            self.flush_by = flush_by
 
         def copy_bandwidth(self):
             return 4e6
@@ -72,7 +73,9 @@ def measured(monkeypatch):
     monkeypatch.setattr(_bench, "Clock", Clock)
     monkeypatch.setattr(compiling, "compile_all", lambda *_: [])
     monkeypatch.setattr(measuring, "measure_all", lambda *_: iter(given))
-    monkeypatch.setattr(records, "make_setting", lambda *_: SETTING)
+    monkeypatch.setattr(
+        records, "make_setting", lambda clock, *_: replace(SETTING, flush=clock.flush_by)
+    )
     fake = object.__new__(peer.TileKernels)
     fake.calls = {}
     monkeypatch.setattr(peer, "find", lambda: fake)
@@ -91,6 +94,7 @@ def measured(monkeypatch):
         (["--streams", "3"], r"--streams.*one of 2, 4, 8; got '3'"),
         (["--vs", "triton"], r"--vs.*'triton' is not 'tile_kernels'"),
         (["--events", "between"], r"--events"),
+        (["--flush", "overwrite"], r"--flush.*'overwrite' is not one of 'copy', 'read'"),
         (["--max-ratio", "1.02"], r"--max-ratio needs --vs"),
         (["--max-ratio", "0", "--vs", "tile_kernels"], r"--max-ratio.*x>0"),
         (["--jobs", "0"], r"--jobs.*x>=1"),
@@ -169,6 +173,16 @@ def test_table(run, measured):
     assert re.findall(r"[\d.]+|-", rows["post.bwd"].partition("bwd")[2]) == ["-"] * 9
     assert "  ours: WrongResultError: output 0" in err
     assert "error: not timed: post.bwd at 128x4096x4" in err
+
+
+@pytest.mark.parametrize(("arguments", "flush"), [([], "copy"), (["--flush", "read"], "read")])
+def test_what_makes_l2_cold_is_said_and_recorded(arguments, flush, run, measured, tmp_path):
+    measured += [result(12.5)]
+    file = tmp_path / "bench.jsonl"
+    code, out, _ = run("post", "--shapes", "128x4096", "--record", str(file), *arguments)
+    assert code == 0
+    assert f"L2 {flush} before" in out
+    assert [record.flush for record in records.read(file)] == [flush]
 
 
 def test_json(run, measured):

@@ -41,6 +41,7 @@ LINES = [
     line(commit="old", T=16, us=99.0),
     line(commit="old", T=64, us=99.0),
     line(gpu="NVIDIA H100 80GB HBM3", T=32, us=99.0),
+    line(T=32, flush="read", us=99.0),
     line(T=4096, us=80.0, floor_us=70.0, peer_us=None),
     line(us=99.0),
     line(),

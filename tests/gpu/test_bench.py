@@ -16,9 +16,9 @@ from tile_mhc.bench.timing import Clock
 from tile_mhc.cli import main
 
 
-@pytest.fixture(scope="module", params=["inside", "around"])
+@pytest.fixture(scope="module", params=[("inside", "copy"), ("around", "copy"), ("inside", "read")])
 def clock(request):
-    return Clock(torch.device("cuda", torch.cuda.current_device()), request.param)
+    return Clock(torch.device("cuda", torch.cuda.current_device()), *request.param)
 
 
 def test_what_takes_longer_measures_longer(clock):

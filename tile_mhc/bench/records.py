@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tile_mhc.bench.measuring import Result, Side
-from tile_mhc.bench.timing import FLUSH, Clock, Times
+from tile_mhc.bench.timing import Clock, Times
 
 Quartiles = tuple[float, float]
 
@@ -115,7 +115,7 @@ def make_setting(clock: Clock, bandwidth: float, empty: Times, commit: str | Non
         commit=commit or find_commit(),
         copy_gbs=round(bandwidth * 1e-3, 1),
         empty_us=round(empty.median, 2),
-        flush=FLUSH,
+        flush=clock.flush_by,
         events=clock.events,
     )
 

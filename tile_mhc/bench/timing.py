@@ -1,10 +1,11 @@
 """The clock: CUDA graphs replayed in turn from a cold L2, and eager calls on the host.
 
-One sample is: copy FLUSH_BYTES, replay the graph of the call, wait. After a copy L2 is cold and
-half dirty, as after an op that reads as much as it writes: what is dirty is written back during the
-call, and as much of what the call writes stays behind. Overwriting instead leaves all of it dirty,
-and charges the call for up to 50 MB (12 us) that are not its own; reading leaves it clean, and lets
-the call keep that much to itself: at T=4096 H=2560 it then beats its floor. The two events of a
+One sample is: make L2 cold, replay the graph of the call, wait. By default L2 is made cold by a
+copy, which leaves half of it dirty, as an op does that reads as much as it writes: what is dirty is
+written back during the call, and as much of what the call writes stays behind. So a call that only
+reads pays for up to 25 MB (6 us on an H200) that are not its own. Reading instead leaves L2 clean,
+which is fair to such a call and flatters one that writes: at T=4096 H=2560 it then beats its floor.
+Overwriting leaves all of it dirty, and would charge every call for up to 50 MB. The two events of a
 sample are nodes of the graph, before and after the call, so that its launch is outside of the
 interval. Where torch cannot record events in a graph they stand around the replay, and its launch
 counts: 4.7 us for an empty kernel on an H200. Either way `empty_kernel` says what nothing takes by
@@ -28,8 +29,8 @@ import torch
 
 Call = Callable[[], Any]
 Events = Literal["inside", "around"]
+Flush = Literal["copy", "read"]
 
-FLUSH = "copy"  # how L2 is made cold, for the records
 FLUSH_BYTES = 256 << 20  # read and written together: five times the L2 of an H200
 COPY_BYTES = 1 << 30
 ROUNDS = 60  # 2 % of a launch-bound op is 0.1 us: with 20 the medians of one op scatter more
@@ -101,10 +102,14 @@ class Clock:
     Args:
         device: a CUDA device.
         events: where the events stand; None tries inside first.
+        flush_by: what makes L2 cold.
     """
 
-    def __init__(self, device: torch.device, events: Events | None = None) -> None:
+    def __init__(
+        self, device: torch.device, events: Events | None = None, flush_by: Flush = "copy"
+    ) -> None:
         self.device = device
+        self.flush_by: Flush = flush_by
         self.stream = torch.cuda.Stream(device)
         self._source = torch.zeros(FLUSH_BYTES // 8, dtype=torch.float32, device=device)
         self._target = torch.empty_like(self._source)
@@ -122,16 +127,22 @@ class Clock:
     def capture(self, call: Call) -> Graph:
         return Graph(call, self.events)
 
-    def flush(self) -> None:
-        """Leave L2 cold, and half of it to be written back."""
-        _copy(self._source, self._target)
+    def flush(self, flush_by: Flush) -> None:
+        """Leave L2 cold: half of it to be written back or, by reading, nothing."""
+        if flush_by == "copy":
+            _copy(self._source, self._target)
+        else:
+            self._source.amax()
+            self._target.amax()
 
-    def time(self, graphs: Sequence[Graph], rounds: int = ROUNDS) -> list[Times]:
-        """The times of each, replayed in turn."""
+    def time(
+        self, graphs: Sequence[Graph], rounds: int = ROUNDS, flush_by: Flush | None = None
+    ) -> list[Times]:
+        """The times of each, replayed in turn; `flush_by` in place of the clock's own."""
         samples: list[list[float]] = [[] for _ in graphs]
         for turn in range(-WARM_ROUNDS, rounds):
             for graph, own in zip(graphs, samples, strict=True):
-                self.flush()
+                self.flush(flush_by or self.flush_by)
                 graph.replay()
                 self.stream.synchronize()
                 if turn >= 0:
@@ -159,20 +170,20 @@ class Clock:
     def copy_bandwidth(self) -> float:
         """Bytes per microsecond of a copy of COPY_BYTES, reads and writes counted.
 
-        What is left in L2 at its end is as much as was left there before it.
+        Always after another copy: what is left in L2 at its end was left there before it too.
         """
         source = torch.zeros(COPY_BYTES // 4, dtype=torch.float32, device=self.device)
         target = torch.empty_like(source)
-        return 2 * COPY_BYTES / self.time_alone(lambda: _copy(source, target)).median
+        return 2 * COPY_BYTES / self.time_alone(lambda: _copy(source, target), "copy").median
 
     def empty_kernel(self) -> Times:
         """A kernel of one thread that does nothing."""
         return self.time_alone(lambda: torch.cuda._sleep(0))
 
-    def time_alone(self, call: Call) -> Times:
+    def time_alone(self, call: Call, flush_by: Flush | None = None) -> Times:
         with self.running():
             call()
-            return self.time([self.capture(call)])[0]
+            return self.time([self.capture(call)], flush_by=flush_by)[0]
 
     def _find_events(self) -> Events:
         """Inside, if torch records external events in a graph and they can be read after it."""

@@ -16,7 +16,7 @@ from tile_mhc.bench.measuring import Result, Shape, Side
 from tile_mhc.bench.ops import Op, make_ops
 from tile_mhc.bench.peer import TileKernels
 from tile_mhc.bench.records import Setting
-from tile_mhc.bench.timing import COPY_BYTES, Clock, Events, Times
+from tile_mhc.bench.timing import COPY_BYTES, Clock, Events, Flush, Times
 from tile_mhc.cli._options import (
     HIDDEN,
     STREAMS,
@@ -87,6 +87,14 @@ class TokensByHidden(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     help="Of the graph, where the clock's events stand.  [default: inside, where torch can]",
 )
 @click.option(
+    "--flush",
+    "flush_by",
+    type=click.Choice(["copy", "read"]),
+    default="copy",
+    show_default=True,
+    help="What makes L2 cold: a copy, half of which the op writes back, or a read.",
+)
+@click.option(
     "--record",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Append a JSON line an op and shape.",
@@ -115,6 +123,7 @@ def bench_command(
     streams: tuple[int, ...],
     vs: str | None,
     events: Events | None,
+    flush_by: Flush,
     record: Path | None,
     commit: str | None,
     max_ratio: float | None,
@@ -147,7 +156,7 @@ def bench_command(
     if record:
         check_appendable(record)
     compile_before(chosen, wanted, tile_kernels, jobs)
-    clock = Clock(device, events)
+    clock = Clock(device, events, flush_by)
     bandwidth = clock.copy_bandwidth()
     empty = clock.empty_kernel()
     setting = records.make_setting(clock, bandwidth, empty, commit)
