@@ -108,11 +108,16 @@ def gradients(ranks: int, dtype: torch.dtype, device: str = "cpu") -> dict[str, 
 
 
 @contextlib.contextmanager
-def process_group(rank: int, ranks: int, folder: Path, backend: str = "gloo") -> Iterator[None]:
+def process_group(rank: int, ranks: int, folder: Path, device: str = "cpu") -> Iterator[None]:
     if ranks > 1:
         torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        backend, init_method=f"file://{folder / 'store'}", rank=rank, world_size=ranks
+        "nccl" if device == "cuda" else "gloo",
+        init_method=f"file://{folder / 'store'}",
+        rank=rank,
+        world_size=ranks,
     )
     try:
         yield
@@ -151,13 +156,12 @@ def megatron_ddp(
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.transformer import TransformerConfig
 
-    with (
-        process_group(rank, ranks, folder, "nccl" if device == "cuda" else "gloo"),
-        # Where it keeps its buffers.
-        mock.patch.object(
-            torch.cuda, "current_device", return_value=0 if device == "cuda" else "cpu"
-        ),
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(process_group(rank, ranks, folder, device))
+        if device == "cpu":
+            # Where it keeps its buffers.
+            patch = mock.patch.object(torch.cuda, "current_device", return_value="cpu")
+            stack.enter_context(patch)
         parallel_state.initialize_model_parallel()
         model = DistributedDataParallel(
             TransformerConfig(num_layers=1, hidden_size=HIDDEN, num_attention_heads=1),
@@ -182,12 +186,12 @@ def megatron_ddp(
         parallel_state.destroy_model_parallel()
 
 
-def torch_fsdp(rank: int, ranks: int, folder: Path) -> None:
+def torch_fsdp(rank: int, ranks: int, folder: Path, device: str = "cpu") -> None:
     """torch's fully_shard: parameters sharded, gathered for each layer, gradients scattered."""
     from torch.distributed.fsdp import fully_shard
 
-    with process_group(rank, ranks, folder):
-        model = network()
+    with process_group(rank, ranks, folder, device):
+        model = network().to(device)
         for layer in model.layers:
             fully_shard(layer)
         fully_shard(model)
@@ -200,34 +204,41 @@ def torch_fsdp(rank: int, ranks: int, folder: Path) -> None:
 
         run_steps(model, rank, no_sync)
         grads = {
-            name: p.grad.full_tensor() for name, p in model.named_parameters() if p.requires_grad
+            name: p.grad.full_tensor().cpu()
+            for name, p in model.named_parameters()
+            if p.requires_grad
         }
         if rank == 0:
             torch.save(grads, folder / "gradients.pt")
 
 
 def megatron_fsdp(
-    folder: Path, strategy: str, parameters: torch.dtype, main_grads: torch.dtype
+    rank: int,
+    ranks: int,
+    folder: Path,
+    strategy: str,
+    parameters: torch.dtype,
+    main_grads: torch.dtype,
 ) -> None:
-    """The package megatron-fsdp, one rank, on a GPU: it knows no other device."""
+    """The package megatron-fsdp, on a GPU a rank: it knows no other device."""
     # An older megatron-core beside it has another configuration, which it would take for its own.
     core = [name for name in sys.modules if name.startswith("megatron.")]
     with mock.patch.dict(sys.modules, dict.fromkeys(["megatron.core", *core])):
         from megatron_fsdp import MixedPrecisionPolicy, fully_shard_model
 
-    with process_group(0, 1, folder, "nccl"):
+    with process_group(rank, ranks, folder, "cuda"):
         model = fully_shard_model(
             network(parameters),
             fsdp_unit_modules=[Layer],
             zero_dp_strategy=strategy,
-            device=torch.device("cuda", 0),
+            device=torch.device("cuda", rank),
             mixed_precision_policy=MixedPrecisionPolicy(main_grads_dtype=main_grads),
             sync_model_each_microbatch=False,
         )
         for _ in range(2):  # the second step as the first: all flags are back
             model.zero_grad_buffer()
             with mock.patch.object(main_grad, "finish", wraps=main_grad.finish) as finished:
-                run_steps(model, 0, model.no_sync)
+                run_steps(model, rank, model.no_sync)
             model.finish_grad_sync()
         trained = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
         # By every micro-batch once, and by the second readout again.
@@ -236,8 +247,14 @@ def megatron_fsdp(
         )
         if finished.call_count != expected:
             raise RuntimeError(f"{finished.call_count} gradients in main_grad, not {expected}")
-        grads = {}
+        # Rows of each, as ranks follow one another; without a gradient where a rank has none.
+        shard = {}
         for name, parameter in trained.items():
-            grad = parameter.grad
-            grads[name] = (grad.to_local() if isinstance(grad, DTensor) else grad).cpu()
-        torch.save(grads, folder / "gradients.pt")
+            if (grad := parameter.grad) is not None:
+                shard[name] = (grad.to_local() if isinstance(grad, DTensor) else grad).cpu()
+        shards: list[Any] = [None] * ranks
+        dist.all_gather_object(shards, shard)
+        if rank == 0:
+            whole = shards[:1] if strategy == "no_shard" else shards
+            grads = {name: torch.cat([s[name] for s in whole if name in s]) for name in trained}
+            torch.save(grads, folder / "gradients.pt")

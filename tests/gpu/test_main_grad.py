@@ -112,20 +112,39 @@ def test_same_bits_every_run(name):
     [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)],
     ids=["fp32", "bf16 with fp32 main_grad", "bf16"],
 )
-def test_megatron_ddp(parameters, in_fp32, tmp_path):
-    """One rank, reductions on NCCL overlapped with the backward."""
+def test_megatron_ddp(parameters, in_fp32, ranks, tmp_path):
+    """Reductions on NCCL overlapped with the backward."""
     pytest.importorskip("megatron.core.distributed", exc_type=ImportError)
-    distributed.megatron_ddp(0, 1, tmp_path, parameters, in_fp32, "cuda")
-    check_saved(tmp_path, parameters, torch.float32 if in_fp32 else parameters)
+    run(distributed.megatron_ddp, ranks, tmp_path, parameters, in_fp32, "cuda")
+    check_saved(tmp_path, ranks, parameters, torch.float32 if in_fp32 else parameters)
 
 
-def check_saved(folder, parameters, main_grads):
+def test_torch_fsdp(ranks, tmp_path):
+    run(distributed.torch_fsdp, ranks, tmp_path, "cuda")
+    check_saved(tmp_path, ranks, torch.float32, torch.float32)
+
+
+@pytest.fixture(params=[1, distributed.RANKS], ids=lambda ranks: f"ranks={ranks}")
+def ranks(request):
+    if torch.cuda.device_count() < request.param:
+        pytest.skip(f"needs {request.param} GPUs")
+    return request.param
+
+
+def run(worker, ranks, folder, *args):
+    if ranks == 1:
+        worker(0, 1, folder, *args)
+    else:
+        distributed.spawn(worker, folder, *args)
+
+
+def check_saved(folder, ranks, parameters, main_grads):
     """As plain autograd gives them, added in float64, but for the rounding of the sums."""
     found = torch.load(folder / "gradients.pt")
-    plain = distributed.gradients(1, parameters, "cuda")
+    plain = distributed.gradients(ranks, parameters, "cuda")
     unit = tolerances.FLOAT32_SUM
     if torch.bfloat16 in (parameters, main_grads):
-        unit = distributed.MICRO_BATCHES * 2**-9
+        unit = (distributed.MICRO_BATCHES + ranks) * 2**-9
     assert found.keys() == plain.keys()
     for name, grad in found.items():
         expected = plain[name].cpu()
@@ -138,8 +157,8 @@ def check_saved(folder, parameters, main_grads):
     ids=["fp32", "bf16 with fp32 main_grad"],
 )
 @pytest.mark.parametrize("strategy", ["no_shard", "optim", "optim_grads", "optim_grads_params"])
-def test_megatron_fsdp(strategy, parameters, main_grads, tmp_path):
+def test_megatron_fsdp(strategy, parameters, main_grads, ranks, tmp_path):
     if importlib.util.find_spec("megatron_fsdp") is None:  # not imported: it asks for megatron-core
         pytest.skip("could not import 'megatron_fsdp'")
-    distributed.megatron_fsdp(tmp_path, strategy, parameters, main_grads)
-    check_saved(tmp_path, parameters, main_grads)
+    run(distributed.megatron_fsdp, ranks, tmp_path, strategy, parameters, main_grads)
+    check_saved(tmp_path, ranks, parameters, main_grads)
