@@ -8,6 +8,7 @@ grad_mix[t, i] = sum_h grad[t, h] * residual[t, i, h]
 import tilelang.language as T
 
 from tile_mhc.kernels._common import (
+    READS_LAST,
     SIMT,
     add_streams,
     block_sums,
@@ -23,7 +24,7 @@ from tile_mhc.kernels._common import (
 )
 
 
-@builder(SIMT)
+@builder(READS_LAST)
 def aggregate_fwd(n: int, hidden_size: int, dtype: str = "bfloat16"):
     tokens = T.dynamic("num_tokens")
     vector = row_vector(hidden_size, dtype)

@@ -7,6 +7,7 @@ splits before them, are one kernel.
 import tilelang.language as T
 
 from tile_mhc.kernels._common import (
+    READS_LAST,
     SIMT,
     block_sums,
     builder,
@@ -20,14 +21,15 @@ from tile_mhc.kernels._common import (
 )
 from tile_mhc.kernels._shapes import SUM_LANES
 from tile_mhc.kernels.fused_pre import gated_aggregate
-from tile_mhc.kernels.mixes import THREADS, logit, tokens_per_block
+from tile_mhc.kernels.mixes import THREADS, logit, sigmoid
 from tile_mhc.kernels.projection import norm_shape
 
 
 @builder(SIMT)
 def head_mix_fwd(n: int, scale_dtype: str = "float32", bias_dtype: str = "float32"):
     tokens = T.dynamic("num_tokens")
-    block_tokens = tokens_per_block(n)
+    # One thread a mix.
+    block_tokens = 256 // n
 
     @T.prim_func
     def head_mix_fwd_kernel(
@@ -37,7 +39,6 @@ def head_mix_fwd(n: int, scale_dtype: str = "float32", bias_dtype: str = "float3
         out: T.Tensor[(tokens, n), T.float32],
         pre_eps: T.float32,
     ):
-        # One thread a mix.
         with T.Kernel(T.ceildiv(tokens, block_tokens), threads=block_tokens * n) as block:
             follow_previous()
             t = block * block_tokens + T.get_thread_binding() // n
@@ -45,7 +46,8 @@ def head_mix_fwd(n: int, scale_dtype: str = "float32", bias_dtype: str = "float3
             z = T.alloc_local((1,), T.float32)
             if t < tokens:
                 logit(mixes[t, k], scale[0], bias[k], z)
-                out[t, k] = T.sigmoid(z[0]) + pre_eps
+                sigmoid(z[0], z)
+                out[t, k] = z[0] + pre_eps
 
     return head_mix_fwd_kernel
 
@@ -97,7 +99,7 @@ def head_mix_bwd(n: int, scale_dtype: str = "float32", bias_dtype: str = "float3
     return head_mix_bwd_kernel
 
 
-@builder(SIMT)
+@builder(READS_LAST)
 def contract_fwd(
     n: int,
     hidden_size: int,

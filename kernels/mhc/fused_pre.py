@@ -8,7 +8,7 @@ projection themselves, with the macros of the separate kernels: the same bits.
 import tilelang.language as T
 
 from tile_mhc.kernels._common import (
-    SIMT,
+    READS_LAST,
     builder,
     follow_previous,
     load_streams,
@@ -17,7 +17,7 @@ from tile_mhc.kernels._common import (
     weighted_sum,
 )
 from tile_mhc.kernels._shapes import SUM_LANES
-from tile_mhc.kernels.mixes import logit
+from tile_mhc.kernels.mixes import logit, sigmoid
 from tile_mhc.kernels.projection import norm_shape, token_mix
 from tile_mhc.kernels.sinkhorn import sinkhorn_token
 
@@ -89,7 +89,8 @@ def gated_aggregate(
             if tid == 0:
                 inv_rms[t] = mixed[1]
             logit(mixed[0], scale, bias[m], z)
-            gate[m] = T.sigmoid(z[0]) + pre_eps
+            sigmoid(z[0], z)
+            gate[m] = z[0] + pre_eps
     T.sync_threads()
     for i in T.unroll(n):
         mix[i] = gate[i]
@@ -103,7 +104,7 @@ def gated_aggregate(
                 out[t, h + v] = T.cast(total[v], out.dtype)
 
 
-@builder(SIMT)
+@builder(READS_LAST)
 def fused_pre(
     n: int,
     hidden_size: int,
@@ -188,7 +189,8 @@ def fused_pre(
                         if block * group + slot < tokens:
                             mixes[t, m] = mixed[0]
                             if m < 2 * n:
-                                post_mix[t, m - n] = T.sigmoid(z[0]) * post_mult
+                                sigmoid(z[0], z)
+                                post_mix[t, m - n] = z[0] * post_mult
                 T.sync_threads()
                 if tid < group and block * group + tid < tokens:
                     for i in T.unroll(n):

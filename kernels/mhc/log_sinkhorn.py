@@ -11,8 +11,8 @@ One token a thread, all of it in registers, as in sinkhorn.
 
 import tilelang.language as T
 
-from tile_mhc.kernels._common import SIMT, builder, follow_previous
-from tile_mhc.kernels.sinkhorn import SHARED_BYTES, THREADS, divide, reciprocal
+from tile_mhc.kernels._common import SIMT, builder, follow_previous, reciprocal
+from tile_mhc.kernels.sinkhorn import SHARED_BYTES, THREADS, divide
 
 
 @T.macro

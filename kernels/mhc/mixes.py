@@ -13,19 +13,18 @@ from tile_mhc.kernels._common import (
     builder,
     follow_previous,
     load_mixes,
+    reciprocal,
     store_mixes,
     sum_lanes,
     sums_shape,
 )
 from tile_mhc.kernels._shapes import TOKENS_PER_PARTIAL
 
-# One thread a token or a mix.
+# One thread a token.
 THREADS = TOKENS_PER_PARTIAL
-
-
-def tokens_per_block(rows: int) -> int:
-    """Whole tokens of a CTA that takes `rows` threads a token: indices stay 32 bits wide."""
-    return 256 // rows
+# Tokens of a CTA with a warp for each row of n mixes: its lanes take one branch, and what they
+# store lies together.
+WARP_TOKENS = 32
 
 
 @T.macro
@@ -34,12 +33,21 @@ def logit(mix: T.float32, scale: T.PrimExpr, bias: T.PrimExpr, out: T.Buffer):
     out[0] = T.ieee_fmaf(mix, T.cast(scale, T.float32), T.cast(bias, T.float32))
 
 
+@T.macro
+def sigmoid(z: T.float32, out: T.Buffer):
+    """out[0] = 1 / (1 + exp(-z)) to the bits of T.sigmoid, but 2**-126 where that would be less."""
+    divisor = T.alloc_local((1,), T.float32)
+    divisor[0] = 1.0 + T.exp(-z)
+    # Not T.min, which would make a number of NaN.
+    divisor[0] = T.Select(divisor[0] > 2.0**126, T.float32(2.0**126), divisor[0])
+    reciprocal(divisor[0], out, 0)
+
+
 @builder(SIMT)
 def split_mixes_fwd(n: int, scale_dtype: str = "float32", bias_dtype: str = "float32"):
     tokens = T.dynamic("num_tokens")
     num_mixes = n * (n + 2)
     rows = n + 2
-    block_tokens = tokens_per_block(rows)
 
     @T.prim_func
     def split_mixes_fwd_kernel(
@@ -52,10 +60,10 @@ def split_mixes_fwd(n: int, scale_dtype: str = "float32", bias_dtype: str = "flo
         post_mult: T.float32,
         pre_eps: T.float32,
     ):
-        with T.Kernel(T.ceildiv(tokens, block_tokens), threads=block_tokens * rows) as block:
+        with T.Kernel(T.ceildiv(tokens, WARP_TOKENS), threads=WARP_TOKENS * rows) as block:
             follow_previous()
-            t = block * block_tokens + T.get_thread_binding() // rows
-            row = T.get_thread_binding() % rows
+            t = block * WARP_TOKENS + T.get_thread_binding() % WARP_TOKENS
+            row = T.get_thread_binding() // WARP_TOKENS
             z = T.alloc_local((n,), T.float32)
             gate = T.alloc_local((1,), T.float32)
             if t < tokens:
@@ -65,7 +73,8 @@ def split_mixes_fwd(n: int, scale_dtype: str = "float32", bias_dtype: str = "flo
                     z[k] = gate[0]
                 if row < 2:
                     for k in T.unroll(n):
-                        z[k] = T.sigmoid(z[k])
+                        sigmoid(z[k], gate)
+                        z[k] = gate[0]
                 if row == 0:
                     for k in T.unroll(n):
                         z[k] += pre_eps

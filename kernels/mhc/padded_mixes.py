@@ -19,7 +19,7 @@ from tile_mhc.kernels._common import (
     sums_shape,
 )
 from tile_mhc.kernels._shapes import PADDED, TOKENS_PER_PARTIAL
-from tile_mhc.kernels.mixes import logit, tokens_per_block
+from tile_mhc.kernels.mixes import WARP_TOKENS, logit, sigmoid
 
 # One thread a token.
 THREADS = TOKENS_PER_PARTIAL
@@ -32,7 +32,6 @@ POST_MULT = 2.0
 def padded_mixes_fwd(n: int, scale_dtype: str, bias_dtype: str):
     tokens = T.dynamic("num_tokens")
     rows = n + 2
-    block_tokens = tokens_per_block(rows)
 
     @T.prim_func
     def padded_mixes_fwd_kernel(
@@ -44,11 +43,10 @@ def padded_mixes_fwd(n: int, scale_dtype: str, bias_dtype: str):
         post: T.Tensor[(tokens, n), T.float32],
         comb: T.Tensor[(tokens, n * n), T.float32],
     ):
-        # One thread a row of n mixes.
-        with T.Kernel(T.ceildiv(tokens, block_tokens), threads=block_tokens * rows) as block:
+        with T.Kernel(T.ceildiv(tokens, WARP_TOKENS), threads=WARP_TOKENS * rows) as block:
             follow_previous()
-            t = block * block_tokens + T.get_thread_binding() // rows
-            row = T.get_thread_binding() % rows
+            t = block * WARP_TOKENS + T.get_thread_binding() % WARP_TOKENS
+            row = T.get_thread_binding() // WARP_TOKENS
             z = T.alloc_local((n,), T.float32)
             gate = T.alloc_local((1,), T.float32)
             inv_rms = T.alloc_local((1,), T.float32)
@@ -60,7 +58,8 @@ def padded_mixes_fwd(n: int, scale_dtype: str, bias_dtype: str):
                     z[k] = gate[0]
                 if row < 2:
                     for k in T.unroll(n):
-                        z[k] = T.sigmoid(z[k])
+                        sigmoid(z[k], gate)
+                        z[k] = gate[0]
                 if row == 0:
                     store_mixes(z, n, pre, t, 0)
                 elif row == 1:

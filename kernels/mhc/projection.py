@@ -191,16 +191,23 @@ def split_sums(
 ):
     """out = (product m of token t, its sum of squares), summed over the splits.
 
-    Where there are many, which is where tokens are few, SUM_LANES neighbours share a mix, each with
-    its own `lane`: the rounds of loads of one thread would be most of the time. The number of
-    splits alone decides, so that every kernel adds in the same order.
+    Where there are more than SUM_LANES, which is where tokens are few, SUM_LANES neighbours share a
+    mix, each with its own `lane`: the rounds of loads of one thread would be most of the time. The
+    number of splits alone decides, so that every kernel adds in the same order.
     """
     out[0] = 0.0
     out[1] = 0.0
     if sharing == 1:
-        for s in T.unroll(splits, unroll_factor=8):
-            out[0] += products[s, t, m]
-            out[1] += squares[s, t]
+        # All loads before the first sum, which a loop of `splits` steps would not do.
+        parts = T.alloc_local((SUM_LANES, 2), T.float32)
+        for s in T.unroll(SUM_LANES):
+            if s < splits:
+                parts[s, 0] = products[s, t, m]
+                parts[s, 1] = squares[s, t]
+        for s in T.unroll(SUM_LANES):
+            if s < splits:
+                out[0] += parts[s, 0]
+                out[1] += parts[s, 1]
     else:
         for step in T.unroll(T.ceildiv(splits - lane, sharing), unroll_factor=8):
             out[0] += products[step * sharing + lane, t, m]

@@ -7,25 +7,11 @@ instead of n*n divisions, and errors of a scaling are corrected by the next.
 
 import tilelang.language as T
 
-from tile_mhc.kernels._common import SIMT, builder, follow_previous
+from tile_mhc.kernels._common import SIMT, builder, follow_previous, reciprocal
 
 # One warp a CTA: 8192 tokens make 256 CTAs, enough for every SM.
 THREADS = 32
 SHARED_BYTES = 200 * 1024
-
-
-@T.macro
-def reciprocal(divisor: T.float32, out: T.Buffer, index: T.int32):
-    """out[index] = 1 / divisor, to the last bit or so, for a divisor far from the ends of float32.
-
-    The compiler's division branches to a slow path for those ends, and a branch a division keeps
-    the n divisions of a step from overlapping: half of the kernel's time on an H200.
-    """
-    estimate = T.alloc_local((1,), T.float32)
-    estimate[0] = T.fast_rcp(divisor)
-    out[index] = T.ieee_fmaf(
-        estimate[0], T.ieee_fmaf(-divisor, estimate[0], T.float32(1)), estimate[0]
-    )
 
 
 @T.macro
