@@ -397,6 +397,7 @@ SPECS = (
     Spec("sinkhorn_fwd", "sinkhorn", ("sinkhorn",), _n),
     Spec("sinkhorn_bwd", "sinkhorn", ("sinkhorn", "fused_pre"), lambda s: [(s.n, s.capacity)]),
     Spec("aggregate_fwd", "aggregate", ("aggregate",), _streams),
+    Spec("aggregate_large_fwd", "aggregate", ("aggregate",), _streams),
     Spec("aggregate_bwd", "aggregate", ("aggregate",), _aggregate_backwards),
     Spec("aggregate_mix_bwd", "aggregate", ("fused_pre", "contract"), _streams),
     Spec("post_fwd", "post", ("post",), _posts),

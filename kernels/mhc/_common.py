@@ -23,8 +23,8 @@ SIMT = {
 # that L2 gives up again, before what it still holds for these very loads, or has yet to write back.
 # H100, 2026-11, T=4096: fused_pre 79.3 -> 72.0 us at H=2560 and 116.3 -> 110.1 at 4096, aggregate
 # 41.0 -> 39.5 by itself and 78.9 -> 72.2 with the projection before it. The backwards, posts and
-# recompute lose 1 to 2 % by it, as do these where there is much more than L2 holds: fused_pre 1 %,
-# aggregate and expand's backward 2 % at T=8192 H=7168.
+# recompute lose 1 to 3 % by it, as do these where there is much more than L2 holds: fused_pre 1 %,
+# aggregate, which has another kernel for that, and expand's backward 2 % at T=8192 H=7168.
 READS_LAST = SIMT | {PassConfigKey.TL_DEVICE_COMPILE_FLAGS: ["-Xptxas", "-dlcm=cs"]}
 
 

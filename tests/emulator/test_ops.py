@@ -42,6 +42,7 @@ from tile_mhc import (
     split_mixes,
 )
 from tile_mhc.kernels._shapes import SUM_LANES
+from tile_mhc.ops import aggregate as aggregate_op
 from tile_mhc.ops.projection import blocks_per_split
 
 pytestmark = pytest.mark.usefixtures("built_kernels", "emulator")
@@ -208,6 +209,17 @@ def test_out_and_checks_are_the_ops_own():
     assert torch.equal(out, aggregate(**tensors))
     with pytest.raises(ShapeError, match="pre_mix must be"):
         aggregate(tensors["residual"], tensors["pre_mix"][:, :2])
+
+
+@pytest.mark.parametrize(("less", "kernel"), [(0, "aggregate_fwd"), (1, "aggregate_large_fwd")])
+def test_streams_of_more_bytes_have_another_kernel(less, kernel, monkeypatch):
+    tensors, _ = AGGREGATE.inputs((13,), 4, 192, "cpu")
+    expected = aggregate(**tensors)
+    monkeypatch.setattr(aggregate_op, "LAST_READ_BYTES", 13 * 4 * 192 * 2 - less)
+    ran = []
+    with launch.settings(watch=lambda kernel, given: ran.append(kernel.key)):
+        assert torch.equal(aggregate(**tensors), expected)
+    assert ran == [(kernel, (4, 192))]
 
 
 def test_outside_it_the_reference_answers():

@@ -4,6 +4,7 @@ import torch
 import oracle
 from cases import AGGREGATE, Case, streams
 from tile_mhc import aggregate
+from tile_mhc.ops import aggregate as aggregate_op
 
 
 @streams
@@ -13,6 +14,13 @@ def test_aggregate(case):
 
 def test_same_bits_every_run():
     oracle.check_repeatable(AGGREGATE, *AGGREGATE.inputs((130,), 4, 1280, "cuda"))
+
+
+def test_same_bits_by_the_kernel_for_large_streams(monkeypatch):
+    tensors, _ = AGGREGATE.inputs((130,), 4, 1280, "cuda")
+    expected = aggregate(**tensors)
+    monkeypatch.setattr(aggregate_op, "LAST_READ_BYTES", 0)
+    assert torch.equal(aggregate(**tensors), expected)
 
 
 @pytest.mark.parametrize("poisoned", ["residual", "pre_mix"])
