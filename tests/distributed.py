@@ -212,6 +212,19 @@ def torch_fsdp(rank: int, ranks: int, folder: Path, device: str = "cpu") -> None
             torch.save(grads, folder / "gradients.pt")
 
 
+@contextlib.contextmanager
+def not_importable(names: list[str]) -> Iterator[None]:
+    """Without these modules; unlike `mock.patch.dict`, what is imported meanwhile stays."""
+    found = {name: sys.modules[name] for name in names if name in sys.modules}
+    sys.modules.update(dict.fromkeys(names))
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
+        sys.modules.update(found)
+
+
 def megatron_fsdp(
     rank: int,
     ranks: int,
@@ -222,8 +235,8 @@ def megatron_fsdp(
 ) -> None:
     """The package megatron-fsdp, on a GPU a rank: it knows no other device."""
     # An older megatron-core beside it has another configuration, which it would take for its own.
-    core = [name for name in sys.modules if name.startswith("megatron.")]
-    with mock.patch.dict(sys.modules, dict.fromkeys(["megatron.core", *core])):
+    core = {name for name in sys.modules if name.startswith("megatron.")}
+    with not_importable([*(core | {"megatron.core"})]):
         from megatron_fsdp import MixedPrecisionPolicy, fully_shard_model
 
     with process_group(rank, ranks, folder, "cuda"):
