@@ -20,6 +20,11 @@ RANKS, MICRO_BATCHES, TOKENS = 2, 3, 24
 LAYERS = 2
 
 
+def roundings(ranks: int) -> int:
+    """Of a sum in bfloat16: one as each micro-batch is added and, of several ranks, each rank."""
+    return MICRO_BATCHES + (ranks if ranks > 1 else 0)
+
+
 class Op(nn.Module):
     """What an op has for parameters, as this module's own: Megatron-FSDP gathers those."""
 

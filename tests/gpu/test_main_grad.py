@@ -144,7 +144,7 @@ def check_saved(folder, ranks, parameters, main_grads):
     plain = distributed.gradients(ranks, parameters, "cuda")
     unit = tolerances.FLOAT32_SUM
     if torch.bfloat16 in (parameters, main_grads):
-        unit = (distributed.MICRO_BATCHES + ranks) * 2**-9
+        unit = distributed.roundings(ranks) * 2**-9
     assert found.keys() == plain.keys()
     for name, grad in found.items():
         expected = plain[name].cpu()
