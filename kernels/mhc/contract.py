@@ -28,7 +28,7 @@ from tile_mhc.kernels.projection import norm_shape
 @builder(SIMT)
 def head_mix_fwd(n: int, scale_dtype: str = "float32", bias_dtype: str = "float32"):
     tokens = T.dynamic("num_tokens")
-    # One thread a mix.
+    # Whole tokens, one thread a mix: indices stay 32 bits wide.
     block_tokens = 256 // n
 
     @T.prim_func

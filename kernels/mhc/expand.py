@@ -31,27 +31,29 @@ def expand_fwd(n: int, hidden_size: int, dtype: str = "bfloat16"):
     pieces = min(row_chunks(hidden_size, threads, vector), ACCESSES)
     copies = ACCESSES // pieces
     chunks = row_chunks(hidden_size, threads, vector * pieces)
+    groups = n // copies
+    stride = threads * vector
 
     @T.prim_func
     def expand_fwd_kernel(
         hidden: T.Tensor[(tokens, hidden_size), dtype],
         out: T.Tensor[(tokens, n, hidden_size), dtype],
     ):
-        with T.Kernel(tokens * (n // copies) * chunks, threads=threads) as block:
+        with T.Kernel(tokens * groups * chunks, threads=threads) as block:
             follow_previous()
-            t = block // (n // copies * chunks)
-            i = block // chunks % (n // copies) * copies
+            t = block // (groups * chunks)
+            i = block // chunks % groups * copies
             h = (block % chunks * pieces * threads + T.get_thread_binding()) * vector
             values = T.alloc_local((pieces, vector), dtype)
             for p in T.unroll(pieces):
-                if h + p * threads * vector < hidden_size:
+                if h + p * stride < hidden_size:
                     for v in T.vectorized(vector):
-                        values[p, v] = hidden[t, h + p * threads * vector + v]
+                        values[p, v] = hidden[t, h + p * stride + v]
             for c in T.unroll(copies):
                 for p in T.unroll(pieces):
-                    if h + p * threads * vector < hidden_size:
+                    if h + p * stride < hidden_size:
                         for v in T.vectorized(vector):
-                            out[t, i + c, h + p * threads * vector + v] = values[p, v]
+                            out[t, i + c, h + p * stride + v] = values[p, v]
 
     return expand_fwd_kernel
 
