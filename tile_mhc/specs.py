@@ -137,12 +137,15 @@ class Spec:
         stem: the builder's module, `tile_mhc.kernels.<stem>`.
         ops: the public functions that launch it.
         arguments: the builder's argument tuples for given sizes.
+        early: the tensors that it reads beside the kernel before it, which never writes them: see
+            `follow_previous` of the kernels.
     """
 
     name: str
     stem: str
     ops: tuple[str, ...]
     arguments: Callable[[Sizes], list[Arguments]]
+    early: tuple[str, ...] = ()
 
 
 def _n(s: Sizes) -> list[Arguments]:
@@ -372,6 +375,7 @@ SPECS = (
         "projection",
         (*_PROJECTION, *_TE),
         _into_accumulator(_fast(_projection_backwards)),
+        early=("weight", "norm_weight"),
     ),
     Spec(
         "projection_weight_bwd",
@@ -385,6 +389,7 @@ SPECS = (
         "projection_any",
         (*_PROJECTION, *_TE),
         _into_accumulator(_any(_projection_backwards)),
+        early=("weight", "norm_weight"),
     ),
     Spec("split_mixes_fwd", "mixes", ("split_mixes", "fused_pre"), _n_gates),
     Spec("split_mixes_bwd", "mixes", ("split_mixes", "fused_pre"), _n_gates),
@@ -399,7 +404,13 @@ SPECS = (
     Spec("aggregate_fwd", "aggregate", ("aggregate",), _streams),
     Spec("aggregate_large_fwd", "aggregate", ("aggregate",), _streams),
     Spec("aggregate_bwd", "aggregate", ("aggregate",), _aggregate_backwards),
-    Spec("aggregate_mix_bwd", "aggregate", ("fused_pre", "contract"), _streams),
+    Spec(
+        "aggregate_mix_bwd",
+        "aggregate",
+        ("fused_pre", "contract"),
+        _streams,
+        early=("grad", "residual"),
+    ),
     Spec("post_fwd", "post", ("post",), _posts),
     Spec("post_bwd", "post", ("post",), _post_backwards),
     Spec("post_bias_bwd", "post", ("post", *_TE), _post_biases),
@@ -423,15 +434,15 @@ SPECS = (
     Spec("recompute_table", "recompute", ("recompute",), lambda _: [(TABLE_SLOTS,)]),
 )
 
-_BY_NAME = {spec.name: spec for spec in SPECS}
+BY_NAME = {spec.name: spec for spec in SPECS}
 OPS = tuple(sorted({op for spec in SPECS for op in spec.ops}))
 
 
 def builder(name: str) -> Callable[..., Any]:
     """The function that turns a kernel's arguments into a TileLang prim_func; imports TileLang."""
-    if name not in _BY_NAME:
-        raise ValueError(f"kernel: name must be one of {', '.join(_BY_NAME)}; got {name!r}")
-    module = importlib.import_module(f"tile_mhc.kernels.{_BY_NAME[name].stem}")
+    if name not in BY_NAME:
+        raise ValueError(f"kernel: name must be one of {', '.join(BY_NAME)}; got {name!r}")
+    module = importlib.import_module(f"tile_mhc.kernels.{BY_NAME[name].stem}")
     function: Callable[..., Any] = getattr(module, name)
     return function
 
@@ -462,7 +473,7 @@ def device_functions() -> set[str]:
 
 def compile_command(name: str, args: Arguments, arch: str) -> str | None:
     """The command line that puts this kernel into the cache; None where the table has no entry."""
-    spec = _BY_NAME[name]
+    spec = BY_NAME[name]
     for size in _sizes_of(name, args):
         if args in spec.arguments(size):
             command = f"tile-mhc compile --arch {arch} --hidden {size.hidden} --streams {size.n}"

@@ -75,9 +75,12 @@ def row_chunks(hidden_size: int, threads: int, vector: int) -> int:
 def follow_previous():
     """Wait for the kernel before this one in the stream; from then on the next may be launched.
 
-    The first statement of every kernel. With it, a kernel is put on the GPU while its predecessor
-    still runs (programmatic dependent launch), so that a sub-layer's dozen small launches do not
-    each add the 1 to 2 us of a start. Nothing may be read or written before it.
+    The first statement of nearly every kernel. With it, a kernel is put on the GPU while its
+    predecessor still runs (programmatic dependent launch), so that a sub-layer's dozen small
+    launches do not each add the 1 to 2 us of a start. Before it nothing may be written, and nothing
+    read but what is `early` in the table of kernels: where the predecessor is always one of ours,
+    of the same call, that does not write this. All that came before the predecessor has ended then,
+    as it waited here itself before this kernel could start.
     """
     T.pdl_sync()
     T.pdl_trigger()

@@ -142,7 +142,10 @@ def aggregate_bwd(n: int, hidden_size: int, dtype: str = "bfloat16", into: str =
 
 @builder(SIMT)
 def aggregate_mix_bwd(n: int, hidden_size: int, dtype: str = "bfloat16"):
-    """The gradient of pre_mix alone: the projection's backward takes the rest along."""
+    """The gradient of pre_mix alone: the projection's backward takes the rest along.
+
+    It reads beside the kernel before it, one of the mixes', and waits for that before it writes.
+    """
     tokens = T.dynamic("num_tokens")
     vector = row_vector(hidden_size, dtype)
     threads = row_threads(hidden_size, vector)
@@ -155,7 +158,6 @@ def aggregate_mix_bwd(n: int, hidden_size: int, dtype: str = "bfloat16"):
         grad_mix: T.Tensor[(tokens, n), T.float32],
     ):
         with T.Kernel(tokens, threads=threads) as block:
-            follow_previous()
             # The last tokens first: the projection's backward then finds its first in L2.
             t = tokens - 1 - block
             tid = T.get_thread_binding()
@@ -174,6 +176,7 @@ def aggregate_mix_bwd(n: int, hidden_size: int, dtype: str = "bfloat16"):
                     load_streams(residual, t, h, n, streams)
                     row_products(wide, streams, n, sums)
             block_sums(sums, n, threads, shared, total)
+            follow_previous()
             if tid % lanes == 0 and tid < n * lanes:
                 grad_mix[t, tid // lanes] = total[0]
 

@@ -16,6 +16,7 @@ from tile_mhc.kernels.projection import (
     high_part,
     low_part,
     norm_shape,
+    store_weight_parts,
     weight_value,
 )
 
@@ -166,7 +167,6 @@ def projection_any_bwd(
         tf32: T.int32,
     ):
         with T.Kernel(T.ceildiv(size, columns), slices, threads=threads) as (column, slot):
-            follow_previous()
             # The rows of G are [high | low]; against these they give all products but low x low.
             high_twice = T.alloc_shared((both, columns), T.bfloat16)
             low_then_zero = T.alloc_shared((both, columns), T.bfloat16)
@@ -179,18 +179,21 @@ def projection_any_bwd(
             grad_shared = T.alloc_shared((ANY_TOKENS, columns), T.float32)
             weight_local = T.alloc_fragment((columns, both), T.float32)
             tile_weight = T.alloc_fragment((columns, both), T.float32)
-            weight_shared = T.alloc_shared((columns, both), T.float32)
+            # Two more than a row has: a column of it then lies in many banks.
+            weight_shared = T.alloc_shared((columns, both + 2), T.float32)
+            w_local = T.alloc_local((part_rows * columns // threads,), T.float32)
             k0 = column * columns
-            for m, k in T.Parallel(part_rows, columns):
-                w = T.if_then_else(
-                    m < num_mixes and k0 + k < size,
-                    weight_value(weight, norm_weight, norm_dtype, m, k0 + k, tf32),
-                    0.0,
-                )
-                high_twice[m, k] = high_part(w)
-                high_twice[part_rows + m, k] = high_part(w)
-                low_then_zero[m, k] = low_part(w)
-                low_then_zero[part_rows + m, k] = T.cast(0, T.bfloat16)
+            store_weight_parts(
+                weight,
+                norm_weight,
+                norm_dtype,
+                lambda c: k0 + c,
+                tf32,
+                w_local,
+                high_twice,
+                low_then_zero,
+            )
+            follow_previous()
             T.clear(weight_local)
             first = slot * slice_tokens
             for step in T.serial(T.ceildiv(T.min(slice_tokens, tokens - first), ANY_TOKENS)):
@@ -226,7 +229,7 @@ def projection_any_bwd(
                         if t0 + i < tokens and k0 + k < size:
                             grad_shared[i, k] += T.cast(accumulated[t0 + i, k0 + k], T.float32)
                 T.copy(grad_shared, grad_x[t0, k0])
-            T.copy(weight_local, weight_shared)
+            T.copy(weight_local, weight_shared[0:columns, 0:both])
             for m, k in T.Parallel(num_mixes, columns):
                 if k0 + k < size:
                     partials[slot, m, k0 + k] = (

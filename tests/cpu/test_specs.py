@@ -62,9 +62,25 @@ def test_launches_pass_as_many_arguments_as_the_table():
 def test_every_kernel_first_waits_for_the_one_before(stem):
     """It may have been launched while that one still runs: an earlier access would be a race."""
     path = ROOT / "kernels" / "mhc" / f"{stem}.py"
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.With) and "T.Kernel(" in ast.unparse(node.items[0]):
-            assert ast.unparse(node.body[0]) == "follow_previous()", f"line {node.lineno}"
+    functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
+    kernels = [
+        (function, node.body)
+        for function in functions
+        for node in function.body
+        if isinstance(node, ast.With) and "T.Kernel(" in ast.unparse(node.items[0])
+    ]
+    assert len(kernels) == path.read_text().count("with T.Kernel(") > 0
+    for function, body in kernels:
+        waits = [ast.unparse(statement) for statement in body].index("follow_previous()")
+        before = {
+            node.id
+            for statement in body[:waits]
+            for node in ast.walk(statement)
+            if isinstance(node, ast.Name)
+        }
+        tensors = {a.arg for a in function.args.args if "T.Tensor" in ast.unparse(a.annotation)}
+        spec = specs.BY_NAME.get(function.name.removesuffix("_kernel"))
+        assert before & tensors == set(spec.early if spec else ()), function.name
 
 
 def test_names_are_unique():

@@ -29,6 +29,8 @@ _TYPES = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "float32": ctypes.c_
 launched: set[tuple[str, specs.Arguments]] = set()
 # One launch at a time: a library holds its launch's state, and signals are the process's.
 _launch_lock = threading.Lock()
+# What the launch before may have written: kept, so that no other tensor gets its memory.
+_written: list[Tensor] = []
 
 
 class FaultError(RuntimeError):
@@ -41,6 +43,7 @@ class _Tensor(ctypes.Structure):
         ("base", ctypes.c_void_p),
         ("bytes", ctypes.c_int64),
         ("writable", ctypes.c_int32),
+        ("early", ctypes.c_int32),
     )
 
 
@@ -93,15 +96,20 @@ class Kernel:
         scope = {name: given[index] for name, index in lowered.values.items()} | values
         arguments = [_evaluate(text, scope) for text in lowered.arguments]
         device_types = _device_types(lowered.source)
-        tensors, holders = [], []
+        tensors, holders, written = [], [], []
+        early_names = specs.BY_NAME[lowered.name].early
         for value, kind in zip(arguments, device_types, strict=True):
             if isinstance(value, Tensor):
                 name = next(n for n, i in lowered.values.items() if given[i] is value)
-                tensors.append(_span(name, value, not kind.startswith("const")))
+                writable = not kind.startswith("const")
+                early = name in early_names and not any(_overlap(value, w) for w in _written)
+                tensors.append(_span(name, value, writable, early))
+                if writable:
+                    written.append(value)
                 holders.append(ctypes.c_int(0))
             else:
                 holders.append(_C_TYPES[kind](value))
-        tensors += [_span("a tensor of the op", tensor, True) for tensor in Settings.known]
+        tensors += [_span("a tensor of the op", tensor, True, False) for tensor in Settings.known]
         extents = {tag: _evaluate(text, scope) for tag, text in lowered.extents.items()}
         grid = [int(extents.get(f"blockIdx.{axis}", 1)) for axis in "xyz"]
         if min(grid) < 1 or max(grid[1:]) > 65535:
@@ -122,6 +130,7 @@ class Kernel:
                 message,
                 len(message),
             )
+            _written[:] = written
         if failed:
             raise FaultError(self._explain(message.value.decode()))
 
@@ -182,9 +191,17 @@ class _Language:
     int64 = int32 = staticmethod(int)
 
 
-def _span(name: str, tensor: Tensor, writable: bool) -> _Tensor:
-    size = tensor.numel() * tensor.element_size()
-    return _Tensor(name.encode(), tensor.data_ptr(), size, writable)
+def _span(name: str, tensor: Tensor, writable: bool, early: bool) -> _Tensor:
+    return _Tensor(name.encode(), tensor.data_ptr(), _bytes(tensor), writable, early)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    first, second = sorted((a, b), key=Tensor.data_ptr)
+    return first.data_ptr() + _bytes(first) > second.data_ptr()
 
 
 def build(code: str, name: str) -> ctypes.CDLL:

@@ -37,6 +37,7 @@ struct Buffer {
   int64_t bytes;
   Cta *shared;  // whose shared memory it is in; global memory is nobody's
   bool writable;
+  bool early = false;  // may be read before the kernel before this one has been waited for
 };
 
 // A barrier releases everyone when `expected` have come; `line` shows whether from one statement.
@@ -260,7 +261,7 @@ inline void check(const Buffer &buffer, const char *at, int bytes, int alignment
     fail("%s of %d bytes at byte %ld of %s is not aligned", verb, bytes, (long)offset, buffer.name);
   if (write && !buffer.writable) fail("write to %s, which the kernel only reads", buffer.name);
   const Thread &self = *state.self;
-  if (!buffer.shared && !self.may_access)
+  if (!buffer.shared && !self.may_access && (write || !buffer.early))
     fail("%s of %s before the wait for the kernel before this one", verb, buffer.name);
   if (!buffer.shared) return;
   const int warp = self.index / 32;
@@ -578,6 +579,7 @@ struct Tensor {
   void *base;
   int64_t bytes;
   int32_t writable;
+  int32_t early;
 };
 
 inline int launch(void (*body)(void **), const Tensor *tensors, int num_tensors, void **arguments,
@@ -597,7 +599,7 @@ inline int launch(void (*body)(void **), const Tensor *tensors, int num_tensors,
   state.buffers.clear();
   for (int i = 0; i < num_tensors; ++i)
     state.buffers.push_back({tensors[i].name, (char *)tensors[i].base, tensors[i].bytes, nullptr,
-                             tensors[i].writable != 0});
+                             tensors[i].writable != 0, tensors[i].early != 0});
   struct sigaction before[5], action = {};
   action.sa_handler = on_signal;
   static char signal_stack[64 * 1024];

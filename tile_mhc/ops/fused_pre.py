@@ -214,9 +214,6 @@ def _backward_cuda(
     )
     # Nothing reads post_mix here: it goes where the gradient of pre_mix then overwrites it.
     mixes_op.launch_rows(mixes, scale, bias, pre_mix, grad_pre, logits, post_mult, pre_eps)
-    jit.kernel("aggregate_mix_bwd", n, hidden_size, *specs.stream_dtypes(dtype_of(residual)))(
-        grad_input, residual.view(-1, n, hidden_size), grad_pre
-    )
     sinkhorn_op.launch_backward_rows(
         n,
         grad_comb.contiguous().view(-1, n * n),
@@ -224,6 +221,9 @@ def _backward_cuda(
         grad_logits,
         sinkhorn_repeat,
         sinkhorn_eps,
+    )
+    jit.kernel("aggregate_mix_bwd", n, hidden_size, *specs.stream_dtypes(dtype_of(residual)))(
+        grad_input, residual.view(-1, n, hidden_size), grad_pre
     )
     mixes_op.launch_backward_rows(
         grad_pre,

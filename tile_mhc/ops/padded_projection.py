@@ -9,7 +9,7 @@ from tile_mhc import jit
 from tile_mhc import reference_interleaved as reference
 from tile_mhc.kernels._shapes import PADDED, factors_width, padded
 from tile_mhc.ops._library import absent, empty_gradients, register
-from tile_mhc.ops.projection import launch_matmuls, split_products
+from tile_mhc.ops.projection import contiguous, launch_matmuls, split_products
 
 # The order of the elements of a row does not matter to a product: any four rows will do.
 STREAMS = 4
@@ -44,6 +44,7 @@ def _backward_cuda(
     if num_tokens == 0:
         return grad_x, grad_weight.zero_(), grad_norm_weight.zero_()
     num_mixes = weight.shape[0]
+    weight, norm_weight = contiguous(weight, norm_weight)
     grad_parts = x.new_empty(num_tokens, 2 * padded(num_mixes), dtype=torch.bfloat16)
     factors = grad_h.new_empty(num_tokens, factors_width(0))
     jit.kernel("padded_projection_pack", num_mixes, size)(

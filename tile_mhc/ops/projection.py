@@ -156,11 +156,14 @@ def is_fast(residual: Tensor) -> bool:
     return residual.dtype == torch.bfloat16 and residual.shape[-1] % FAST_HIDDEN == 0
 
 
+def contiguous(weight: Tensor, norm_weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return weight.contiguous(), None if norm_weight is None else norm_weight.contiguous()
+
+
 def parameters(weight: Tensor, norm_weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """The two as kernels take them."""
-    if norm_weight is None:
-        return weight.contiguous(), absent(weight.device)
-    return weight.contiguous(), norm_weight.contiguous()
+    weight, norm_weight = contiguous(weight, norm_weight)
+    return weight, absent(weight.device) if norm_weight is None else norm_weight
 
 
 def has_many_splits(products: Tensor) -> bool:
@@ -323,6 +326,7 @@ def launch_backward_rows(
     """
     num_mixes, size = weight.shape
     device = residual.device
+    weight, norm_weight = contiguous(weight, norm_weight)
     if aggregated is None:
         streams = 0
         grad_input, pre_mix = absent(device, residual.dtype), absent(device)
@@ -364,12 +368,14 @@ def launch_matmuls(
     """Write the gradients of residual, weight and norm_weight, by position in `into`.
 
     `grad_input` is read if there are `streams`; `accumulated` is a gradient of the residual to add.
+    The kernel launched right before is to be one of ours, and weight and norm_weight are to be
+    contiguous: the kernel here reads them before that one has ended.
     """
     grad_residual, grad_weight, _ = grads
     num_mixes, size = weight.shape
     x = residual.view(-1, size)
     num_tokens = x.shape[0]
-    given = parameters(weight, norm_weight)
+    given = weight, absent(weight.device) if norm_weight is None else norm_weight
     held = "" if accumulated is None else dtype_of(accumulated)
     dtypes = parameter_dtypes(weight, norm_weight, dtype_into(into, 0))
     if is_fast(residual):
