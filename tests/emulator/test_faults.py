@@ -70,6 +70,16 @@ def test_fault(name, old, new, message):
     assert f"{name}({', '.join(map(str, args))}): block (" in str(error.value)
 
 
+def test_early_read_of_what_the_kernel_before_writes():
+    hidden, streams = expand_arguments()
+    reader = launch.kernel("aggregate_mix_bwd", 4, 192)
+    launch.kernel("expand_fwd", 4, 192)(hidden, streams)
+    with pytest.raises(FaultError, match="read of residual before the wait"):
+        reader(hidden, streams, torch.zeros(3, 4))
+    launch.kernel("expand_fwd", 4, 192)(hidden, streams.clone())
+    reader(hidden, streams, torch.zeros(3, 4))
+
+
 def test_copy_that_nothing_waits_for():
     launches = []
 

@@ -375,7 +375,7 @@ def launch_matmuls(
     num_mixes, size = weight.shape
     x = residual.view(-1, size)
     num_tokens = x.shape[0]
-    given = weight, absent(weight.device) if norm_weight is None else norm_weight
+    given = parameters(weight, norm_weight)
     held = "" if accumulated is None else dtype_of(accumulated)
     dtypes = parameter_dtypes(weight, norm_weight, dtype_into(into, 0))
     if is_fast(residual):
