@@ -16,11 +16,11 @@ from tile_mhc.kernels._common import (
     row_vector,
 )
 
-# Accesses that a thread writes: of one row, so that what is written at one time lies together, or
-# where a thread has but one of a row, of two streams. H100, 2026-11, us at T=8192 H=7168 and
-# T=4096 H=2560: 202.2 and 38.6, where a CTA that wrote all streams took 206.2 and 39.3. With one
-# access there are more CTAs than start in the time: 201.9 and 43.1.
-ACCESSES = 2
+# Streams that a CTA writes. H200, 2026-11, us with one (two accesses of it a thread), two and four:
+# 148.2, 144.8 and 148.4 at T=8192 H=7168, 44.5, 43.4 and 45.9 at 4096x4096, 28.4, 28.3 and 28.8 at
+# 4096x2560, 5.4, 5.6 and 5.3 at 128x7168. Where one access of one stream is all that a thread has,
+# there are more CTAs than start in the time: 157.8 us.
+COPIES = 2
 
 
 @builder(SIMT)
@@ -28,11 +28,8 @@ def expand_fwd(n: int, hidden_size: int, dtype: str = "bfloat16"):
     tokens = T.dynamic("num_tokens")
     vector = row_vector(hidden_size, dtype)
     threads = row_threads(hidden_size, vector)
-    pieces = min(row_chunks(hidden_size, threads, vector), ACCESSES)
-    copies = ACCESSES // pieces
-    chunks = row_chunks(hidden_size, threads, vector * pieces)
-    groups = n // copies
-    stride = threads * vector
+    chunks = row_chunks(hidden_size, threads, vector)
+    groups = n // COPIES
 
     @T.prim_func
     def expand_fwd_kernel(
@@ -42,18 +39,15 @@ def expand_fwd(n: int, hidden_size: int, dtype: str = "bfloat16"):
         with T.Kernel(tokens * groups * chunks, threads=threads) as block:
             follow_previous()
             t = block // (groups * chunks)
-            i = block // chunks % groups * copies
-            h = (block % chunks * pieces * threads + T.get_thread_binding()) * vector
-            values = T.alloc_local((pieces, vector), dtype)
-            for p in T.unroll(pieces):
-                if h + p * stride < hidden_size:
+            i = block // chunks % groups * COPIES
+            h = (block % chunks * threads + T.get_thread_binding()) * vector
+            values = T.alloc_local((vector,), dtype)
+            if h < hidden_size:
+                for v in T.vectorized(vector):
+                    values[v] = hidden[t, h + v]
+                for c in T.unroll(COPIES):
                     for v in T.vectorized(vector):
-                        values[p, v] = hidden[t, h + p * stride + v]
-            for c in T.unroll(copies):
-                for p in T.unroll(pieces):
-                    if h + p * stride < hidden_size:
-                        for v in T.vectorized(vector):
-                            out[t, i + c, h + p * stride + v] = values[p, v]
+                        out[t, i + c, h + v] = values[v]
 
     return expand_fwd_kernel
 
