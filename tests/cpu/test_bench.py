@@ -141,6 +141,18 @@ def test_a_missing_token_is_an_error():
     assert checking.find_error(torch.zeros(1, 8, 4), want) is not None
 
 
+def test_the_tolerance_follows_from_the_roundings_of_an_op():
+    want = torch.ones(1, 64, 4, dtype=torch.float64)
+    for roundings in (3, LAYERS):
+        # 4 * rms(want) stands beside |want|.
+        allowed = 5 * (roundings + 1) * 2.0**-9
+        for factor, is_right in ((0.9, True), (1.1, False)):
+            got = (want + factor * allowed).bfloat16()
+            assert (checking.find_error(got, want, roundings) is None) == is_right
+    assert {op.roundings for op in table().values() if op.name != "recompute.fwd"} == {3}
+    assert table()["recompute.fwd"].roundings == LAYERS
+
+
 def test_tolerances_are_tighter_than_the_next_smaller_format():
     want = torch.randn(1, 4096, 4, dtype=torch.float64)
     assert checking.find_error(want.bfloat16(), want) is None

@@ -8,22 +8,25 @@ import torch
 from torch import Tensor
 
 from tile_mhc.bench.inputs import Inputs
-from tile_mhc.bench.ops import Op, Outputs
+from tile_mhc.bench.ops import ROUNDINGS, Op, Outputs
 
 CHUNK = 1024  # tokens that the float64 reference takes at a time
-# bfloat16 rounds by at most 2**-9, three times at most; TF32 products are off by 2e-4 of the rms.
-TOLERANCE = {torch.bfloat16: 2.0**-7, torch.float32: 2e-3}
+# What a rounding to bfloat16 is off by, at most. An output had up to `Op.roundings`, each on top of
+# the one before; one more is allowed for all that float32 adds.
+BFLOAT16 = 2.0**-9
+FLOAT32 = 2e-3  # TF32 products are off by 2e-4 of the rms
 
 
-def find_error(got: Tensor, want: Tensor) -> str | None:
+def find_error(got: Tensor, want: Tensor, roundings: int = ROUNDINGS) -> str | None:
     """What is wrong with `got`; a NaN is.
 
-    Right is |got - want| <= TOLERANCE * (|want| + 4 rms(want)), everywhere.
+    Right is |got - want| <= tolerance * (|want| + 4 rms(want)), everywhere.
     """
     if got.numel() != want.numel():
         return f"{tuple(got.shape)} for {tuple(want.shape)}"
     error = (got.reshape(want.shape).double() - want).abs()
-    bound = TOLERANCE[got.dtype] * (want.abs() + 4 * want.square().mean().sqrt())
+    tolerance = FLOAT32 if got.dtype == torch.float32 else BFLOAT16 * (roundings + 1)
+    bound = tolerance * (want.abs() + 4 * want.square().mean().sqrt())
     wrong = ~(error <= bound)
     if not wrong.any():
         return None
@@ -42,10 +45,10 @@ def check(op: Op, x: Inputs, outputs: Outputs) -> str | None:
                 sums[index] = sums[index] + want if index in sums else want
                 continue
             by_token = got if got.shape[0] == 1 else got.unsqueeze(0)
-            if error := find_error(by_token[:, tokens], want):
+            if error := find_error(by_token[:, tokens], want, op.roundings):
                 return f"output {index}, tokens from {start}: {error}"
     for index, want in sums.items():
-        if error := find_error(outputs[index], want):
+        if error := find_error(outputs[index], want, op.roundings):
             return f"output {index}: {error}"
     return None
 

@@ -14,10 +14,12 @@ from torch import Tensor
 import tile_mhc
 from tile_mhc import functional, reference
 from tile_mhc.bench import floors
-from tile_mhc.bench.inputs import Inputs
+from tile_mhc.bench.inputs import LAYERS, Inputs
 
 Outputs = Sequence[Tensor]
 Call = Callable[[], Outputs]
+
+ROUNDINGS = 3  # to bfloat16, one on top of the other, in any op but the recompute
 
 # As DeepSeek-V4 has them.
 EPS = 1e-6
@@ -42,6 +44,7 @@ class Op:
         truth: what that call returns, by the reference.
         summed: the outputs that are sums over the tokens.
         layers: whether the inputs must be `Inputs.with_layers`.
+        roundings: how often an output was rounded to bfloat16, at most.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Op:
     truth: Callable[[Inputs], Outputs]
     summed: tuple[int, ...] = ()
     layers: bool = False
+    roundings: int = ROUNDINGS
 
     @property
     def stem(self) -> str:
@@ -310,6 +314,7 @@ def make_ops() -> list[Op]:
             _recompute,
             _recompute_truth,
             layers=True,
+            roundings=LAYERS,  # a layer's streams are rounded, and the next layer reads those
         ),
         Op(
             "sub_layer.fwd+bwd",
