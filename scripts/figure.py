@@ -108,7 +108,7 @@ def draw(run: Record, series: dict[str, Series], hidden: int, out: Path) -> None
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper right", ncols=len(labels), frameon=False)
     figure.suptitle(
-        f"{run.gpu}, H = {hidden}, n = {run.n}; commit {run.commit}, {run.date}",
+        f"{run.gpu}, H = {hidden}, n = {run.n}; commit {run.commit[:7]}, {run.date}",
         x=0.01,
         ha="left",
         fontsize=9,
