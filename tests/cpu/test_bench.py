@@ -22,6 +22,7 @@ READS = {
     "expand.bwd": "grad_residual",
     "projection.fwd": "residual weight",
     "projection.bwd": "residual weight mixes inv_rms grad_mixes",
+    "projection.bwd_add": "residual weight mixes inv_rms grad_mixes grad_residual",
     "split_mixes.fwd": "mixes scale bias",
     "split_mixes.bwd": "mixes scale bias grad_pre grad_post grad_comb",
     "sinkhorn.fwd": "logits",
@@ -370,7 +371,7 @@ def test_what_adds_up_is_reset_before_it_is_checked():
         x.residual.untyped_storage().grad_from_mhc_post.add_(grads[0])
         return [grad_mix.copy_(grads[1])]
 
-    call = peer.Accumulating(x.residual, backward)
+    call = peer.accumulating(x.residual, backward)
 
     class Clock:
         def capture(self, call):
@@ -395,6 +396,11 @@ def test_every_op_is_compiled_before():
     wanted = compiling.kernels(post, SHAPES)
     assert {name for name, _ in wanted} >= {"post_fwd", "post_bwd"}
     assert {args[:2] for name, args in wanted if name == "post_fwd"} == {(4, 64), (4, 128), (2, 64)}
+    into = ("projection_bwd", (24, 256, 0, "bfloat16", "float32", "", "bfloat16"))
+    for name, is_there in (("projection.bwd", False), ("projection.bwd_add", True)):
+        wanted = compiling.kernels([table()[name]], SHAPES)
+        assert (into in wanted) == is_there
+        assert len(set(wanted)) == len(wanted)
 
 
 def test_the_peer_runs_each_stem_once_before():

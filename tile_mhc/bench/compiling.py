@@ -26,9 +26,13 @@ PEER_PARTS = {"sub_layer": ("projection", "split_mixes", "sinkhorn", "aggregate"
 
 def kernels(ops: Sequence[Op], shapes: Sequence[Shape]) -> list[tuple[str, specs.Arguments]]:
     """Our kernels behind `ops`."""
-    sizes = sorted({specs.Sizes(shape.n, shape.H, SINKHORN_STEPS) for shape in shapes})
-    names = [name for op in ops for name in PARTS.get(op.stem, (op.stem,))]
-    return specs.select(sizes, names)
+    wanted = []
+    for grads in ((), ("bfloat16",)):
+        chosen = [op for op in ops if op.directed == bool(grads)]
+        names = [name for op in chosen for name in PARTS.get(op.stem, (op.stem,))]
+        sizes = {specs.Sizes(shape.n, shape.H, SINKHORN_STEPS, grads=grads) for shape in shapes}
+        wanted += specs.select(sorted(sizes), names) if names else []
+    return list(dict.fromkeys(wanted))
 
 
 def peer_commands(

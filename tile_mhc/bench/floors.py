@@ -27,6 +27,11 @@ def projection_bwd(T: int, H: int, n: int) -> int:
     return BF16 * T * 2 * n * H + FP32 * (T * (2 * mixes + 1) + 2 * mixes * n * H)
 
 
+def projection_bwd_add(T: int, H: int, n: int) -> int:
+    """The same, and a gradient that x already has."""
+    return projection_bwd(T, H, n) + BF16 * T * n * H
+
+
 def split_mixes_fwd(T: int, H: int, n: int) -> int:  # noqa: ARG001
     mixes = n * (n + 2)
     return FP32 * (T * 2 * mixes + mixes + 3)

@@ -7,9 +7,9 @@ import torch
 
 from tile_mhc.bench.checking import check, poisoned_memory
 from tile_mhc.bench.inputs import Inputs, make_inputs
-from tile_mhc.bench.ops import Call, Op
+from tile_mhc.bench.ops import Adding, Call, Op
 from tile_mhc.bench.peer import STREAMS as PEER_STREAMS
-from tile_mhc.bench.peer import Accumulating, TileKernels
+from tile_mhc.bench.peer import TileKernels
 from tile_mhc.bench.timing import Clock, Graph, Times
 
 WARM_CALLS = 2
@@ -147,7 +147,7 @@ def capture(op: Op, x: Inputs, call: Call, clock: Clock) -> Graph:
 
 
 def reset(call: Call) -> None:
-    if isinstance(call, Accumulating):
+    if isinstance(call, Adding):
         call.reset()
 
 

@@ -45,6 +45,7 @@ class Op:
         summed: the outputs that are sums over the tokens.
         layers: whether the inputs must be `Inputs.with_layers`.
         roundings: how often an output was rounded to bfloat16, at most.
+        directed: whether it writes to a destination, for which there are kernels of their own.
     """
 
     name: str
@@ -54,10 +55,29 @@ class Op:
     summed: tuple[int, ...] = ()
     layers: bool = False
     roundings: int = ROUNDINGS
+    directed: bool = False
 
     @property
     def stem(self) -> str:
         return self.name.partition(".")[0]
+
+
+class Adding:
+    """A call that adds to a tensor, its first output; `reset` makes that `start` again.
+
+    Args:
+        start: what the tensor holds at first.
+        add: adds to the tensor it is given, and returns the other outputs.
+    """
+
+    def __init__(self, start: Tensor, add: Callable[[Tensor], Outputs]) -> None:
+        self.start, self.total, self.add = start, start.clone(), add
+
+    def __call__(self) -> Outputs:
+        return [self.total, *self.add(self.total)]
+
+    def reset(self) -> None:
+        self.total.copy_(self.start)
 
 
 def _projection_bwd(x: Inputs) -> Call:
@@ -71,6 +91,22 @@ def _projection_bwd_truth(x: Inputs) -> Outputs:
     saved = reference.projection_with_rms(x.residual, x.weight, None, EPS)
     grads = reference.projection_backward(x.grad_mixes, x.residual, x.weight, None, *saved)
     return grads[:2]
+
+
+def _projection_bwd_add(x: Inputs) -> Call:
+    op = torch.ops.tile_mhc
+    saved = op.projection(x.residual, x.weight, None, EPS, None, False)
+    arguments = (x.grad_mixes, x.residual, x.weight, None, *saved, False)
+    into = (None, None, [True, False, False])
+    return Adding(
+        x.grad_residual,
+        lambda total: op.projection_backward_into(*arguments, total, *into)[1:2],
+    )
+
+
+def _projection_bwd_add_truth(x: Inputs) -> Outputs:
+    grad_residual, grad_weight = _projection_bwd_truth(x)
+    return x.grad_residual + grad_residual, grad_weight
 
 
 def _contract_bwd(x: Inputs) -> Call:
@@ -191,6 +227,14 @@ def make_ops() -> list[Op]:
             _projection_bwd,
             _projection_bwd_truth,
             summed=(1,),
+        ),
+        Op(
+            "projection.bwd_add",
+            floors.projection_bwd_add,
+            _projection_bwd_add,
+            _projection_bwd_add_truth,
+            summed=(1,),
+            directed=True,
         ),
         Op(
             "split_mixes.fwd",

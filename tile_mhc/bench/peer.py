@@ -21,6 +21,7 @@ from tile_mhc.bench.ops import (
     EPS,
     POST_MULT,
     SINKHORN_STEPS,
+    Adding,
     Call,
     Outputs,
     recompute_outputs,
@@ -58,27 +59,20 @@ def find() -> "TileKernels | None":
     return TileKernels()
 
 
-class Accumulating:
+def accumulating(
+    residual: Tensor, backward: Callable[[], Outputs], start: Tensor | None = None
+) -> Adding:
     """A backward that adds the gradient of the residual to one hung on the residual's storage.
 
-    `backward` returns what follows that gradient. Every call adds: `reset` starts again, from
-    `start` or from zero.
+    `backward` returns what follows that gradient, which is `start` or zero at first.
     """
+    storage = residual.untyped_storage()
 
-    def __init__(
-        self, residual: Tensor, backward: Callable[[], Outputs], start: Tensor | None = None
-    ) -> None:
-        self.storage = residual.untyped_storage()
-        self.start = torch.zeros_like(residual) if start is None else start
-        self.accumulated = torch.empty_like(residual)
-        self.backward = backward
+    def add(total: Tensor) -> Outputs:
+        storage.grad_from_mhc_post = total  # type: ignore[attr-defined]
+        return backward()
 
-    def __call__(self) -> Outputs:
-        self.storage.grad_from_mhc_post = self.accumulated  # type: ignore[attr-defined]
-        return [self.accumulated, *self.backward()]
-
-    def reset(self) -> None:
-        self.accumulated.copy_(self.start)
+    return Adding(torch.zeros_like(residual) if start is None else start, add)
 
 
 class _Context:
@@ -108,14 +102,9 @@ class TileKernels:
             "projection.fwd": lambda x: (
                 lambda: [self.ops.mhc_pre_norm_fn(x.residual, x.weight, None, EPS)]
             ),
-            "projection.bwd": lambda x: Accumulating(
-                x.residual,
-                self.backward(
-                    "projection",
-                    (x.residual, x.weight, EPS, True, 1),
-                    (x.grad_mixes,),
-                    slice(1, 2),
-                ),
+            "projection.bwd": lambda x: accumulating(x.residual, self.projection_backward(x)),
+            "projection.bwd_add": lambda x: accumulating(
+                x.residual, self.projection_backward(x), x.grad_residual
             ),
             "split_mixes.fwd": lambda x: (
                 lambda: self.ops.mhc_pre_split_mixes(x.mixes, x.scale, x.bias, x.n, POST_MULT, EPS)
@@ -133,7 +122,7 @@ class TileKernels:
                 "sinkhorn", (x.logits[0], SINKHORN_STEPS, EPS), (x.grad_comb[0],), slice(1)
             ),
             "aggregate.fwd": lambda x: lambda: [self.ops.mhc_pre_apply_mix(x.residual, x.pre_mix)],
-            "aggregate.bwd": lambda x: Accumulating(
+            "aggregate.bwd": lambda x: accumulating(
                 x.residual,
                 self.backward(
                     "aggregate", (x.residual, x.pre_mix, None), (x.grad_hidden,), slice(1, 2)
@@ -188,6 +177,10 @@ class TileKernels:
 
         return call
 
+    def projection_backward(self, x: Inputs) -> Call:
+        arguments = (x.residual, x.weight, EPS, True, 1)
+        return self.backward("projection", arguments, (x.grad_mixes,), slice(1, 2))
+
     def fused_pre_backward(self, x: Inputs, start: Tensor | None = None) -> Call:
         """Its four backwards, through autograd, as nothing fuses them."""
         leaves = [tensor.detach().requires_grad_() for tensor in x.gates]
@@ -200,7 +193,7 @@ class TileKernels:
                 outputs, leaves, grads, retain_graph=True, allow_unused=True
             )[1:]
 
-        return Accumulating(leaves[0], backward, start)
+        return accumulating(leaves[0], backward, start)
 
     def recompute(self, x: Inputs) -> Call:
         """The kernel alone: the public function copies addresses from pinned memory, which a graph
