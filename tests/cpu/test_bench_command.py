@@ -94,7 +94,7 @@ def measured(monkeypatch):
         (["--streams", "3"], r"--streams.*one of 2, 4, 8; got '3'"),
         (["--vs", "triton"], r"--vs.*'triton' is not 'tile_kernels'"),
         (["--events", "between"], r"--events"),
-        (["--flush", "overwrite"], r"--flush.*'overwrite' is not one of 'copy', 'read'"),
+        (["--flush", "overwrite"], r"--flush.*'overwrite' is not one of 'copy', 'read', 'none'"),
         (["--max-ratio", "1.02"], r"--max-ratio needs --vs"),
         (["--max-ratio", "0", "--vs", "tile_kernels"], r"--max-ratio.*x>0"),
         (["--jobs", "0"], r"--jobs.*x>=1"),
@@ -175,7 +175,10 @@ def test_table(run, measured):
     assert "error: not timed: post.bwd at 128x4096x4" in err
 
 
-@pytest.mark.parametrize(("arguments", "flush"), [([], "copy"), (["--flush", "read"], "read")])
+@pytest.mark.parametrize(
+    ("arguments", "flush"),
+    [([], "copy"), (["--flush", "read"], "read"), (["--flush", "none"], "none")],
+)
 def test_what_makes_l2_cold_is_said_and_recorded(arguments, flush, run, measured, tmp_path):
     measured += [result(12.5)]
     file = tmp_path / "bench.jsonl"

@@ -5,11 +5,12 @@ copy, which leaves half of it dirty, as an op does that reads as much as it writ
 written back during the call, and as much of what the call writes stays behind. So a call that only
 reads pays for up to 25 MB (6 us on an H200) that are not its own. Reading instead leaves L2 clean,
 which is fair to such a call and flatters one that writes: at T=4096 H=2560 it then beats its floor.
-Overwriting leaves all of it dirty, and would charge every call for up to 50 MB. The two events of a
-sample are nodes of the graph, before and after the call, so that its launch is outside of the
-interval. Where torch cannot record events in a graph they stand around the replay, and its launch
-counts: 4.7 us for an empty kernel on an H200. Either way `empty_kernel` says what nothing takes by
-the same clock.
+Overwriting leaves all of it dirty, and would charge every call for up to 50 MB. Without either a
+call finds what its last replay left: so much costs a second read of what L2 still holds. The two
+events of a sample are nodes of the graph, before and after the call, so that its launch is outside
+of the interval. Where torch cannot record events in a graph they stand around the replay, and its
+launch counts: 4.7 us for an empty kernel on an H200. Either way `empty_kernel` says what nothing
+takes by the same clock.
 
 Calls that are compared take turns, a sample each, so that a change of the card's clock rate meets
 all of them. Everything runs on one stream, the one that captures: autograd runs a backward on the
@@ -29,7 +30,7 @@ import torch
 
 Call = Callable[[], Any]
 Events = Literal["inside", "around"]
-Flush = Literal["copy", "read"]
+Flush = Literal["copy", "read", "none"]
 
 FLUSH_BYTES = 256 << 20  # read and written together: five times the L2 of an H200
 COPY_BYTES = 1 << 30
@@ -102,7 +103,7 @@ class Clock:
     Args:
         device: a CUDA device.
         events: where the events stand; None tries inside first.
-        flush_by: what makes L2 cold.
+        flush_by: what makes L2 cold, or "none".
     """
 
     def __init__(
@@ -128,10 +129,10 @@ class Clock:
         return Graph(call, self.events)
 
     def flush(self, flush_by: Flush) -> None:
-        """Leave L2 cold: half of it to be written back or, by reading, nothing."""
+        """Leave L2 cold, half of it or, by reading, nothing to be written back; or as it is."""
         if flush_by == "copy":
             _copy(self._source, self._target)
-        else:
+        elif flush_by == "read":
             self._source.amax()
             self._target.amax()
 

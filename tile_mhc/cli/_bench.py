@@ -89,10 +89,10 @@ class TokensByHidden(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 @click.option(
     "--flush",
     "flush_by",
-    type=click.Choice(["copy", "read"]),
+    type=click.Choice(["copy", "read", "none"]),
     default="copy",
     show_default=True,
-    help="What makes L2 cold: a copy, half of which the op writes back, or a read.",
+    help="What makes L2 cold: a copy, half of which the op writes back, a read, or nothing.",
 )
 @click.option(
     "--record",
