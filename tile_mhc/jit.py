@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -34,6 +34,11 @@ from tile_mhc import specs
 from tile_mhc.errors import UnsupportedError
 
 Launch = Callable[..., Any]
+Result = TypeVar("Result")
+
+# What CPython says then; see `undisturbed`.
+_DISTURBED = "recursion depth mismatch"
+_DISTURBANCES = 10
 
 
 class CompileError(RuntimeError):
@@ -258,9 +263,13 @@ def _load_or_build(name: str, args: specs.Arguments, arch: str) -> Compiled:
     start = time.perf_counter()
     tilelang = import_tilelang()
     builder = specs.builder(name)
-    try:
+
+    def trace() -> Any:
         with _trace_lock:
-            func = builder(*args)
+            return builder(*args)
+
+    try:
+        func = undisturbed(trace)
     except Exception as error:
         raise CompileError(
             f"{_call(name, args)}: the builder failed: {_first_line(error)}"
@@ -275,7 +284,7 @@ def _load_or_build(name: str, args: specs.Arguments, arch: str) -> Compiled:
         )
 
     try:
-        built_by = _compile(compile_func, tilelang)
+        built_by = undisturbed(lambda: _compile(compile_func, tilelang))
     except _BuildNeededError:
         raise NotCompiledError(
             f"{_call(name, args)}: is not compiled for {arch} in {cache_directory()}, and "
@@ -297,6 +306,21 @@ def _load_or_build(name: str, args: specs.Arguments, arch: str) -> Compiled:
         path=Path(getattr(built_by, "_tilelang_cache_path", "")),
         source=built_by,
     )
+
+
+def undisturbed(function: Callable[[], Result]) -> Result:
+    """`function`, again where another thread upset a parse of it.
+
+    CPython up to 3.12 counts how deep a parse is for all threads together, and TileLang parses
+    Python while it traces and while it lowers.
+    """
+    for _ in range(_DISTURBANCES):
+        try:
+            return function()
+        except Exception as error:
+            if _DISTURBED not in str(error):
+                raise
+    return function()
 
 
 def _compile(compile_func: Callable[[], Any], tilelang: Any) -> Any:

@@ -5,6 +5,7 @@ Each process of these tests starts Python anew, since TileLang keeps what it com
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -304,6 +305,27 @@ def test_a_builder_that_fails(monkeypatch):
     ):
         jit.compile_kernel("broken", (7,), ARCH)
     assert ("broken", (7,), ARCH) not in jit._compiled
+
+
+def test_a_parse_that_another_thread_upset_is_done_again():
+    problems = [
+        RuntimeError("AST constructor recursion depth mismatch (before=117, after=101)")
+    ] * 2
+    tries = []
+
+    def parse():
+        tries.append(1)
+        if len(tries) <= len(problems):
+            raise problems[len(tries) - 1]
+        return "parsed"
+
+    assert jit.undisturbed(parse) == "parsed"
+    assert len(tries) == 3
+    for always, count in ((problems[0], jit._DISTURBANCES + 1), (RuntimeError("no layout"), 1)):
+        problems[:], tries[:] = [always] * 99, []
+        with pytest.raises(RuntimeError, match=re.escape(str(always))):
+            jit.undisturbed(parse)
+        assert len(tries) == count
 
 
 def test_unknown_kernel():

@@ -95,15 +95,19 @@ def _lower(name: str, args: specs.Arguments, arch: str, sibling: bool) -> Lowere
     if sibling:
         off = ("tl.disable_tma_lower", "tl.disable_warp_specialized", "tl.disable_wgmma")
         configs |= dict.fromkeys(off, True)
-    with _trace_lock, _plain_language(builder) if sibling else contextlib.nullcontext():
-        func = builder(*args)
+
+    def trace() -> Any:
+        with _trace_lock, _plain_language(builder) if sibling else contextlib.nullcontext():
+            return builder(*args)
+
+    func = jit.undisturbed(trace)
     key = [func.script(), configs, arch, tilelang.__version__, Path(__file__).read_text()]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     record = CACHE / "lowered" / f"{name}-{digest}.json"
     if not record.exists():
         target = tilelang.tvm.target.Target({"kind": "cuda", "arch": arch})
         with tilelang.tvm.transform.PassContext(opt_level=3, config=configs), target:
-            artifact = tilelang.lower(func, target=target)
+            artifact = jit.undisturbed(lambda: tilelang.lower(func, target=target))
         write(record, json.dumps(_describe(name, func, artifact)))
     described = json.loads(record.read_text())
     return Lowered(name=name, args=args, sibling=sibling, **described)
