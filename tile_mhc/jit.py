@@ -280,7 +280,7 @@ def _load_or_build(name: str, args: specs.Arguments, arch: str) -> Compiled:
             func,
             target={"kind": "cuda", "arch": arch},
             execution_backend="tvm_ffi",
-            pass_configs=dict(getattr(builder, "pass_configs", {})),
+            pass_configs=specs.pass_configs(name, args),
         )
 
     try:

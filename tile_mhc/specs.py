@@ -402,7 +402,7 @@ SPECS = (
     Spec("sinkhorn_fwd", "sinkhorn", ("sinkhorn",), _n),
     Spec("sinkhorn_bwd", "sinkhorn", ("sinkhorn", "fused_pre"), lambda s: [(s.n, s.capacity)]),
     Spec("aggregate_fwd", "aggregate", ("aggregate",), _streams),
-    Spec("aggregate_large_fwd", "aggregate", ("aggregate",), _streams),
+    Spec("aggregate_last_fwd", "aggregate", ("aggregate",), _streams),
     Spec("aggregate_bwd", "aggregate", ("aggregate",), _aggregate_backwards),
     Spec(
         "aggregate_mix_bwd",
@@ -445,6 +445,12 @@ def builder(name: str) -> Callable[..., Any]:
     module = importlib.import_module(f"tile_mhc.kernels.{BY_NAME[name].stem}")
     function: Callable[..., Any] = getattr(module, name)
     return function
+
+
+def pass_configs(name: str, args: Arguments) -> dict[Any, Any]:
+    """What TileLang is told to do with this kernel, by its builder: fixed, or by the arguments."""
+    configs = builder(name).pass_configs  # type: ignore[attr-defined]
+    return dict(configs(*args) if callable(configs) else configs)
 
 
 def select(sizes: Iterable[Sizes], ops: Iterable[str] = OPS) -> list[tuple[str, Arguments]]:

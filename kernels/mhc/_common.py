@@ -24,12 +24,19 @@ SIMT = {
 # H100, 2026-11, T=4096: fused_pre 79.3 -> 72.0 us at H=2560 and 116.3 -> 110.1 at 4096, aggregate
 # 41.0 -> 39.5 by itself and 78.9 -> 72.2 with the projection before it. The backwards, posts and
 # recompute lose 1 to 3 % by it, as do these where there is much more than L2 holds: fused_pre 1 %,
-# aggregate, which has another kernel for that, and expand's backward 2 % at T=8192 H=7168.
+# aggregate, which has another kernel for that, and expand's backward 2 % at T=8192 H=7168. Where L2
+# holds all of the streams nothing is gained but dirty lines left to the next, and the next reads
+# the streams from HBM: H200, T=256 H=7168, fused_pre and post 24.8 us with usual loads, 26.4 so.
 READS_LAST = SIMT | {PassConfigKey.TL_DEVICE_COMPILE_FLAGS: ["-Xptxas", "-dlcm=cs"]}
 
 
-def builder(pass_configs: dict[Any, Any]) -> Callable[[Builder], Builder]:
-    """Attach the pass configuration that a builder's kernel is compiled with."""
+def builder(
+    pass_configs: dict[Any, Any] | Callable[..., dict[Any, Any]],
+) -> Callable[[Builder], Builder]:
+    """Attach the pass configuration that a builder's kernel is compiled with.
+
+    Or a function of the builder's arguments that tells it: see `tile_mhc.specs.pass_configs`.
+    """
 
     def attach(function: Builder) -> Builder:
         function.pass_configs = pass_configs  # type: ignore[attr-defined]

@@ -56,14 +56,14 @@ def _forward(n: int, hidden_size: int, dtype: str) -> Any:
     return aggregate_fwd_kernel
 
 
-@builder(READS_LAST)
+@builder(SIMT)
 def aggregate_fwd(n: int, hidden_size: int, dtype: str = "bfloat16"):
     return _forward(n, hidden_size, dtype)
 
 
-@builder(SIMT)
-def aggregate_large_fwd(n: int, hidden_size: int, dtype: str = "bfloat16"):
-    """The same kernel for streams of which L2 holds little: their loads treat it as usual."""
+@builder(READS_LAST)
+def aggregate_last_fwd(n: int, hidden_size: int, dtype: str = "bfloat16"):
+    """The same kernel for streams of which L2 holds a good part: it gives up what has been read."""
     return _forward(n, hidden_size, dtype)
 
 

@@ -5,10 +5,14 @@ the latency of Sinkhorn hides behind the bandwidth of the streams. Both sum the 
 projection themselves, with the macros of the separate kernels: the same bits.
 """
 
+from typing import Any
+
 import tilelang.language as T
+from tilelang import PassConfigKey
 
 from tile_mhc.kernels._common import (
     READS_LAST,
+    SIMT,
     builder,
     follow_previous,
     load_streams,
@@ -105,7 +109,14 @@ def gated_aggregate(
                 out[t, h + v] = T.cast(total[v], out.dtype)
 
 
-@builder(READS_LAST)
+def _pass_configs(
+    _n: int, _hidden_size: int, many_splits: bool, *_dtypes: str
+) -> dict[PassConfigKey, Any]:
+    # Many splits stand for few tokens: L2 holds their streams for the post as well.
+    return SIMT if many_splits else READS_LAST
+
+
+@builder(_pass_configs)
 def fused_pre(
     n: int,
     hidden_size: int,

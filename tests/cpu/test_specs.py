@@ -109,10 +109,17 @@ def test_ops_are_public():
 def test_a_builder_takes_the_arguments_of_the_table(spec):
     builder = specs.builder(spec.name)
     assert builder.__module__ == f"tile_mhc.kernels.{spec.stem}"
-    assert isinstance(builder.pass_configs, dict)
     for size in SIZES:
         for args in spec.arguments(size):
             inspect.signature(builder).bind(*args)
+            assert isinstance(specs.pass_configs(spec.name, args), dict)
+
+
+def test_how_a_kernel_is_compiled_may_depend_on_its_arguments():
+    few, many = (specs.pass_configs("fused_pre", (4, 256, splits)) for splits in (False, True))
+    assert few != many
+    assert few == specs.pass_configs("aggregate_last_fwd", (4, 256))
+    assert many == specs.pass_configs("aggregate_fwd", (4, 256))
 
 
 @pytest.mark.parametrize(("name", "args"), TRACED, ids=str)

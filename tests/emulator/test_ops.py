@@ -211,11 +211,20 @@ def test_out_and_checks_are_the_ops_own():
         aggregate(tensors["residual"], tensors["pre_mix"][:, :2])
 
 
-@pytest.mark.parametrize(("less", "kernel"), [(0, "aggregate_fwd"), (1, "aggregate_large_fwd")])
-def test_streams_of_more_bytes_have_another_kernel(less, kernel, monkeypatch):
+@pytest.mark.parametrize(
+    ("kept", "last", "kernel"),
+    [
+        (0, 0, "aggregate_fwd"),
+        (-1, 0, "aggregate_last_fwd"),
+        (-1, -1, "aggregate_fwd"),
+    ],
+)
+def test_the_bytes_of_the_streams_decide_how_they_are_read(kept, last, kernel, monkeypatch):
     tensors, _ = AGGREGATE.inputs((13,), 4, 192, "cpu")
     expected = aggregate(**tensors)
-    monkeypatch.setattr(aggregate_op, "LAST_READ_BYTES", 13 * 4 * 192 * 2 - less)
+    num_bytes = 13 * 4 * 192 * 2
+    monkeypatch.setattr(aggregate_op, "KEPT_BYTES", num_bytes + kept)
+    monkeypatch.setattr(aggregate_op, "LAST_READ_BYTES", num_bytes + last)
     ran = []
     with launch.settings(watch=lambda kernel, given: ran.append(kernel.key)):
         assert torch.equal(aggregate(**tensors), expected)

@@ -16,10 +16,10 @@ def test_same_bits_every_run():
     oracle.check_repeatable(AGGREGATE, *AGGREGATE.inputs((130,), 4, 1280, "cuda"))
 
 
-def test_same_bits_by_the_kernel_for_large_streams(monkeypatch):
+def test_same_bits_by_the_kernel_of_a_last_read(monkeypatch):
     tensors, _ = AGGREGATE.inputs((130,), 4, 1280, "cuda")
     expected = aggregate(**tensors)
-    monkeypatch.setattr(aggregate_op, "LAST_READ_BYTES", 0)
+    monkeypatch.setattr(aggregate_op, "KEPT_BYTES", 0)
     assert torch.equal(aggregate(**tensors), expected)
 
 

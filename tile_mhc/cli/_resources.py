@@ -138,7 +138,7 @@ def _dynamic_shared_memory(compiled: jit.Compiled) -> int:
         tilelang = jit.import_tilelang()
         builder = specs.builder(compiled.name)
         target = tilelang.tvm.target.Target({"kind": "cuda", "arch": compiled.arch})
-        passes = tilelang.tvm.transform.PassContext(opt_level=3, config=_pass_configs(builder))
+        passes = tilelang.tvm.transform.PassContext(opt_level=3, config=_pass_configs(compiled))
         with passes, target:
             artifact = tilelang.lower(builder(*compiled.args), target=target)
     sizes = [
@@ -149,8 +149,8 @@ def _dynamic_shared_memory(compiled: jit.Compiled) -> int:
     return max(sizes, default=0)
 
 
-def _pass_configs(builder: Any) -> dict[str, Any]:
-    configs = getattr(builder, "pass_configs", {})
+def _pass_configs(compiled: jit.Compiled) -> dict[str, Any]:
+    configs = specs.pass_configs(compiled.name, compiled.args)
     return {getattr(key, "value", key): value for key, value in configs.items()}
 
 
@@ -161,7 +161,7 @@ def _spills(compiled: jit.Compiled, registers: int) -> tuple[int | None, int | N
     if nvcc is None or not source.exists():
         return None, None
     env = importlib.import_module("tilelang.env")
-    configs = _pass_configs(specs.builder(compiled.name))
+    configs = _pass_configs(compiled)
     flags = configs.get("tl.device_compile_flags") or []
     flags = shlex.split(flags if isinstance(flags, str) else " ".join(map(str, flags)))
     if configs.get("tl.enable_fast_math"):
