@@ -129,10 +129,10 @@ def run_everything(case: Case, dtypes: Dtypes = DEFAULT_DTYPES) -> None:
             given = dtypes.of(chosen)
             upstream: list[Any] = oracle.upstream_of(op, given, options)
             oracle.evaluate(op.run, given, options, upstream, op.outputs)
-            # Widths as small as these never have as many splits as share a sum, nor more than L2.
+            # Widths as small as these never have as many splits as share a sum, nor fill L2.
             with (
                 mock.patch.object(projection_op, "has_many_splits", return_value=True),
-                mock.patch.object(aggregate_op, "LAST_READ_BYTES", 0),
+                mock.patch.object(aggregate_op, "KEPT_BYTES", 0),
             ):
                 op.run(**given, **options)
     run_recompute(case, dtype=dtypes.streams)
