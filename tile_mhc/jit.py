@@ -263,13 +263,8 @@ def _load_or_build(name: str, args: specs.Arguments, arch: str) -> Compiled:
     start = time.perf_counter()
     tilelang = import_tilelang()
     builder = specs.builder(name)
-
-    def trace() -> Any:
-        with _trace_lock:
-            return builder(*args)
-
     try:
-        func = undisturbed(trace)
+        func = trace(builder, args)
     except Exception as error:
         raise CompileError(
             f"{_call(name, args)}: the builder failed: {_first_line(error)}"
@@ -306,6 +301,16 @@ def _load_or_build(name: str, args: specs.Arguments, arch: str) -> Compiled:
         path=Path(getattr(built_by, "_tilelang_cache_path", "")),
         source=built_by,
     )
+
+
+def trace(builder: Callable[..., Any], args: specs.Arguments) -> Any:
+    """The builder's prim_func; one at a time in a process."""
+
+    def trace_alone() -> Any:
+        with _trace_lock:
+            return builder(*args)
+
+    return undisturbed(trace_alone)
 
 
 def undisturbed(function: Callable[[], Result]) -> Result:

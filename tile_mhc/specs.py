@@ -447,10 +447,11 @@ def builder(name: str) -> Callable[..., Any]:
     return function
 
 
-def pass_configs(name: str, args: Arguments) -> dict[Any, Any]:
+def pass_configs(name: str, args: Arguments) -> dict[str, Any]:
     """What TileLang is told to do with this kernel, by its builder: fixed, or by the arguments."""
     configs = builder(name).pass_configs  # type: ignore[attr-defined]
-    return dict(configs(*args) if callable(configs) else configs)
+    chosen = configs(*args) if callable(configs) else configs
+    return {key.value: value for key, value in chosen.items()}
 
 
 def select(sizes: Iterable[Sizes], ops: Iterable[str] = OPS) -> list[tuple[str, Arguments]]:

@@ -73,8 +73,7 @@ class Lowered:
 
 def lower(name: str, args: specs.Arguments, arch: str = "sm_90a") -> Lowered:
     """The kernel as shipped, or its sibling where the emulator lacks what it uses."""
-    configs = _configs(name, args)
-    sibling = not configs.get("tl.disable_tma_lower", False)
+    sibling = not specs.pass_configs(name, args).get("tl.disable_tma_lower", False)
     return _lower(name, args, arch, sibling)
 
 
@@ -84,15 +83,10 @@ def not_emulated(name: str, args: specs.Arguments, arch: str = "sm_90a") -> list
     return [what for what, pattern in NOT_EMULATED.items() if re.search(pattern, source)]
 
 
-def _configs(name: str, args: specs.Arguments) -> dict[str, Any]:
-    configs = specs.pass_configs(name, args)
-    return {getattr(key, "value", key): value for key, value in configs.items()}
-
-
 def _lower(name: str, args: specs.Arguments, arch: str, sibling: bool) -> Lowered:
     tilelang = jit.import_tilelang()
     builder = specs.builder(name)
-    configs = _configs(name, args)
+    configs = specs.pass_configs(name, args)
     if sibling:
         off = ("tl.disable_tma_lower", "tl.disable_warp_specialized", "tl.disable_wgmma")
         configs |= dict.fromkeys(off, True)

@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from tile_mhc import jit, specs
 
@@ -136,22 +135,17 @@ def _dynamic_shared_memory(compiled: jit.Compiled) -> int:
     if artifact is None:
         # Loaded from a cache that was not filled by `tile-mhc compile`: lower it again, no nvcc.
         tilelang = jit.import_tilelang()
-        builder = specs.builder(compiled.name)
+        func = jit.trace(specs.builder(compiled.name), compiled.args)
         target = tilelang.tvm.target.Target({"kind": "cuda", "arch": compiled.arch})
-        passes = tilelang.tvm.transform.PassContext(opt_level=3, config=_pass_configs(compiled))
-        with passes, target:
-            artifact = tilelang.lower(builder(*compiled.args), target=target)
+        configs = specs.pass_configs(compiled.name, compiled.args)
+        with tilelang.tvm.transform.PassContext(opt_level=3, config=configs), target:
+            artifact = jit.undisturbed(lambda: tilelang.lower(func, target=target))
     sizes = [
         int(function.attrs["dyn_shared_memory_buf"])
         for _, function in artifact.device_mod.functions.items()
         if function.attrs and "dyn_shared_memory_buf" in function.attrs
     ]
     return max(sizes, default=0)
-
-
-def _pass_configs(compiled: jit.Compiled) -> dict[str, Any]:
-    configs = specs.pass_configs(compiled.name, compiled.args)
-    return {getattr(key, "value", key): value for key, value in configs.items()}
 
 
 def _spills(compiled: jit.Compiled, registers: int) -> tuple[int | None, int | None]:
@@ -161,7 +155,7 @@ def _spills(compiled: jit.Compiled, registers: int) -> tuple[int | None, int | N
     if nvcc is None or not source.exists():
         return None, None
     env = importlib.import_module("tilelang.env")
-    configs = _pass_configs(compiled)
+    configs = specs.pass_configs(compiled.name, compiled.args)
     flags = configs.get("tl.device_compile_flags") or []
     flags = shlex.split(flags if isinstance(flags, str) else " ".join(map(str, flags)))
     if configs.get("tl.enable_fast_math"):
