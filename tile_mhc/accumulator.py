@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tile_mhc import errors
+from tile_mhc.ops._autograd import refuse_tangents, transforms_active
 from tile_mhc.ops._library import outside_graphs
 
 OP = "GradAccumulator"
@@ -64,6 +65,7 @@ class GradAccumulator:
         self._state = State(residual, dtype, buffer)
         self._given = self._read = self._view = residual
         if torch.is_grad_enabled() and residual.requires_grad:
+            _check_plain(residual)
             self._read = _collected(residual, self._state)
             # Not what the ops read: torch.autograd.grad for that would keep it from its node.
             self._view = self._read.view_as(self._read)
@@ -97,6 +99,16 @@ class GradAccumulator:
                 "called; got one made under no_grad, or before the residual required grad"
             )
         return self._read, self._state
+
+
+def _check_plain(residual: Tensor) -> None:
+    """The buffer is written to behind the back of torch.func and of forward mode."""
+    if transforms_active():
+        raise errors.UnsupportedError(
+            f"{OP}: must be made outside of the transforms of torch.func, which take every "
+            f"gradient themselves; got residual {errors.describe(residual)} inside of one"
+        )
+    refuse_tangents(OP, (residual,))
 
 
 def _check_buffer(buffer: Tensor, residual: Tensor, dtype: torch.dtype) -> None:

@@ -146,8 +146,10 @@ def check_out(op: str, out: Tensor, inputs: Sequence[tuple[str, Tensor]]) -> Non
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Whether the tensor has an address: not while tracing, and not without data or elements."""
+    """Whether the tensor has an address: not while traced or transformed, nor without elements."""
     if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
+        return False
+    if torch._C._are_functorch_transforms_active():  # wrappers of torch.func
         return False
     return tensor.device.type != "meta" and tensor.numel() > 0
 

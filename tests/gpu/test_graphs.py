@@ -1,12 +1,15 @@
 """CUDA graphs, torch.compile, and torch's own check of every operator."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.library import opcheck
 
 import oracle
 from cases import operator_calls, post_inputs, pre_inputs, recompute_inputs
-from tile_mhc import jit, recompute
+from tile_mhc import jit, nn, recompute
 from tile_mhc.functional import mhc_post, mhc_pre
 
 CALLS = sorted(operator_calls((2,), 2, 64, "meta"))
@@ -120,3 +123,77 @@ def test_compiled_inference():
 def test_opcheck(name):
     calls = operator_calls((13,), 4, 64, "cuda")
     opcheck(getattr(torch.ops.tile_mhc, name), calls[name])
+
+
+KEEPS = """
+import torch
+from tile_mhc import GradAccumulator, aggregate, functional
+def step(dtype):
+    streams = torch.randn(13, 4, 64, device="cuda", dtype=dtype).requires_grad_()
+    parameters = [torch.randn(24, 256), torch.ones(3), torch.zeros(24)]
+    parameters = [p.cuda().requires_grad_() for p in parameters]
+    layer_input, post, comb, through = functional.mhc_pre(
+        streams, *parameters, passes_residual=True
+    )
+    streams = functional.mhc_post(layer_input, through, post, comb)
+    accumulator = GradAccumulator(streams)
+    hidden = aggregate(streams, post, grad_accumulator=accumulator)
+    head = functional.mhc_head(streams, parameters[0][:4], parameters[1][:1], parameters[2][:4])
+    (hidden.float().square() + head.float().square()).sum().backward()
+before = torch.cuda.memory_allocated()
+for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    step(dtype)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before, (dtype, torch.cuda.memory_allocated())
+"""
+
+
+def test_no_tensor_outlives_a_step():
+    """One that is kept may come out of the memory pool of a CUDA graph. A process of its own: here
+    others may have run before."""
+    subprocess.run([sys.executable, "-c", KEEPS], check=True)
+
+
+def test_reduce_overhead_trains():
+    """CUDA-graph trees: a stack whose passed residuals alias its inputs trains as in eager mode."""
+    torch.manual_seed(0)
+    hidden = 128
+
+    class Stack(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.connections = torch.nn.ModuleList(
+                nn.HyperConnection(hidden, init="deepseek_v4") for _ in range(3)
+            )
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(hidden, hidden) for _ in range(3))
+            self.head = nn.HyperHead(hidden, init="deepseek_v4")
+
+        def forward(self, streams):
+            for connection, layer in zip(self.connections, self.layers, strict=True):
+                streams = connection(streams, layer)
+            return self.head(streams)
+
+    stack = Stack().cuda()
+    compiled = torch.compile(stack, fullgraph=True, mode="reduce-overhead")
+    for _ in range(5):
+        streams = torch.randn(33, 4, hidden, device="cuda")
+        torch.compiler.cudagraph_mark_step_begin()
+        loss = compiled(streams).square().mean()
+        loss.backward()
+        ours = {name: p.grad.clone() for name, p in stack.named_parameters()}
+        stack.zero_grad()
+        expected = stack(streams).square().mean()
+        expected.backward()
+        torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-5, atol=1e-6)
+        for name, parameter in stack.named_parameters():
+            torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
+        stack.zero_grad()
+
+
+@pytest.mark.parametrize("name", ["aggregate", "expand", "post"])
+def test_out_changes_the_version_of_its_tensor(name):
+    """So that autograd notices where a tensor that it has saved is written over."""
+    calls = operator_calls((13,), 4, 64, "cuda")[f"{name}_out"]
+    before = calls[-1]._version
+    getattr(torch.ops.tile_mhc, f"{name}_out")(*calls)
+    assert calls[-1]._version > before

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tile_mhc import errors, main_grad
 from tile_mhc.accumulator import GradAccumulator, State
+from tile_mhc.ops._autograd import refuse_tangents, refuse_transforms, transforms_active
 from tile_mhc.ops._library import dtype_of, empty_like, outside_graphs, register
 
 
@@ -74,6 +75,7 @@ def register_into(
     cuda: Callable[..., tuple[Tensor, ...]],
     cpu: Callable[..., tuple[Tensor, ...]],
     fake: Callable[..., tuple[Tensor, ...]],
+    flops: Callable[..., int],
 ) -> Callable[[Sequence[Any], Destinations], tuple[Tensor, ...]]:
     """Define `<backward>_into`: a backward operator with destinations for some of its gradients.
 
@@ -83,6 +85,7 @@ def register_into(
         cuda: its launcher, which takes `into`.
         cpu: the reference, which computes in float32 what it is given in float32.
         fake: the empty results.
+        flops: what torch's FlopCounterMode counts of the backward operator.
 
     Returns:
         A function of the backward's arguments and `into`. A gradient that went into its destination
@@ -125,6 +128,7 @@ def register_into(
         cuda=directed(lambda args, into: cuda(*args, into=into)),
         cpu=directed(on_cpu),
         fake=directed(lambda args, into: fake(*args)),
+        flops=flops,
     )
 
     def run(args: Sequence[Any], into: Destinations) -> tuple[Tensor, ...]:
@@ -173,12 +177,17 @@ def call(
     """The op, its gradients directed where the accumulator and the inputs say.
 
     Without such, `plain` with the inputs: by default the operator, and the autograd that it was
-    registered with.
+    registered with. So it is inside torch.func, which takes every gradient itself.
     """
+    if not torch.compiler.is_compiling():
+        refuse_tangents(route.name, inputs)
     state = None
     if accumulator is not None:
+        refuse_transforms(route.name, "grad_accumulator")
         inputs, state = _with_source(route, inputs, accumulator)
-    if state is None and not any(main_grad.takes_part(inputs[p]) for p in route.parameters):
+    if (
+        state is None and not any(main_grad.takes_part(inputs[p]) for p in route.parameters)
+    ) or transforms_active():
         return (plain or route.operator)(*inputs)
     return _call_directed(route, inputs, state, plain)
 

@@ -6,8 +6,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from tile_mhc import errors
+from tile_mhc.ops._autograd import attach
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -18,28 +20,27 @@ def register(
     cuda: Callable[..., Any],
     cpu: Callable[..., Any],
     fake: Callable[..., Any],
+    flops: Callable[..., int],
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
 ) -> Callable[..., Any]:
     """Define `tile_mhc::<schema>` with its implementations and return the callable operator.
 
     Tracing, torch.compile and autograd then need nothing more: the dispatcher picks the backend
-    from the device of the tensors, and `fake` gives the shapes.
+    from the device of the tensors, `fake` gives the shapes, and `flops`, of the shapes, what
+    torch's FlopCounterMode counts.
     """
     name = schema.partition("(")[0]
     qualified = f"tile_mhc::{name}"
-    torch.library.define(qualified, schema[len(name) :])
+    torch.library.define(qualified, schema[len(name) :], tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(qualified, "CUDA", _prepared(schema, cuda))
     torch.library.impl(qualified, "CPU", _reference(schema, cpu))
     torch.library.register_fake(qualified, fake)
-    operator: Callable[..., Any] = getattr(torch.ops.tile_mhc, name)
-    if backward is not None:
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context)
-    elif _mutated(schema):
-        return operator
-    else:
+    operator = getattr(torch.ops.tile_mhc, name)
+    register_flop_formula(operator)(flops)
+    if backward is None and not _mutated(schema):
         backward = _no_gradient_of(name)
-    return _recorded(name, operator, backward, setup_context)
+    return attach(operator.default, backward, setup_context)
 
 
 def temporaries(like: Tensor, *shapes: tuple[int, int]) -> list[Tensor]:
@@ -72,10 +73,13 @@ def empty_gradients(*inputs: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(grads)
 
 
-@functools.cache
-def absent(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What a kernel gets in place of a tensor that it does not read."""
-    return torch.empty(1, device=device, dtype=dtype)
+def absent(like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What a kernel gets in place of a tensor that it does not read.
+
+    Made anew in each call: one that is kept could come out of the memory pool of a CUDA graph,
+    which the graph takes back.
+    """
+    return like.new_empty(1, dtype=dtype)
 
 
 def dtype_of(tensor: Tensor | None) -> str:
@@ -84,41 +88,6 @@ def dtype_of(tensor: Tensor | None) -> str:
 
 
 _DTYPES = {dtype: errors.dtype_name(dtype) for dtype in (*errors.STREAMS, *errors.PARAMETERS)}
-
-
-def _recorded(
-    name: str,
-    operator: Callable[..., Any],
-    backward: Callable[..., Any],
-    setup_context: Callable[..., None] | None,
-) -> Callable[..., Any]:
-    """The operator, with its autograd around it in eager calls.
-
-    That which `register_autograd` puts inside is for torch.compile, and for who calls the operator
-    itself: it reads the schema anew in every call that records, 10 us for five arguments and 45 for
-    twelve. Backward operators have none: as one more pass through Python it costs them 15 us.
-    Who differentiates one called directly gets torch's warning instead of `_no_gradient_of`.
-    """
-
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        output = operator(*inputs)
-        if setup_context is not None:
-            setup_context(ctx, inputs, output)
-        return output
-
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function: Any = type(f"tile_mhc_{name}", (torch.autograd.Function,), members)
-
-    def call(*inputs: Any) -> Any:
-        if (
-            torch.compiler.is_compiling()
-            or not torch.is_grad_enabled()
-            or not any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
-        ):
-            return operator(*inputs)
-        return function.apply(*inputs)
-
-    return call
 
 
 def _no_gradient_of(name: str) -> Callable[..., Any]:
@@ -179,7 +148,8 @@ def _arguments(schema: str) -> list[str]:
 def _prepared(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """TileLang launches on torch's current device and stream: make them the tensors' own.
 
-    Its kernels trust the alignment of an allocation: an input that starts elsewhere is copied.
+    Its kernels trust the alignment of an allocation: an input that starts elsewhere is copied. And
+    autograd does not see what they write to an `out`: its version says that it changed.
     """
     name = schema.partition("(")[0]
     has_out = schema.endswith("(a!) out) -> ()")
@@ -197,8 +167,12 @@ def _prepared(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
                 args = (*args[:i], copy, *args[i + 1 :])
         device = args[device_of].device
         if device.index == torch.cuda.current_device():
-            return function(*args)
-        with torch.cuda.device(device):
-            return function(*args)
+            result = function(*args)
+        else:
+            with torch.cuda.device(device):
+                result = function(*args)
+        if has_out and not args[-1].is_inference():
+            torch.autograd.graph.increment_version(args[-1])
+        return result
 
     return launch

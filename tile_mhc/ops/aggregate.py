@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tile_mhc import errors, jit, reference, specs
 from tile_mhc.accumulator import GradAccumulator
+from tile_mhc.ops import _flops
 from tile_mhc.ops._destinations import (
     NOWHERE,
     Destinations,
@@ -143,12 +144,14 @@ _aggregate_backward = register(
     cuda=_backward_cuda,
     cpu=reference.aggregate_backward,
     fake=_backward_fake,
+    flops=_flops.aggregate_backward,
 )
 _aggregate = register(
     "aggregate(Tensor residual, Tensor pre_mix) -> Tensor",
     cuda=_cuda,
     cpu=reference.aggregate,
     fake=_fake,
+    flops=_flops.aggregate,
     backward=_backward,
     setup_context=_setup_context,
 )
@@ -157,6 +160,7 @@ _aggregate_out = register(
     cuda=_launch,
     cpu=_cpu_out,
     fake=lambda residual, pre_mix, out: None,
+    flops=_flops.aggregate,
 )
 _ROUTE = Route(
     name="aggregate",
@@ -169,5 +173,6 @@ _ROUTE = Route(
         cuda=_backward_cuda,
         cpu=reference.aggregate_backward,
         fake=_backward_fake,
+        flops=_flops.aggregate_backward,
     ),
 )

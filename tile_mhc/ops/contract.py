@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tile_mhc import errors, jit, reference, specs
 from tile_mhc.accumulator import GradAccumulator
-from tile_mhc.ops import contract_cluster
+from tile_mhc.ops import _flops, contract_cluster
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops._destinations import NOWHERE, Destinations, Route, call, moved, register_into
 from tile_mhc.ops._library import dtype_of, empty_gradients, register
@@ -315,12 +315,14 @@ _head_mix_backward = register(
     cuda=_backward_cuda,
     cpu=reference.head_mix_backward,
     fake=_backward_fake,
+    flops=_flops.pointwise,
 )
 _head_mix = register(
     "head_mix(Tensor mixes, Tensor scale, Tensor bias, float pre_eps) -> Tensor",
     cuda=_cuda,
     cpu=lambda mixes, scale, bias, pre_eps: reference.head_mix(mixes, scale, bias, pre_eps=pre_eps),
     fake=lambda mixes, scale, bias, pre_eps: mixes.new_empty(mixes.shape),
+    flops=_flops.pointwise,
     backward=_backward,
     setup_context=_setup_context,
 )
@@ -335,6 +337,7 @@ _ROUTE = Route(
         cuda=_backward_cuda,
         cpu=reference.head_mix_backward,
         fake=_backward_fake,
+        flops=_flops.pointwise,
     ),
     parameters={1: "scale", 2: "bias"},
 )
@@ -348,6 +351,7 @@ _contract_backward = register(
     cuda=_contract_backward_cuda,
     cpu=_contract_backward_cpu,
     fake=_contract_backward_fake,
+    flops=_flops.contract_backward,
 )
 _contract = register(
     "contract(Tensor residual, Tensor weight, Tensor scale, Tensor bias, Tensor? norm_weight, "
@@ -355,6 +359,7 @@ _contract = register(
     cuda=_contract_cuda,
     cpu=_contract_cpu,
     fake=_contract_fake,
+    flops=_flops.projection_and_aggregate,
     backward=_contract_gradients,
     setup_context=_contract_setup,
 )
@@ -369,6 +374,7 @@ _CONTRACT_ROUTE = Route(
         cuda=_contract_backward_cuda,
         cpu=_contract_backward_cpu,
         fake=_contract_backward_fake,
+        flops=_flops.contract_backward,
     ),
     parameters={1: "weight", 2: "scale", 3: "bias", 4: "norm_weight"},
 )

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from tile_mhc import errors, jit, reference, specs
+from tile_mhc.ops import _flops
 from tile_mhc.ops._library import dtype_of, register
 
 
@@ -84,12 +85,14 @@ _expand_backward = register(
     cuda=_backward_cuda,
     cpu=reference.expand_backward,
     fake=_backward_fake,
+    flops=_flops.pointwise,
 )
 _expand = register(
     "expand(Tensor hidden, int num_streams) -> Tensor",
     cuda=_cuda,
     cpu=reference.expand,
     fake=_fake,
+    flops=_flops.pointwise,
     backward=lambda ctx, grad: (_expand_backward(grad), None),
     setup_context=lambda ctx, inputs, output: None,
 )
@@ -98,4 +101,5 @@ _expand_out = register(
     cuda=_launch,
     cpu=_cpu_out,
     fake=lambda hidden, out: None,
+    flops=_flops.pointwise,
 )

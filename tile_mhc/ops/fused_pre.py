@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from tile_mhc import errors, jit, reference, specs
+from tile_mhc.ops import _flops
 from tile_mhc.ops import mixes as mixes_op
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops import sinkhorn as sinkhorn_op
+from tile_mhc.ops._autograd import transforms_active
 from tile_mhc.ops._destinations import (
     NOWHERE,
     Destinations,
@@ -301,6 +303,7 @@ _fused_pre_backward = register(
     cuda=_backward_cuda,
     cpu=_backward_cpu,
     fake=_backward_fake,
+    flops=_flops.fused_pre_backward,
 )
 _fused_pre = register(
     "fused_pre(Tensor residual, Tensor weight, Tensor scale, Tensor bias, Tensor? norm_weight, "
@@ -309,6 +312,7 @@ _fused_pre = register(
     cuda=_cuda,
     cpu=_cpu,
     fake=_empty,
+    flops=_flops.projection_and_aggregate,
     backward=_backward,
     setup_context=_setup_context,
 )
@@ -355,12 +359,19 @@ class _FusedPreAndResidual(torch.autograd.Function):
 
 
 def _passed(*inputs: Any) -> tuple[Tensor, ...]:
+    if transforms_active():  # takes only what torch.func can transform: the operator, and a view
+        return _with_residual(*inputs)
     outputs: tuple[Tensor, ...] = _FusedPreAndResidual.apply(*inputs)  # type: ignore[no-untyped-call]
     return outputs
 
 
 _backward_into = register_into(
-    _BACKWARD, (1, 2, 3, 4), cuda=_backward_cuda, cpu=_backward_cpu, fake=_backward_fake
+    _BACKWARD,
+    (1, 2, 3, 4),
+    cuda=_backward_cuda,
+    cpu=_backward_cpu,
+    fake=_backward_fake,
+    flops=_flops.fused_pre_backward,
 )
 _PARAMETERS = {1: "weight", 2: "scale", 3: "bias", 4: "norm_weight"}
 _ROUTE = Route(

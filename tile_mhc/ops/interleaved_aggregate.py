@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tile_mhc import jit
 from tile_mhc import reference_interleaved as reference
+from tile_mhc.ops import _flops
 from tile_mhc.ops._library import dtype_of, register
 
 
@@ -80,6 +81,7 @@ aggregate_backward = register(
     cuda=_backward_cuda,
     cpu=_backward_cpu,
     fake=_backward_fake,
+    flops=_flops.aggregate_backward,
 )
 # The gradient of mix is returned; that of x is added to `out`, float32, or with `adds` unset
 # overwrites it.
@@ -89,12 +91,14 @@ aggregate_accumulate = register(
     cuda=_accumulate_cuda,
     cpu=_accumulate_cpu,
     fake=lambda grad, x, mix, adds, out: mix.new_empty(mix.shape),
+    flops=_flops.aggregate_backward,
 )
 aggregate = register(
     "interleaved_aggregate(Tensor x, Tensor mix) -> Tensor",
     cuda=_cuda,
     cpu=reference.aggregate,
     fake=_fake,
+    flops=_flops.aggregate,
     backward=_backward,
     setup_context=_setup_context,
 )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tile_mhc import jit, specs
 from tile_mhc import reference_interleaved as reference
+from tile_mhc.ops import _flops
 from tile_mhc.ops._library import absent, dtype_of, empty_gradients, register
 from tile_mhc.ops.post import bias_slices
 
@@ -18,7 +19,7 @@ def _cuda(f: Tensor, bias: Tensor | None, x: Tensor, post: Tensor, comb: Tensor)
     if out.numel():
         jit.kernel("interleaved_post_fwd", n, channels, dtype_of(x), dtype_of(f), dtype_of(bias))(
             f.contiguous().view(-1, channels),
-            absent(x.device) if bias is None else bias.contiguous(),
+            absent(x) if bias is None else bias.contiguous(),
             x.view(-1, channels * n),
             post.contiguous().view(-1, n),
             comb.contiguous().view(-1, n * n),
@@ -47,7 +48,7 @@ def _launch_backward(
     if x.numel() == 0:
         grad_bias.zero_()
         return
-    partials = absent(x.device)
+    partials = absent(x)
     if bias is not None:
         partials = post.new_empty(bias_slices(post.numel() // n), channels)
     jit.kernel(
@@ -61,7 +62,7 @@ def _launch_backward(
     )(
         grad.contiguous().view(-1, channels * n),
         f.contiguous().view(-1, channels),
-        absent(x.device) if bias is None else bias.contiguous(),
+        absent(x) if bias is None else bias.contiguous(),
         x.view(-1, channels * n),
         post.contiguous().view(-1, n),
         comb.contiguous().view(-1, n * n),
@@ -142,6 +143,7 @@ post_backward = register(
     cuda=_backward_cuda,
     cpu=_backward_cpu,
     fake=lambda grad, *inputs: empty_gradients(*inputs),
+    flops=_flops.interleaved_post_backward,
 )
 # The gradients of f, bias, post and comb are returned; that of x is added to `out`, float32, or
 # with `adds` unset overwrites it.
@@ -151,12 +153,14 @@ post_accumulate = register(
     cuda=_accumulate_cuda,
     cpu=_accumulate_cpu,
     fake=lambda grad, f, bias, x, post, comb, adds, out: empty_gradients(f, bias, post, comb),
+    flops=_flops.interleaved_post_backward,
 )
 post = register(
     f"interleaved_post({_INPUTS}) -> Tensor",
     cuda=_cuda,
     cpu=_cpu,
     fake=lambda f, bias, x, post, comb: x.new_empty(x.shape),
+    flops=_flops.interleaved_post,
     backward=_backward,
     setup_context=_setup_context,
 )

@@ -7,6 +7,7 @@ from torch import Tensor
 from tile_mhc import jit
 from tile_mhc import reference_interleaved as reference
 from tile_mhc.kernels._shapes import HISTORY_STEP
+from tile_mhc.ops import _flops
 from tile_mhc.ops._library import register
 
 
@@ -51,12 +52,14 @@ _log_sinkhorn_backward = register(
     cuda=_backward_cuda,
     cpu=reference.log_sinkhorn_backward,
     fake=lambda grad, logits, repeat: logits.new_empty(logits.shape),
+    flops=_flops.pointwise,
 )
 log_sinkhorn = register(
     "log_sinkhorn(Tensor logits, int repeat) -> Tensor",
     cuda=_cuda,
     cpu=reference.log_sinkhorn,
     fake=_fake,
+    flops=_flops.pointwise,
     backward=_backward,
     setup_context=_setup_context,
 )

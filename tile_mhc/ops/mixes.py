@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tile_mhc import errors, jit, reference, specs
 from tile_mhc.kernels._shapes import TOKENS_PER_PARTIAL
+from tile_mhc.ops import _flops
 from tile_mhc.ops._destinations import (
     NOWHERE,
     Destinations,
@@ -264,6 +265,7 @@ _split_mixes_backward = register(
     cuda=launch_backward,
     cpu=reference.split_mixes_backward,
     fake=_backward_fake,
+    flops=_flops.pointwise,
 )
 _split_mixes = register(
     "split_mixes(Tensor mixes, Tensor scale, Tensor bias, int num_streams, float post_mult, "
@@ -271,6 +273,7 @@ _split_mixes = register(
     cuda=launch,
     cpu=_cpu,
     fake=_fake,
+    flops=_flops.pointwise,
     backward=_backward,
     setup_context=_setup_context,
 )
@@ -285,6 +288,7 @@ _ROUTE = Route(
         cuda=launch_backward,
         cpu=reference.split_mixes_backward,
         fake=_backward_fake,
+        flops=_flops.pointwise,
     ),
     parameters={1: "scale", 2: "bias"},
 )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tile_mhc import jit
 from tile_mhc import reference_interleaved as reference
+from tile_mhc.ops import _flops
 from tile_mhc.ops._library import dtype_of, register
 from tile_mhc.ops.mixes import column_sums, partial_rows
 
@@ -93,6 +94,7 @@ _mixes_backward = register(
     cuda=_backward_cuda,
     cpu=reference.mixes_backward,
     fake=_backward_fake,
+    flops=_flops.pointwise,
 )
 mixes = register(
     "padded_mixes(Tensor h, Tensor ms, Tensor scale, Tensor bias, int num_streams) "
@@ -100,6 +102,7 @@ mixes = register(
     cuda=_cuda,
     cpu=_cpu,
     fake=_fake,
+    flops=_flops.pointwise,
     backward=_backward,
     setup_context=_setup_context,
 )

@@ -8,6 +8,7 @@ from torch import Tensor
 from tile_mhc import jit
 from tile_mhc import reference_interleaved as reference
 from tile_mhc.kernels._shapes import PADDED, factors_width, padded
+from tile_mhc.ops import _flops
 from tile_mhc.ops._library import absent, empty_gradients, register
 from tile_mhc.ops.projection import contiguous, launch_matmuls, split_products
 
@@ -59,7 +60,7 @@ def _backward_cuda(
         norm_weight,
         False,
         0,
-        absent(x.device, x.dtype),
+        absent(x, x.dtype),
         accumulated,
         grads,
     )
@@ -100,12 +101,14 @@ projection_backward = register(
     fake=lambda grad_h, grad_ms, x, weight, norm_weight, accumulated: empty_gradients(
         x, weight, norm_weight
     ),
+    flops=_flops.padded_projection_backward,
 )
 projection = register(
     "padded_projection(Tensor x, Tensor weight, Tensor? norm_weight) -> (Tensor, Tensor)",
     cuda=_cuda,
     cpu=reference.projection,
     fake=_fake,
+    flops=_flops.projection,
     backward=_backward,
     setup_context=_setup_context,
 )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tile_mhc import config, errors, jit, reference, specs
 from tile_mhc.accumulator import GradAccumulator
+from tile_mhc.ops import _flops
 from tile_mhc.ops._destinations import (
     NOWHERE,
     Destinations,
@@ -221,6 +222,7 @@ _post_backward = register(
     cuda=_backward_cuda,
     cpu=_backward_cpu,
     fake=_backward_fake,
+    flops=_flops.post_backward,
 )
 _post = register(
     "post(Tensor layer_output, Tensor residual, Tensor post_mix, Tensor comb_mix, Tensor? bias) "
@@ -228,6 +230,7 @@ _post = register(
     cuda=_cuda,
     cpu=_cpu,
     fake=_fake,
+    flops=_flops.post,
     backward=_backward,
     setup_context=_setup_context,
 )
@@ -237,6 +240,7 @@ _post_out = register(
     cuda=_launch,
     cpu=_cpu_out,
     fake=lambda *_: None,
+    flops=_flops.post,
 )
 _ROUTE = Route(
     name="post",
@@ -249,6 +253,7 @@ _ROUTE = Route(
         cuda=_backward_cuda,
         cpu=_backward_cpu,
         fake=_backward_fake,
+        flops=_flops.post_backward,
     ),
     residual=1,
 )

@@ -20,7 +20,7 @@ from tile_mhc.kernels._shapes import (
     factors_width,
     padded,
 )
-from tile_mhc.ops import projection_any
+from tile_mhc.ops import _flops, projection_any
 from tile_mhc.ops._destinations import (
     NOWHERE,
     Destinations,
@@ -163,7 +163,7 @@ def contiguous(weight: Tensor, norm_weight: Tensor | None) -> tuple[Tensor, Tens
 def parameters(weight: Tensor, norm_weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """The two as kernels take them."""
     weight, norm_weight = contiguous(weight, norm_weight)
-    return weight, absent(weight.device) if norm_weight is None else norm_weight
+    return weight, absent(weight) if norm_weight is None else norm_weight
 
 
 def has_many_splits(products: Tensor) -> bool:
@@ -325,11 +325,10 @@ def launch_backward_rows(
     `accumulated` is a gradient that the streams already have; `factors`, room of `factor_shapes`.
     """
     num_mixes, size = weight.shape
-    device = residual.device
     weight, norm_weight = contiguous(weight, norm_weight)
     if aggregated is None:
         streams = 0
-        grad_input, pre_mix = absent(device, residual.dtype), absent(device)
+        grad_input, pre_mix = absent(residual, residual.dtype), absent(residual)
     else:
         grad_input, pre_mix = aggregated
         streams = pre_mix.shape[1]
@@ -393,7 +392,7 @@ def launch_matmuls(
         x,
         *given,
         grad_input,
-        absent(x.device, x.dtype) if accumulated is None else accumulated.view(-1, size),
+        absent(x, x.dtype) if accumulated is None else accumulated.view(-1, size),
         grad_residual.view(-1, size),
         grad_weight.unsqueeze(0) if partials is None else partials,
         slice_tokens,
@@ -438,7 +437,7 @@ def sum_partials(
         partials,
         *parameters(weight, norm_weight),
         grad_weight,
-        absent(weight.device) if norm_weight is None else grad_norm_weight,
+        absent(weight) if norm_weight is None else grad_norm_weight,
         adds(into, 1),
         adds(into, 2),
     )
@@ -520,6 +519,7 @@ _projection_backward = register(
     cuda=launch_backward,
     cpu=_backward_cpu,
     fake=_backward_fake,
+    flops=_flops.projection_backward,
 )
 _projection = register(
     "projection(Tensor residual, Tensor weight, Tensor? norm_weight, float norm_eps, "
@@ -527,6 +527,7 @@ _projection = register(
     cuda=_cuda,
     cpu=_cpu,
     fake=_fake,
+    flops=_flops.projection,
     backward=_backward,
     setup_context=_setup_context,
 )
@@ -536,7 +537,12 @@ _ROUTE = Route(
     setup=_setup_context,
     arguments=_backward_arguments,
     backward=register_into(
-        _BACKWARD, (0, 1, 2), cuda=launch_backward, cpu=_backward_cpu, fake=_backward_fake
+        _BACKWARD,
+        (0, 1, 2),
+        cuda=launch_backward,
+        cpu=_backward_cpu,
+        fake=_backward_fake,
+        flops=_flops.projection_backward,
     ),
     parameters={1: "weight", 2: "norm_weight"},
 )

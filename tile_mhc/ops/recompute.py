@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tile_mhc import errors, jit, reference, specs
 from tile_mhc.kernels._shapes import TABLE_SLOTS
+from tile_mhc.ops import _flops
 from tile_mhc.ops._library import dtype_of, register
 from tile_mhc.ops.aggregate import check_mix
 
@@ -212,4 +213,5 @@ _recompute = register(
     cuda=_cuda,
     cpu=_cpu,
     fake=lambda *args: None,
+    flops=_flops.recompute,
 )

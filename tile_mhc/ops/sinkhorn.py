@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tile_mhc import errors, jit, reference
 from tile_mhc.kernels._shapes import HISTORY_STEP
+from tile_mhc.ops import _flops
 from tile_mhc.ops._library import register
 
 # The backward keeps two scalings a stream and step in shared memory: for eight streams 64 KiB a
@@ -109,12 +110,14 @@ _sinkhorn_backward = register(
         grad, logits, repeat=repeat, eps=eps
     ),
     fake=lambda grad, logits, repeat, eps: logits.new_empty(logits.shape),
+    flops=_flops.pointwise,
 )
 _sinkhorn = register(
     "sinkhorn(Tensor logits, int repeat, float eps) -> Tensor",
     cuda=_cuda,
     cpu=lambda logits, repeat, eps: reference.sinkhorn(logits, repeat=repeat, eps=eps),
     fake=_fake,
+    flops=_flops.pointwise,
     backward=_backward,
     setup_context=_setup_context,
 )

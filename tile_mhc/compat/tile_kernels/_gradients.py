@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from tile_mhc import errors, main_grad
+from tile_mhc.ops._autograd import refuse_tangents, refuse_transforms, transforms_active
+from tile_mhc.ops._library import outside_graphs
 
 # An attribute of the residual's untyped storage: a gradient of the residual, to be added to.
 POSTED = "grad_from_mhc_post"
@@ -20,17 +22,31 @@ def residual_input(op: str, residual: Tensor, *, release: bool) -> Tensor:
     """The residual; its gradient is added in place to the posted one, if backward finds one.
 
     The gradient that flows on is then None. `release` also takes the attribute off the storage,
-    for the last op of a sub-layer's backward.
+    for the last op of a sub-layer's backward. Nothing is looked for under torch.compile and
+    torch.func, which know no storage: there the gradient is plain autograd's.
     """
-    if not _needs_grad(residual):
+    if not _needs_grad(residual) or torch.compiler.is_compiling() or transforms_active():
         return residual
+    refuse_tangents(op, (residual,))
     return _ResidualInput.apply(residual, op, release)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def parameter_input(op: str, name: str, parameter: Tensor) -> Tensor:
-    """The parameter; its gradient is added to `parameter.main_grad`, if backward finds one."""
-    if not _needs_grad(parameter):
+    """The parameter; its gradient is added to `parameter.main_grad`, if backward finds one.
+
+    Under torch.compile one that carries `main_grad` breaks the graph, and one that does not, as it
+    is traced, gets its gradient from autograd. So does every one under torch.func.
+    """
+    if not _needs_grad(parameter) or transforms_active():
         return parameter
+    if torch.compiler.is_compiling() and not main_grad.takes_part(parameter):
+        return parameter
+    return _parameter_input(parameter, op, name)
+
+
+@outside_graphs
+def _parameter_input(parameter: Tensor, op: str, name: str) -> Tensor:
+    refuse_tangents(op, (parameter,))
     return _ParameterInput.apply(parameter, op, name)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -43,6 +59,8 @@ def check_out(
     op: str, out: Tensor, shape: Sequence[int], inputs: Sequence[tuple[str, Tensor]]
 ) -> None:
     """Check a destination beside inputs that need a gradient; the first gives dtype and device."""
+    refuse_transforms(op, "out")
+    refuse_tangents(op, (out,))
     errors.check_tensor(op, "out", out, [shape], inputs[0][1].dtype, inputs[0])
     if out.requires_grad:
         raise errors.ShapeError(

@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from tile_mhc import errors
 from tile_mhc.ops import interleaved_aggregate, interleaved_post, padded_projection
+from tile_mhc.ops._autograd import refuse_tangents, refuse_transforms
 
 BUFFER = "fused_grad_x_acc_buffer"
 
@@ -119,6 +120,7 @@ def check_buffer(op: str, buffer: Tensor, x: Tensor) -> None:
             f"gradient, to match x {errors.describe(x)}; got {errors.describe(value)}{grad}"
         )
     errors.check_contiguous(op, BUFFER, value)
+    refuse_transforms(op, BUFFER)
     errors.check_aligned(op, BUFFER, value, errors.ALIGNMENT)
     if errors.may_overlap(value, x):
         raise errors.ShapeError(f"{op}: {BUFFER} must not share memory with x; got one that does")
@@ -158,16 +160,19 @@ def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _projection(*args: Any) -> Any:
     op, x, phi, norm_weight, buffer = args
+    refuse_tangents(op, args)
     return _Projection.apply(x, phi, norm_weight, op, buffer, _begin(buffer))  # type: ignore[no-untyped-call]
 
 
 def _aggregate(*args: Any) -> Any:
     op, x, mix, buffer = args
+    refuse_tangents(op, args)
     return _Aggregate.apply(x, mix, op, buffer, _join(buffer))  # type: ignore[no-untyped-call]
 
 
 def _post(*args: Any) -> Any:
     op, *tensors, buffer = args
+    refuse_tangents(op, args)
     return _Post.apply(*tensors, op, buffer, _join(buffer))  # type: ignore[no-untyped-call]
 
 
