@@ -1,6 +1,7 @@
 """The mHC part of DeepSeek TileKernels 1.0.0 on tile_mhc: same modules, names, arguments, defaults.
 
-Import it from here, or call `install()` once and keep every `import tile_kernels...` as it is.
+Import it from here, or call `install()` once and keep every `import tile_kernels...` as it is; with
+`install(force=True)` a real tile_kernels keeps what is not mHC, such as quant and moe.
 
 What differs from TileKernels, all of it on purpose:
 
