@@ -19,6 +19,8 @@ from tile_mhc.cli._options import cache_option, json_option, print_json, print_t
 Status = Literal["ok", "note", "fail"]
 MARKS = {"ok": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "fail": "[red]fail[/red]"}
 
+REBUILT = "kernels are rebuilt in each process"
+
 TRIAL_ARCH = "sm_90a"
 TRIAL_TOKENS, TRIAL_STREAMS, TRIAL_HIDDEN = 13, 4, 256
 
@@ -109,8 +111,10 @@ def _driver() -> tuple[Status, str]:
 
 def _cache() -> tuple[Status, str]:
     root = jit.cache_directory()
+    if not jit.import_tilelang().env.is_cache_enabled():
+        return "note", f"{root} is not used (TILELANG_DISABLE_CACHE): {REBUILT}"
     if problem := jit.cache_problem(root):
-        return "note", f"{root} cannot be written ({problem}): kernels are rebuilt in each process"
+        return "note", f"{root} cannot be written ({problem}): {REBUILT}"
     return "ok", f"{root}, {folder_size(root) / 1e6:.1f} MB, writable"
 
 
