@@ -4,9 +4,9 @@ The first use of a kernel compiles it and leaves it in the cache; `tile-mhc comp
 cache ahead of time, also on a machine without a GPU. Environment:
 
 - ``TILE_MHC_JIT=0`` forbids building; a kernel that is not in the cache then raises.
-- ``TILELANG_CACHE_DIR`` is the cache; not set or empty, it is ``~/.tilelang/cache``. A ``~`` at its
-  start is the home folder. A relative one is of the working directory at first use, and stays that
-  folder. TileLang would take the value as it stands, anew at each use: it is told the outcome.
+- ``TILELANG_CACHE_DIR`` is the cache; not set, or empty (with a warning), ``~/.tilelang/cache``. A
+  ``~`` at its start is the home folder. A relative one is of the working directory at first use,
+  and stays that folder. TileLang, which would take the value as it stands, is told the outcome.
 
 TileLang, and with it the compiler, is imported only when the first kernel is asked for.
 """
@@ -270,9 +270,16 @@ def _settle_cache() -> Path:
     root, setting = cache_directory(), _cache_setting()
     if setting is not None and setting._forced_value is not None:
         setting._forced_value = str(root)
-    elif not os.environ.get(_CACHE_VARIABLE):
-        os.environ.pop(_CACHE_VARIABLE, None)
-    else:
+    elif os.environ.get(_CACHE_VARIABLE) == "":
+        del os.environ[_CACHE_VARIABLE]
+        # Most likely a variable that a script meant to have set.
+        warnings.warn(
+            f"tile_mhc: {_CACHE_VARIABLE} must be a folder or not set; got '', and kernels are "
+            f"kept in {root}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    elif _CACHE_VARIABLE in os.environ:
         os.environ[_CACHE_VARIABLE] = str(root)
     return root
 

@@ -458,18 +458,20 @@ def test_doctor_reports_a_cache_that_is_off(run, monkeypatch, private_cache):
     assert cache["detail"].startswith(f"{private_cache} is not used (TILELANG_DISABLE_CACHE)")
 
 
-@pytest.mark.parametrize("value", ["", "~/.tilelang/cache"])
-def test_doctor_names_the_folder_that_tilelang_uses(run, monkeypatch, tmp_path, value):
-    monkeypatch.setattr(_doctor, "_kernel", lambda: ("ok", ""))
-    monkeypatch.setenv("TILELANG_CACHE_DIR", value)
-    monkeypatch.setenv("HOME", str(tmp_path))
+@pytest.mark.filterwarnings("ignore:tile_mhc. TILELANG_CACHE_DIR")
+@pytest.mark.parametrize(("value", "status"), [("", "note"), ("~/.tilelang/cache", "ok")])
+def test_doctor_names_the_folder_that_tilelang_uses(run, monkeypatch, tmp_path, value, status):
     # What TileLang took for its default when it was imported.
     default = vars(type(jit.import_tilelang().env))["TILELANG_CACHE_DIR"]
     monkeypatch.setattr(default, "default", str(tmp_path / ".tilelang" / "cache"))
+    monkeypatch.setattr(_doctor, "_kernel", lambda: ("ok", ""))
+    monkeypatch.setenv("TILELANG_CACHE_DIR", value)
+    monkeypatch.setenv("HOME", str(tmp_path))
     code, out, _ = run("doctor", "--json")
     checks = {check["name"]: check for check in json.loads(out)["checks"]}
-    assert (code, checks["tilelang"]["status"], checks["cache"]["status"]) == (0, "ok", "ok")
+    assert (code, checks["tilelang"]["status"], checks["cache"]["status"]) == (0, "ok", status)
     assert checks["cache"]["detail"].startswith(f"{tmp_path / '.tilelang' / 'cache'}, ")
+    assert ("TILELANG_CACHE_DIR is empty" in checks["cache"]["detail"]) is (value == "")
     told = jit.import_tilelang().env.TILELANG_CACHE_DIR
     assert told == str(tmp_path / ".tilelang" / "cache")
 
