@@ -70,7 +70,7 @@ class _Projected(nn.Module):
         errors.check_bool(op, "norm_weight", norm_weight)
         errors.check_bool(op, "sequence_parallel", sequence_parallel)
         if init not in INITS:
-            raise errors.ShapeError(f"{op}: init must be one of {INITS}; got {init!r}")
+            raise errors.ShapeError(f"{op}: init must be one of {INITS}; got {errors.shown(init)}")
         self.hidden_size, self.num_streams = hidden_size, num_streams
         self.norm_eps, self.pre_eps = norm_eps, pre_eps
         self.init, self.sequence_parallel = init, sequence_parallel

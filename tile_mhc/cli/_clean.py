@@ -47,7 +47,8 @@ def clean_command(yes: bool, as_json: bool) -> None:
 def find_entries(root: Path) -> list[Path]:
     """The cache entries, of any TileLang version, that hold kernels of ours."""
     ours = re.compile(rf"\b(?:{'|'.join(sorted(specs.device_functions()))})\b".encode())
-    found = {}  # in order, and once: several files of an entry may name our kernels
+    # In order, and once: several files of an entry may name our kernels.
+    found: dict[Path, None] = {}
     for pattern in ("*/*/kernels/*/device_kernel.cu", "*/cuda-binaries/*/kernel.*"):
         for file in sorted(root.glob(pattern)):
             try:

@@ -156,5 +156,5 @@ def _check_mult(op: str, residual: torch.Tensor, mhc_mult: int) -> None:
     if mhc_mult != num_streams:
         raise errors.ShapeError(
             f"{op}: mhc_mult must be {num_streams} to match residual "
-            f"{errors.describe(residual)}; got {mhc_mult!r}"
+            f"{errors.describe(residual)}; got {errors.shown(mhc_mult)}"
         )
