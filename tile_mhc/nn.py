@@ -302,9 +302,10 @@ class HyperConnection(_Projected):
     may be registered too).
 
     The weight is a matrix to look at, but each of its rows is a gate's own projection: an optimizer
-    that orthogonalises matrices (Muon) has to leave it, with the other parameters, to AdamW. Where tokens are split over ranks that all hold these parameters, as in Megatron-LM's
-    sequence parallelism, set `sequence_parallel`: without the mark the gradients are those of a
-    rank's own tokens, of two ranks about half of what they should be, and nothing says so.
+    that orthogonalises matrices (Muon) has to leave it, with the other parameters, to AdamW. Where
+    tokens are split over ranks that all hold these parameters, as in Megatron-LM's sequence
+    parallelism, set `sequence_parallel`: without the mark the gradients are those of a rank's own
+    tokens, with two ranks about half of what they should be, and nothing says so.
 
     Args:
         hidden_size: H, from 1 to 16384; fastest for multiples of 64.

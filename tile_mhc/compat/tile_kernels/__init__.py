@@ -15,8 +15,8 @@ What differs from TileKernels, all of it on purpose:
 - `mhc_head` runs forward and backward, on n rows of `fn` or on the first n of more.
 - Gradients are plain autograd's, whatever else consumes the residual. `mhc_post` in a graph never
   hangs its gradient on the residual's storage; autograd adds the parts, each rounded to the dtype
-  of the streams. A caller who hangs `grad_from_mhc_post` there, or calls `mhc_post_bwd` (which does it, and raises
-  where one is pending), still gets the accumulation: see `_gradients`.
+  of the streams. A caller who hangs `grad_from_mhc_post` there, or calls `mhc_post_bwd` (which does
+  it, and raises where one is pending), still gets the accumulation: see `_gradients`.
 - `main_grad` of fn, norm_weight, scale and base is looked up in the backward, and all four honour
   it.
 - `out` may be given with and without a gradient; one that aliases an input or is not contiguous
