@@ -24,7 +24,7 @@ def make_param_key(params: dict[str, object]) -> str:
 
 
 class Alias:
-    """The import alias, and a check that no module of a real tile_kernels got past it."""
+    """The import alias, and a check that no real module of mHC got past it."""
 
     def __init__(self) -> None:
         tile_kernels.install(force=True)
@@ -34,8 +34,7 @@ class Alias:
         )
         testing.bench = bench  # type: ignore[attr-defined]
         bench.make_param_key = make_param_key  # type: ignore[attr-defined]
-        self.stubs = {testing.__name__: testing, bench.__name__: bench}
-        sys.modules.update(self.stubs)
+        sys.modules |= {testing.__name__: testing, bench.__name__: bench}
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"tile_kernels is {tile_kernels.__file__}")
@@ -46,7 +45,7 @@ class Alias:
             name
             for name, module in sys.modules.items()
             if name.partition(".")[0] == "tile_kernels"
-            and name not in self.stubs
+            and "mhc" in name.split(".")
             and module.__name__.removeprefix(home) != name.removeprefix("tile_kernels")
         ]
         if foreign:

@@ -76,7 +76,7 @@ def compile_ahead(widths: Iterable[int], arch: str) -> int:
 
 
 class Alias:
-    """The import alias, and a check that no module of a real transformer_engine got past it."""
+    """The import alias, and a check that no real module of mHC got past it."""
 
     def __init__(self, on_cpu: bool, compiles_for: str | None) -> None:
         transformer_engine.install(force=True)
@@ -112,7 +112,7 @@ class Alias:
         foreign = [
             name
             for name, module in sys.modules.items()
-            if name.partition(".")[0] == "transformer_engine"
+            if name.startswith("transformer_engine.pytorch.triton.mhc")
             and module.__name__.removeprefix(home) != name.removeprefix("transformer_engine")
         ]
         if foreign:

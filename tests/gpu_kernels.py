@@ -18,6 +18,7 @@ OPS_OF = {
     "accumulator": (),
     "main_grad": (),
     "dtypes": (),
+    "errors": (),
     "projection_any": (),
 }
 NATIVE = tuple(op for op in specs.OPS if op != "transformer_engine")

@@ -4,6 +4,8 @@ import functools
 
 import torch
 
+from tile_mhc import errors
+
 _num_sms = 0
 _batch_invariant = False
 
@@ -14,18 +16,38 @@ def _device_num_sms(index: int) -> int:
 
 
 def get_num_sms() -> int:
-    """The number of SMs that launches are sized for: `set_num_sms`, else all of the device's."""
-    return _num_sms or _device_num_sms(torch.cuda.current_device())
+    """The number of SMs that launches are sized for: `set_num_sms`, else all of the device's.
+
+    Raises:
+        RuntimeError: there is no CUDA device, and no number was set.
+    """
+    if _num_sms:
+        return _num_sms
+    try:
+        device = torch.cuda.current_device()
+    except (AssertionError, RuntimeError) as error:
+        raise RuntimeError(
+            f"get_num_sms: a CUDA device must be there, or a number set; got none ({error})"
+        ) from error
+    return _device_num_sms(device)
 
 
 def set_num_sms(num_sms: int) -> None:
     """Size launches for fewer SMs (0: for all), to leave room for communication kernels.
 
     It decides how sums are split, so it decides their last bits too.
+
+    Args:
+        num_sms: at most what the current device has; without a device, only 0.
+
+    Raises:
+        ValueError: it is anything else.
     """
-    limit = _device_num_sms(torch.cuda.current_device())
+    cuda = torch.cuda.is_available()
+    limit = _device_num_sms(torch.cuda.current_device()) if cuda else 0
     if isinstance(num_sms, bool) or not isinstance(num_sms, int) or not 0 <= num_sms <= limit:
-        raise ValueError(f"set_num_sms: num_sms must be from 0 to {limit}; got {num_sms!r}")
+        expected = f"from 0 to {limit}" if cuda else "0 where there is no CUDA device"
+        raise ValueError(f"set_num_sms: num_sms must be {expected}; got {errors.shown(num_sms)}")
     global _num_sms
     _num_sms = num_sms
 
@@ -45,6 +67,8 @@ def set_batch_invariant(enabled: bool) -> None:
     batch.
     """
     if not isinstance(enabled, bool):
-        raise ValueError(f"set_batch_invariant: enabled must be True or False; got {enabled!r}")
+        raise ValueError(
+            f"set_batch_invariant: enabled must be True or False; got {errors.shown(enabled)}"
+        )
     global _batch_invariant
     _batch_invariant = enabled

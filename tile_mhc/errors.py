@@ -4,11 +4,15 @@ A check reads Python metadata only: no synchronisation, no copy. Every message h
 ``<op>: <argument> must be <expected>; got <actual>``.
 """
 
-from collections.abc import Sequence
+import itertools
+import sys
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import Parameter
 
 SUPPORTED_STREAMS = (2, 4, 8)
 MAX_HIDDEN = 16384
@@ -37,21 +41,87 @@ def dtype_name(dtype: torch.dtype | torch.layout) -> str:
 
 
 def describe(value: object) -> str:
-    """Shape, dtype and device of a tensor in one phrase, or the type of anything else."""
-    if not isinstance(value, Tensor):
-        return f"{type(value).__name__} {value!r}" if value is not None else "None"
-    text = f"{tuple(value.shape)} {dtype_name(value.dtype)} on {value.device}"
+    """Shape, dtype and device of a tensor in one phrase, or the type of anything else.
+
+    Never the values of tensors, on their own or in what holds them: that would synchronise.
+    """
+    if isinstance(value, Tensor):
+        return _describe_tensor(value)
+    if isinstance(value, _CONTAINERS):
+        return _describe_container(value)
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    return f"{name} {shown(value)}" if isinstance(value, _PLAIN) else name
+
+
+def shown(value: object) -> str:
+    """A number or a word as it is written, shortened; anything else as `describe` has it."""
+    if value is not None and not isinstance(value, _PLAIN):
+        return describe(value)
+    text = repr(value)
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
+
+
+# What `repr` shows without a look at a tensor, and the most that a message has of it.
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.SymInt)
+_CONTAINERS = (tuple, list, set, frozenset, dict)
+_MOST_CHARACTERS = 60
+_MOST_ITEMS = 3
+
+
+def _describe_tensor(value: Tensor) -> str:
+    text = f"{_sizes(value.shape)} {dtype_name(value.dtype)} on {value.device}"
     if value.layout != torch.strided:
         return f"{text} with layout {dtype_name(value.layout)}"
-    return text if value.is_contiguous() else f"{text} with strides {value.stride()}"
+    return text if value.is_contiguous() else f"{text} with strides {_sizes(value.stride())}"
+
+
+def _describe_container(value: Collection[Any]) -> str:
+    """Its first items, as in its `repr`; of a container inside, the length alone."""
+    items = []
+    for item in itertools.islice(value, _MOST_ITEMS):
+        text = _describe_item(item)
+        if isinstance(value, dict):
+            text += f": {_describe_item(value[item])}"
+        items.append(text)
+    if len(value) > _MOST_ITEMS:
+        items.append(f"... {len(value)} in all")
+    left, right = "()" if isinstance(value, tuple) else "[]" if isinstance(value, list) else "{}"
+    return f"{type(value).__name__} {left}{', '.join(items)}{right}"
+
+
+def _describe_item(item: object) -> str:
+    if isinstance(item, _CONTAINERS):
+        return f"{type(item).__name__} of {len(item)}"
+    return shown(item)
+
+
+def _sizes(shape: Iterable[Any]) -> tuple[Any, ...]:
+    """A shape to print."""
+    return tuple(map(_untraced, shape))
 
 
 def require_tensor(op: str, name: str, value: object) -> Tensor:
+    if type(value) is not Tensor and type(value) is not Parameter:
+        _check_class(op, name, value)
+    tensor: Tensor = value  # type: ignore[assignment]
+    if tensor.layout != torch.strided:
+        raise ShapeError(f"{op}: {name} must be a dense tensor; got {describe(value)}")
+    return tensor
+
+
+def _check_class(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise ShapeError(f"{op}: {name} must be a torch.Tensor; got {describe(value)}")
-    if value.layout != torch.strided:
-        raise ShapeError(f"{op}: {name} must be a dense tensor; got {describe(value)}")
-    return value
+    # Where the module is not imported, no DTensor has been made.
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if isinstance(value, getattr(distributed, "DTensor", ())):
+        raise ShapeError(
+            f"{op}: {name} must be a plain tensor, such as to_local() gives, or a parameter of a "
+            "module that is gathered (an FSDP unit of its own; register_fsdp_forward_method for "
+            f"methods other than forward); got a DTensor {describe(value)}"
+        )
 
 
 def check_tensor(
@@ -71,7 +141,7 @@ def check_tensor(
         raise ShapeError(
             f"{op}: {name} must be on {like[1].device}, where {like[0]} is; got {describe(tensor)}"
         )
-    expected = " or ".join(str(tuple(s)) for s in shapes)
+    expected = " or ".join(str(_sizes(s)) for s in shapes)
     match = f" to match {like[0]} {describe(like[1])}" if like else ""
     names = " or ".join(map(dtype_name, dtypes))
     raise ShapeError(f"{op}: {name} must be {expected} {names}{match}; got {describe(tensor)}")
@@ -108,17 +178,25 @@ def check_stream_dtype(op: str, name: str, tensor: Tensor, shape: str, dims: int
 
 
 def check_num_streams(op: str, num_streams: int) -> None:
-    if not isinstance(num_streams, int | torch.SymInt) or num_streams not in SUPPORTED_STREAMS:
+    size = num_streams if type(num_streams) is int else _untraced(num_streams)
+    if not isinstance(size, int | torch.SymInt) or size not in SUPPORTED_STREAMS:
         raise UnsupportedError(
-            f"{op}: the number of streams n must be one of {SUPPORTED_STREAMS}; got {num_streams!r}"
+            f"{op}: the number of streams n must be one of {SUPPORTED_STREAMS}; got {shown(size)}"
         )
 
 
 def check_hidden_size(op: str, hidden_size: int) -> None:
-    if not 0 < hidden_size <= MAX_HIDDEN:
+    size = hidden_size if type(hidden_size) is int else _untraced(hidden_size)
+    if not 0 < size <= MAX_HIDDEN:
         raise UnsupportedError(
-            f"{op}: the hidden size H must be from 1 to {MAX_HIDDEN}; got {hidden_size}"
+            f"{op}: the hidden size H must be from 1 to {MAX_HIDDEN}; got {shown(size)}"
         )
+
+
+def _untraced(size: Any) -> Any:
+    """A size out of a shape: under torch.jit.trace it is a tensor, on the CPU."""
+    is_traced = isinstance(size, Tensor) and torch._C._get_tracing_state() is not None
+    return int(size) if is_traced else size
 
 
 def check_device(op: str, name: str, tensor: Tensor) -> None:
@@ -176,7 +254,9 @@ def may_overlap(a: Tensor, b: Tensor) -> bool:
 
 def check_positive_int(op: str, name: str, value: object, minimum: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ShapeError(f"{op}: {name} must be an integer of at least {minimum}; got {value!r}")
+        raise ShapeError(
+            f"{op}: {name} must be an integer of at least {minimum}; got {shown(value)}"
+        )
 
 
 def check_bool(op: str, name: str, value: object) -> None:

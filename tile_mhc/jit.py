@@ -4,7 +4,9 @@ The first use of a kernel compiles it and leaves it in the cache; `tile-mhc comp
 cache ahead of time, also on a machine without a GPU. Environment:
 
 - ``TILE_MHC_JIT=0`` forbids building; a kernel that is not in the cache then raises.
-- ``TILELANG_CACHE_DIR`` is the cache, by default ``~/.tilelang/cache``.
+- ``TILELANG_CACHE_DIR`` is the cache; not set, or empty (with a warning), ``~/.tilelang/cache``. A
+  ``~`` at its start is the home folder. A relative one is of the working directory at first use,
+  and stays that folder. TileLang, which would take the value as it stands, is told the outcome.
 
 TileLang, and with it the compiler, is imported only when the first kernel is asked for.
 """
@@ -16,6 +18,8 @@ import importlib
 import importlib.metadata
 import multiprocessing
 import os
+import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -39,6 +43,9 @@ Result = TypeVar("Result")
 # What CPython says then; see `undisturbed`.
 _DISTURBED = "recursion depth mismatch"
 _DISTURBANCES = 10
+
+_CACHE_VARIABLE = "TILELANG_CACHE_DIR"
+_CACHE_DEFAULT = os.path.join("~", ".tilelang", "cache")
 
 
 class CompileError(RuntimeError):
@@ -180,9 +187,15 @@ def fill_cache(kernels: Iterable[tuple[str, specs.Arguments]], arch: str, jobs: 
         What went wrong, one message a kernel; asked for again, such a kernel raises it.
     """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    # TileLang may have been told another folder in Python, of which a new process knows nothing.
+    folder = (str(cache_directory()),)
+    with ProcessPoolExecutor(jobs, context, _use_cache, folder) as pool:
         futures = [pool.submit(_problem_compiling, *kernel, arch) for kernel in kernels]
         return [problem for future in futures if (problem := future.result())]
+
+
+def _use_cache(folder: str) -> None:
+    os.environ[_CACHE_VARIABLE] = folder
 
 
 def _problem_compiling(name: str, args: specs.Arguments, arch: str) -> str | None:
@@ -210,21 +223,21 @@ def device_arch(device: int) -> str:
 
 
 def cache_directory() -> Path:
-    """The root of TileLang's cache; need not exist."""
-    if "tilelang" in sys.modules:
-        return Path(sys.modules["tilelang"].env.TILELANG_CACHE_DIR)
-    default = os.path.join("~", ".tilelang", "cache")
-    return Path(os.environ.get("TILELANG_CACHE_DIR") or os.path.expanduser(default))
+    """The root of TileLang's cache, absolute; need not exist."""
+    setting = _cache_setting()
+    return cache_path(os.environ.get(_CACHE_VARIABLE) if setting is None else setting.get())
+
+
+def cache_path(value: str | None) -> Path:
+    """The folder that a value of TILELANG_CACHE_DIR means; see the module."""
+    return Path(os.path.expanduser(value or _CACHE_DEFAULT)).absolute()
 
 
 def cache_problem(root: Path) -> str | None:
     """Why kernels cannot be stored under `root`, or None; tried, as permissions do not say all."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        inside = root / importlib.metadata.version("tilelang").replace("+", "_")
-        patterns = ("*", "*/kernels", "*/.staging", ".staging/*")
-        existing = (folder for pattern in patterns for folder in inside.glob(pattern))
-        for folder in (root, *([inside] if inside.exists() else []), *existing):
+        for folder in (root, *filter(os.path.lexists, _cache_folders(root))):
             with tempfile.TemporaryFile(dir=folder):
                 pass
     except OSError as error:
@@ -232,11 +245,51 @@ def cache_problem(root: Path) -> str | None:
     return None
 
 
+def _cache_folders(root: Path) -> list[Path]:
+    """The folders below `root` that TileLang writes to; what else lies there is not its own."""
+    public, _, local = importlib.metadata.version("tilelang").partition("+")
+    names = [re.sub(r"[^\w.-]", "_", public).strip("._-"), re.sub(r"\W", "_", local).strip("_")]
+    version = root / "_".join(filter(None, names))
+    host = version / f"{sys.platform}-{platform.machine()}"
+    binaries = "cuda-binaries"
+    inside = (host, host / "kernels", host / ".staging", version / binaries)
+    return [version, *inside, version / ".staging", version / ".staging" / binaries]
+
+
+def _cache_setting() -> Any:
+    """TileLang's own record of the variable, which may have a value of its own set in Python.
+
+    None as long as TileLang is not imported.
+    """
+    env = getattr(sys.modules.get("tilelang.env"), "env", None)
+    return None if env is None else vars(type(env))[_CACHE_VARIABLE]
+
+
+def _settle_cache() -> Path:
+    """Have TileLang use the folder that `cache_directory` says, which it returns."""
+    root, setting = cache_directory(), _cache_setting()
+    if setting is not None and setting._forced_value is not None:
+        setting._forced_value = str(root)
+    elif os.environ.get(_CACHE_VARIABLE) == "":
+        del os.environ[_CACHE_VARIABLE]
+        # Most likely a variable that a script meant to have set.
+        warnings.warn(
+            f"tile_mhc: {_CACHE_VARIABLE} must be a folder or not set; got '', and kernels are "
+            f"kept in {root}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    elif _CACHE_VARIABLE in os.environ:
+        os.environ[_CACHE_VARIABLE] = str(root)
+    return root
+
+
 def import_tilelang() -> Any:
     """Import TileLang quietly, also where its cache folder cannot be made."""
     with _import_lock:
         os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")
-        if "tilelang" not in sys.modules and cache_problem(cache_directory()) is not None:
+        root = _settle_cache()
+        if "tilelang" not in sys.modules and cache_problem(root) is not None:
             # TileLang creates its cache folders on import and fails where it cannot.
             with _cache_moved_to(_scratch()):
                 tilelang = importlib.import_module("tilelang")
@@ -281,9 +334,12 @@ def _load_or_build(name: str, args: specs.Arguments, arch: str) -> Compiled:
     try:
         built_by = undisturbed(lambda: _compile(compile_func, tilelang))
     except _BuildNeededError:
+        where, remedy = f"in {cache_directory()}", _remedy(name, args, arch)
+        if not tilelang.env.is_cache_enabled():
+            where, remedy = "while TileLang's cache is off", "unset TILELANG_DISABLE_CACHE"
         raise NotCompiledError(
-            f"{_call(name, args)}: is not compiled for {arch} in {cache_directory()}, and "
-            f"TILE_MHC_JIT=0 forbids building it now; {_remedy(name, args, arch)}"
+            f"{_call(name, args)}: is not compiled for {arch} {where}, and "
+            f"TILE_MHC_JIT=0 forbids building it now; {remedy}"
         ) from None
     except Exception as error:
         problem = _nvcc_problem()
@@ -330,12 +386,12 @@ def undisturbed(function: Callable[[], Result]) -> Result:
 
 def _compile(compile_func: Callable[[], Any], tilelang: Any) -> Any:
     """Run `compile_func`; where the cache cannot be written, load from it and build elsewhere."""
+    with _swap_lock:
+        root = _settle_cache()
     if not building_allowed():
         return _only_load(compile_func)
     if not tilelang.env.is_cache_enabled():
         return compile_func()
-    with _swap_lock:
-        root = cache_directory()
     problem = _problem_of(root)
     if problem is None:
         try:
@@ -411,16 +467,24 @@ def _scratch() -> str:
 
 @contextlib.contextmanager
 def _cache_moved_to(folder: str) -> Iterator[None]:
-    # TileLang reads this variable at each use.
-    before = os.environ.get("TILELANG_CACHE_DIR")
-    os.environ["TILELANG_CACHE_DIR"] = folder
+    setting = _cache_setting()
+    if setting is not None:
+        # TileLang reads this at each use, before the environment, which others read too.
+        before, setting._forced_value = setting._forced_value, folder
+        try:
+            yield
+        finally:
+            setting._forced_value = before
+        return
+    value = os.environ.get(_CACHE_VARIABLE)
+    os.environ[_CACHE_VARIABLE] = folder
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["TILELANG_CACHE_DIR"]
+        if value is None:
+            del os.environ[_CACHE_VARIABLE]
         else:
-            os.environ["TILELANG_CACHE_DIR"] = before
+            os.environ[_CACHE_VARIABLE] = value
 
 
 def find_nvcc() -> Path | None:

@@ -9,8 +9,9 @@ They hold the parameters and the options of `fused_pre`, `post` and `contract`, 
 outputs and gradients are theirs, bit for bit.
 
 Parameters stay float32: `.to(torch.bfloat16)`, `.half()` or `.double()` on a module or on a model
-around it moves them where it is told to, and leaves their dtype. The ops take float32 parameters
-only, DeepSeek-V4's checkpoints hold them so, and Megatron-LM and transformers keep them so.
+around it moves them where it is told to, and leaves their dtype. That is a choice, as the ops take
+bfloat16 parameters too: DeepSeek-V4's checkpoints hold them in float32, and Megatron-LM and
+transformers keep them so. Streams are bfloat16, float16 or float32.
 """
 
 from collections.abc import Callable, Mapping
@@ -70,7 +71,7 @@ class _Projected(nn.Module):
         errors.check_bool(op, "norm_weight", norm_weight)
         errors.check_bool(op, "sequence_parallel", sequence_parallel)
         if init not in INITS:
-            raise errors.ShapeError(f"{op}: init must be one of {INITS}; got {init!r}")
+            raise errors.ShapeError(f"{op}: init must be one of {INITS}; got {errors.shown(init)}")
         self.hidden_size, self.num_streams = hidden_size, num_streams
         self.norm_eps, self.pre_eps = norm_eps, pre_eps
         self.init, self.sequence_parallel = init, sequence_parallel
@@ -226,7 +227,8 @@ class _Projected(nn.Module):
             parts = [_checked(op, stem + key, state_dict[stem + key], shape) for key in keys]
             state[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
         if self.norm_weight is not None:
-            state["norm_weight"] = torch.ones(self.norm_weight.shape, device=state["weight"].device)
+            # As the others, of float32 whatever torch's default dtype is.
+            state["norm_weight"] = torch.ones_like(state["weight"][0])
         return state
 
     def _to(self, peer: str, prefix: str) -> dict[str, Tensor]:
@@ -292,8 +294,21 @@ class HyperConnection(_Projected):
     The defaults are DeepSeek-V4's and Megatron-LM's, not those of `fused_pre`, which are
     TileKernels': post_mult is 2 and sinkhorn_repeat 20.
 
+    FSDP2 wants parameters of one dtype in a unit. In a block of another dtype make each
+    HyperConnection and HyperHead a unit of its own, without a param_dtype, before the block:
+    `fully_shard(hc)`, then `fully_shard(block)`. A unit's parameters are gathered for `forward`
+    alone: who calls `pre` and `post` needs
+    `torch.distributed.fsdp.register_fsdp_forward_method(hc, "pre")` (`post` has no parameters, and
+    may be registered too).
+
+    The weight is a matrix to look at, but each of its rows is a gate's own projection: an optimizer
+    that orthogonalises matrices (Muon) has to leave it, with the other parameters, to AdamW. Where
+    tokens are split over ranks that all hold these parameters, as in Megatron-LM's sequence
+    parallelism, set `sequence_parallel`: without the mark the gradients are those of a rank's own
+    tokens, with two ranks about half of what they should be, and nothing says so.
+
     Args:
-        hidden_size: H, a multiple of 64.
+        hidden_size: H, from 1 to 16384; fastest for multiples of 64.
         num_streams: n, one of 2, 4, 8.
         norm_eps: added to the mean square of the RMS norm.
         pre_eps: added to pre_mix.
@@ -363,11 +378,12 @@ class HyperConnection(_Projected):
         """Compute the layer input and the mixes: `fused_pre` with `passes_residual`.
 
         Args:
-            streams: (..., n, H) bfloat16, contiguous.
+            streams: (..., n, H) bfloat16, float16 or float32, contiguous.
 
         Returns:
-            layer_input (..., H) bfloat16, post_mix (..., n) and comb_mix (..., n, n) float32, and
-            a view of the streams for `post`: the gradient of the streams is then rounded once.
+            layer_input (..., H), of the dtype of the streams; post_mix (..., n) and comb_mix
+            (..., n, n) float32; and a view of the streams for `post`: the gradient of the streams
+            is then rounded once.
 
         Raises:
             ShapeError: streams do not match the parameters.
@@ -394,13 +410,13 @@ class HyperConnection(_Projected):
         """Write the layer output back into the streams: `tile_mhc.post`.
 
         Args:
-            layer_output: (..., H) bfloat16, contiguous.
-            streams: (..., n, H) bfloat16, contiguous: the last output of `pre`.
+            layer_output: (..., H), of the dtype of the streams, contiguous.
+            streams: (..., n, H), contiguous: the last output of `pre`.
             post_mix: (..., n) float32, from `pre`.
             comb_mix: (..., n, n) float32, from `pre`.
 
         Returns:
-            (..., n, H) bfloat16.
+            (..., n, H), of the dtype of the streams.
 
         Raises:
             ShapeError: a shape, dtype, device or layout does not match.
@@ -414,14 +430,14 @@ class HyperConnection(_Projected):
         """Run a sub-layer on the streams.
 
         Args:
-            streams: (..., n, H) bfloat16, contiguous.
-            sublayer: what takes the layer input (..., H) bfloat16, and returns the same shape,
-                bfloat16 and contiguous. Its norm, if it has one, is its own.
+            streams: (..., n, H) bfloat16, float16 or float32, contiguous.
+            sublayer: what takes the layer input (..., H), of the dtype of the streams, and returns
+                the same shape and dtype, contiguous. Its norm, if it has one, is its own.
             args: passed on to the sub-layer.
             kwargs: passed on to the sub-layer.
 
         Returns:
-            (..., n, H) bfloat16.
+            (..., n, H), of the dtype of the streams.
 
         Raises:
             ShapeError: streams or the sub-layer's output do not match.
@@ -440,8 +456,10 @@ class HyperConnection(_Projected):
 class HyperHead(_Projected):
     """The readout after the last layer: `contract`.
 
+    Of sharding, optimizers and sequence parallelism `HyperConnection` says what holds here too.
+
     Args:
-        hidden_size: H, a multiple of 64.
+        hidden_size: H, from 1 to 16384; fastest for multiples of 64.
         num_streams: n, one of 2, 4, 8.
         norm_eps: added to the mean square of the RMS norm.
         pre_eps: added to the gate.
@@ -499,10 +517,10 @@ class HyperHead(_Projected):
         """Read one stream out of n, with learned weights a token.
 
         Args:
-            streams: (..., n, H) bfloat16, contiguous.
+            streams: (..., n, H) bfloat16, float16 or float32, contiguous.
 
         Returns:
-            (..., H) bfloat16.
+            (..., H), of the dtype of the streams.
 
         Raises:
             ShapeError: streams do not match the parameters.

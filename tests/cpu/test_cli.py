@@ -376,6 +376,18 @@ def test_clean_asks_and_json_cannot(run, private_cache):
     assert not entry.exists()
 
 
+def test_clean_counts_an_entry_once(run, private_cache):
+    """Several files of it may name the kernel."""
+    entry = private_cache / "0.1.15" / "cuda-binaries" / "ours"
+    entry.mkdir(parents=True)
+    for suffix in ("cu", "cubin"):
+        (entry / f"kernel.{suffix}").write_text("__global__ void expand_fwd_kernel_kernel() {}")
+    code, out, err = run("clean", "--yes", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["removed"] == 1
+    assert not entry.exists()
+
+
 def test_clean_of_nothing(run, private_cache):
     assert run("clean") == (0, f"removed 0 cache entries (0.0 MB) from {private_cache}\n", "")
 
@@ -435,6 +447,51 @@ def test_doctor_reports_an_unwritable_cache(run, monkeypatch, tmp_path):
     assert code == 0
     assert cache["status"] == "note"
     assert "cannot be written" in cache["detail"]
+
+
+def test_doctor_reports_a_cache_that_is_off(run, monkeypatch, private_cache):
+    monkeypatch.setattr(_doctor, "_kernel", lambda: ("ok", ""))
+    monkeypatch.setenv("TILELANG_DISABLE_CACHE", "1")
+    code, out, _ = run("doctor", "--json")
+    cache = next(c for c in json.loads(out)["checks"] if c["name"] == "cache")
+    assert (code, cache["status"]) == (0, "note")
+    assert cache["detail"].startswith(f"{private_cache} is not used (TILELANG_DISABLE_CACHE)")
+
+
+@pytest.mark.filterwarnings("ignore:tile_mhc. TILELANG_CACHE_DIR")
+@pytest.mark.parametrize(("value", "status"), [("", "note"), ("~/.tilelang/cache", "ok")])
+def test_doctor_names_the_folder_that_tilelang_uses(run, monkeypatch, tmp_path, value, status):
+    # What TileLang took for its default when it was imported.
+    default = vars(type(jit.import_tilelang().env))["TILELANG_CACHE_DIR"]
+    monkeypatch.setattr(default, "default", str(tmp_path / ".tilelang" / "cache"))
+    monkeypatch.setattr(_doctor, "_kernel", lambda: ("ok", ""))
+    monkeypatch.setenv("TILELANG_CACHE_DIR", value)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, out, _ = run("doctor", "--json")
+    checks = {check["name"]: check for check in json.loads(out)["checks"]}
+    assert (code, checks["tilelang"]["status"], checks["cache"]["status"]) == (0, "ok", status)
+    assert checks["cache"]["detail"].startswith(f"{tmp_path / '.tilelang' / 'cache'}, ")
+    assert ("TILELANG_CACHE_DIR is empty" in checks["cache"]["detail"]) is (value == "")
+    told = jit.import_tilelang().env.TILELANG_CACHE_DIR
+    assert told == str(tmp_path / ".tilelang" / "cache")
+
+
+def test_compile_refuses_a_cache_that_is_off(run, monkeypatch):
+    monkeypatch.setenv("TILELANG_DISABLE_CACHE", "1")
+    result = run("compile", *ARCH, *HIDDEN)
+    check_refusal(result, 1, r"TILELANG_DISABLE_CACHE must not be set, .*; got '1'")
+
+
+@pytest.mark.parametrize("command", [["compile", "--hidden", "64"], ["clean"], ["doctor"]])
+def test_no_folder_is_refused(run, command):
+    """An empty variable of a script: not the working directory."""
+    check_refusal(run(*command, "--cache-dir", ""), 2, r"--cache-dir.*must be a folder; got ''")
+
+
+def test_the_home_folder_in_an_option(run, monkeypatch, tmp_path):
+    """As a shell leaves --cache-dir=~/x."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run("clean", "--cache-dir=~/x")[1].endswith(f" from {tmp_path / 'x'}\n")
 
 
 def test_progress_bar_on_a_terminal(monkeypatch):

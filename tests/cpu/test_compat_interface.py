@@ -3,8 +3,12 @@
 import importlib
 import importlib.util
 import inspect
+import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -113,12 +117,10 @@ def plain_signature(function: object) -> str:
     return str(inspect.Signature(bare))[1:-1]
 
 
-@pytest.fixture
-def alias():
-    """`tile_kernels` is ours inside the test, whether a real one is installed or not."""
-    compat.install(force=True)
-    yield
-    compat.uninstall()
+def forget(monkeypatch, name: str) -> None:
+    """Take `name` and all below it out of the imported modules, until the test ends."""
+    for loaded in [n for n in sys.modules if n.partition(".")[0] == name]:
+        monkeypatch.delitem(sys.modules, loaded)
 
 
 @pytest.fixture
@@ -129,8 +131,61 @@ def no_real_package(monkeypatch):
         "find_spec",
         lambda name, *rest: None if name == "tile_kernels" else find_spec(name, *rest),
     )
+    forget(monkeypatch, "tile_kernels")
+
+
+@pytest.fixture
+def alias(no_real_package):
+    """`tile_kernels` is ours inside the test, whether a real one is installed or not."""
+    compat.install()
+    yield
+    compat.uninstall()
+
+
+# The parts of a real one that the tests need: laid out as release 2.1.0, with 1.0.0's modeling.mhc.
+REAL = {
+    "__init__.py": "from . import mhc, modeling, quant, torch",
+    "config.py": "MARK = 'real config'",
+    "mhc/__init__.py": "from .post_kernel import MARK",
+    "mhc/post_kernel.py": "MARK = 'real post'",
+    "mhc/post_cuda.py": "MARK = 'real post_cuda'",
+    "modeling/__init__.py": "from . import engram, mhc",
+    "modeling/engram.py": "MARK = 'real engram'",
+    "modeling/mhc.py": "MARK = 'real calls'",
+    "quant/__init__.py": "from tile_kernels.config import MARK",
+    # A name that ours does not have, taken while the real package is imported.
+    "torch/__init__.py": "from .mhc import partials_ref\nfrom . import cast",
+    "torch/cast.py": "MARK = 'real cast'",
+    "torch/mhc.py": "def partials_ref(): return 'real partials'",
+}
+
+
+def write_package(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+
+
+@pytest.fixture
+def real_package(monkeypatch, tmp_path):
+    """A real tile_kernels, importable; returns its folder."""
+    forget(monkeypatch, "tile_kernels")
+    write_package(tmp_path / "tile_kernels", REAL)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path / "tile_kernels"
+    compat.uninstall()
     for name in [n for n in sys.modules if n.partition(".")[0] == "tile_kernels"]:
-        monkeypatch.delitem(sys.modules, name)
+        del sys.modules[name]
+
+
+def state_of(name: str) -> dict[str, tuple[object, dict[str, object]]]:
+    """The imported modules below `name`, and what each holds."""
+    return {
+        n: (module, dict(vars(module)))
+        for n, module in sys.modules.items()
+        if n.partition(".")[0] == name
+    }
 
 
 @pytest.mark.parametrize("path", INTERFACE)
@@ -175,37 +230,120 @@ def test_install_twice_and_uninstall(no_real_package: None) -> None:
     assert not [name for name in sys.modules if name.partition(".")[0] == "tile_kernels"]
 
 
-def test_install_refuses_to_hide_a_package(no_real_package: None, monkeypatch, tmp_path) -> None:
-    folder = tmp_path / "tile_kernels"
-    folder.mkdir()
-    (folder / "__init__.py").write_text("MARK = 1\n")
-    spec = importlib.util.spec_from_file_location("tile_kernels", folder / "__init__.py")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda *args: spec)
-
+def test_install_refuses_to_hide_a_package(real_package) -> None:
     with pytest.raises(RuntimeError, match=r"install: .*force=True.*got the one at .*__init__\.py"):
         compat.install()
     assert "tile_kernels" not in sys.modules
+    importlib.import_module("tile_kernels.quant")
+    with pytest.raises(RuntimeError, match=r"install: .*force=True.*got the one at .*__init__\.py"):
+        compat.install()
+    assert importlib.import_module("tile_kernels.modeling.mhc").MARK == "real calls"
 
+
+def test_force_replaces_the_mhc_modules_only(real_package) -> None:
+    compat.install(force=True)
+    import tile_kernels.mhc.post_kernel
+    import tile_kernels.modeling.mhc.ops as ops
+    from tile_kernels.modeling import engram, mhc
+    from tile_kernels.torch import cast, partials_ref
+    from tile_kernels.torch.mhc import mhc_post_ref
+
+    assert tile_kernels.__file__ == str(real_package / "__init__.py")
+    assert tile_kernels.mhc.post_kernel is compat.mhc.post_kernel
+    assert tile_kernels.modeling.mhc.ops is ops is compat.modeling.mhc.ops
+    assert mhc is compat.modeling.mhc
+    assert mhc_post_ref is compat.torch.mhc_post_ref
+    assert engram.MARK == "real engram"
+    assert cast.MARK == "real cast"
+    assert partials_ref() == "real partials"
+    assert importlib.import_module("tile_kernels.quant").MARK == "real config"
+    assert importlib.import_module("tile_kernels.config").MARK == "real config"
+    with pytest.raises(ModuleNotFoundError, match=r"tile_kernels\.mhc\.post_cuda"):
+        importlib.import_module("tile_kernels.mhc.post_cuda")
+
+
+@pytest.mark.parametrize("missing", ["modeling/mhc.py", "torch/mhc.py", "modeling", "torch"])
+def test_force_where_the_real_one_lacks_a_part(real_package, missing) -> None:
+    """Release 2.1.0 has no modeling.mhc."""
+    path = real_package / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    name = missing.partition("/")[0]
+    (real_package / "__init__.py").write_text("from . import quant\n")
+    if path.suffix:
+        (real_package / name / "__init__.py").write_text("MARK = 'real package'\n")
+    compat.install(force=True)
+    for part in ("modeling.mhc.functional", "torch.mhc", "mhc.post_kernel"):
+        ours = importlib.import_module(f"{PACKAGE}.{part}")
+        assert importlib.import_module(f"tile_kernels.{part}") is ours
+    real = importlib.import_module("tile_kernels")
+    assert real.quant.MARK == "real config"
+    assert getattr(real, name).mhc is getattr(compat, name).mhc
+    assert getattr(getattr(real, name), "MARK", None) == ("real package" if path.suffix else None)
+    compat.uninstall()
+    with pytest.raises(ModuleNotFoundError, match=rf"tile_kernels\.{name}"):
+        importlib.import_module(f"tile_kernels.{name}.mhc")
+    assert not hasattr(getattr(real, name, None), "mhc")
+
+
+def test_uninstall_restores_exactly(real_package) -> None:
+    importlib.import_module("tile_kernels.mhc.post_cuda")
+    before = state_of("tile_kernels")
+    compat.install(force=True)
+    assert sys.modules["tile_kernels.mhc"] is compat.mhc
+    importlib.import_module("tile_kernels.mhc.post_kernel")
+    compat.uninstall()
+    assert state_of("tile_kernels") == before
+    compat.uninstall()
+    assert state_of("tile_kernels") == before
+
+
+def test_a_real_package_that_does_not_import_is_hidden(real_package) -> None:
+    """B6: as TileKernels 1.0.0 beside tilelang 0.1.15."""
+    (real_package / "quant" / "__init__.py").write_text("raise OSError('no library')\n")
     compat.install(force=True)
     assert sys.modules["tile_kernels"] is compat
+    with pytest.raises(ModuleNotFoundError, match=r"tile_kernels\.quant"):
+        importlib.import_module("tile_kernels.quant")
     compat.uninstall()
-    assert "tile_kernels" not in sys.modules
+    with pytest.raises(OSError, match="no library"):
+        importlib.import_module("tile_kernels")
 
 
 def test_an_imported_package_comes_back(no_real_package: None, monkeypatch) -> None:
+    """Modules made by hand, that no import would find again."""
     real = type(sys)("tile_kernels")
     child = type(sys)("tile_kernels.quant")
     monkeypatch.setitem(sys.modules, "tile_kernels", real)
     monkeypatch.setitem(sys.modules, "tile_kernels.quant", child)
+    before = state_of("tile_kernels")
 
-    with pytest.raises(RuntimeError, match="install: "):
+    with pytest.raises(RuntimeError, match=r"install: .*got the one at an unknown place"):
         compat.install()
     compat.install(force=True)
-    assert sys.modules["tile_kernels"] is compat
-    assert "tile_kernels.quant" not in sys.modules
-    compat.uninstall()
     assert sys.modules["tile_kernels"] is real
     assert sys.modules["tile_kernels.quant"] is child
+    assert importlib.import_module("tile_kernels.modeling.mhc") is compat.modeling.mhc
+    compat.uninstall()
+    assert state_of("tile_kernels") == before
+
+
+def test_install_from_many_threads(real_package) -> None:
+    """One install, whoever comes first; afterwards one uninstall undoes it."""
+    importlib.import_module("tile_kernels")
+    before = state_of("tile_kernels")
+    barrier = threading.Barrier(4)
+
+    def install() -> object:
+        barrier.wait()
+        compat.install(force=True)
+        return sys.modules["tile_kernels.modeling.mhc"]
+
+    for _ in range(20):
+        with ThreadPoolExecutor(4) as pool:
+            found = [future.result() for future in [pool.submit(install) for _ in range(4)]]
+        assert all(module is compat.modeling.mhc for module in found)
+        compat.uninstall()
+        assert state_of("tile_kernels") == before
 
 
 def test_imports_in_a_fresh_process() -> None:

@@ -1,6 +1,8 @@
 """compat.transformer_engine on CPU: interface, numbers, the gradient buffer, errors, the alias."""
 
 import importlib
+import importlib.metadata
+import importlib.util
 import inspect
 import subprocess
 import sys
@@ -481,14 +483,40 @@ def test_the_gradient_can_be_taken_once():
 # The alias: what it shares with that of TileKernels, test_compat_interface has.
 
 
+def forget():
+    for name in [n for n in sys.modules if n.partition(".")[0] == "transformer_engine"]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def real(monkeypatch, tmp_path):
+    """Write the files of a real TransformerEngine, and make it importable."""
+
+    def write(**files):
+        for name, text in files.items():
+            path = tmp_path / "transformer_engine" / name.replace("__", "/") / "__init__.py"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        monkeypatch.syspath_prepend(str(tmp_path))
+
+    forget()
+    yield write
+    te.uninstall()
+    forget()
+
+
 @pytest.fixture
 def alias():
-    te.install(force=True)
+    """Where there is no real one."""
+    if importlib.util.find_spec("transformer_engine"):
+        pytest.skip("a real TransformerEngine is installed")
+    te.install()
     yield
     te.uninstall()
 
 
 def test_import_statements(alias):
+    from transformer_engine.pytorch.triton import mhc
     from transformer_engine.pytorch.triton.mhc import (
         ENFORCE_DETERMINISTIC,
         mhc_fused_sinkhorn,
@@ -496,26 +524,136 @@ def test_import_statements(alias):
 
     assert ENFORCE_DETERMINISTIC is False
     assert mhc_fused_sinkhorn is te.mhc_fused_sinkhorn
-    assert importlib.import_module(MODULE) is te.pytorch.triton.mhc
-    with pytest.raises(ModuleNotFoundError, match=r"transformer_engine\.common"):
-        importlib.import_module("transformer_engine.common")
+    assert importlib.import_module(MODULE) is te.pytorch.triton.mhc is mhc
 
 
-def test_install_refuses_to_hide_a_package(monkeypatch, tmp_path):
+ABSENT = [
+    "import transformer_engine",
+    "import transformer_engine as te",
+    "import transformer_engine.pytorch as te",
+    "from transformer_engine import pytorch",
+    "from transformer_engine.pytorch import Linear",
+    "from transformer_engine.pytorch.triton import permutation",
+    "import transformer_engine.pytorch.triton.permutation",
+    "import transformer_engine.common.recipe",
+]
+
+
+@pytest.mark.parametrize("statement", ABSENT)
+def test_nothing_else_is_pretended(alias, statement):
+    """What Megatron-Core, PEFT, accelerate and their like ask, in a try of ImportError."""
+    with pytest.raises(ImportError):
+        exec(statement, {})
+
+
+def test_nobody_finds_a_package(alias):
+    """importlib.util.find_spec is PEFT's and accelerate's question, metadata Megatron-Core's."""
+    assert importlib.util.find_spec("transformer_engine") is None
+    with pytest.raises(ModuleNotFoundError, match="transformer_engine"):
+        importlib.util.find_spec("transformer_engine.pytorch")
+    for name in ("transformer_engine", "transformer-engine"):
+        with pytest.raises(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.version(name)
+
+
+@pytest.mark.parametrize(
+    ("library", "code"),
+    [
+        ("megatron.core", "import megatron.core.distributed\n"
+         "import megatron.core.models.gpt.gpt_layer_specs as specs, megatron.core.utils as utils\n"
+         "print(specs.HAVE_TE or utils.get_te_version() is not None)"),
+        ("peft", "from peft.import_utils import is_te_available, is_te_pytorch_available\n"
+         "print(is_te_available() or is_te_pytorch_available())"),
+        ("accelerate", "from accelerate.utils import is_transformer_engine_available\n"
+         "print(bool(is_transformer_engine_available()))"),
+    ],
+)  # fmt: skip
+def test_libraries_see_none(library, code):
+    """Where they look for TransformerEngine, in a process that has the alias before them."""
+    if not importlib.util.find_spec(library.partition(".")[0]):
+        pytest.skip(f"needs {library}")
+    if importlib.util.find_spec("transformer_engine"):
+        pytest.skip("a real TransformerEngine is installed")
+    head = "from tile_mhc.compat import transformer_engine as te; te.install()\n"
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", head + code], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "False"
+
+
+def test_uninstall_leaves_nothing(alias):
     te.uninstall()
-    folder = tmp_path / "transformer_engine"
-    folder.mkdir()
-    (folder / "__init__.py").write_text("MARK = 1\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    importlib.invalidate_caches()
+    assert not [n for n in sys.modules if n.partition(".")[0] == "transformer_engine"]
+    with pytest.raises(ModuleNotFoundError, match="transformer_engine"):
+        importlib.import_module(MODULE)
+
+
+def test_install_refuses_to_hide_a_package(real):
+    real(**{"": "MARK = 1"})
     with pytest.raises(RuntimeError, match=r"install: no other transformer_engine .*force=True"):
         te.install()
     assert "transformer_engine" not in sys.modules
     te.install(force=True)
-    assert sys.modules["transformer_engine"] is te
-    te.uninstall()
     assert importlib.import_module("transformer_engine").MARK == 1
-    monkeypatch.delitem(sys.modules, "transformer_engine")
+    assert importlib.import_module(MODULE) is te.pytorch.triton.mhc
+    te.uninstall()
+    with pytest.raises(ModuleNotFoundError, match=r"transformer_engine\.pytorch"):
+        importlib.import_module(MODULE)
+    assert importlib.import_module("transformer_engine").MARK == 1
+
+
+def test_force_keeps_the_rest_of_a_real_one(real):
+    real(
+        **{"": "from . import pytorch", "pytorch": "class Linear: pass"},
+        pytorch__triton="",
+        pytorch__triton__mhc="MARK = 'real'",
+        pytorch__triton__permutation="MARK = 'real'",
+    )
+    te.install(force=True)
+    from transformer_engine.pytorch import Linear
+    from transformer_engine.pytorch.triton import mhc, permutation
+    from transformer_engine.pytorch.triton.mhc import mhc_fused_scale
+
+    assert Linear.__module__ == "transformer_engine.pytorch"
+    assert permutation.MARK == "real"
+    assert mhc is te.pytorch.triton.mhc
+    assert mhc_fused_scale is te.mhc_fused_scale
+    code = "import transformer_engine.pytorch.triton.mhc\nfound = transformer_engine.pytorch.triton"
+    exec(code, names := {})
+    assert names["found"].mhc is mhc
+    te.uninstall()
+    assert importlib.import_module(MODULE).MARK == "real"
+    assert importlib.import_module("transformer_engine").pytorch.triton is names["found"]
+
+
+def test_force_where_the_real_one_has_no_such_package(real):
+    """Releases before mHC, and before Triton."""
+    real(**{"": "from . import pytorch", "pytorch": "class Linear: pass"})
+    first = importlib.import_module("transformer_engine.pytorch")
+    te.install(force=True)
+    assert importlib.import_module("transformer_engine.pytorch") is first
+    assert first.triton.mhc is te.pytorch.triton.mhc
+    assert importlib.import_module(MODULE) is te.pytorch.triton.mhc
+    te.uninstall()
+    assert not hasattr(first, "triton")
+
+
+def test_force_where_the_real_one_does_not_import(real):
+    real(**{"": "raise OSError('no library')"})
+    te.install(force=True)
+    assert importlib.import_module(MODULE) is te.pytorch.triton.mhc
+    with pytest.raises(OSError, match="no library"):
+        importlib.import_module("transformer_engine")
+
+
+def test_a_blocked_package_is_none(real, monkeypatch):
+    """What `sys.modules[name] = None` says: no import."""
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)
+    te.install()
+    assert importlib.import_module(MODULE) is te.pytorch.triton.mhc
+    te.uninstall()
+    assert sys.modules["transformer_engine"] is None
 
 
 @pytest.mark.parametrize(("value", "enforced"), [("0", True), ("1", False)])

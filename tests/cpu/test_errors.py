@@ -1,12 +1,18 @@
 """Every `raise` of the op layer, by its message. One row a mistake."""
 
 import ast
+import contextlib
 import re
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import tile_mhc
 from cases import (
@@ -15,13 +21,14 @@ from cases import (
     EXPAND,
     FUSED_PRE,
     HEAD_MIX,
+    OPS,
     POST,
     PROJECTION,
     SINKHORN,
     SPLIT_MIXES,
     recompute_inputs,
 )
-from tile_mhc import GradAccumulator, ShapeError, UnsupportedError, errors
+from tile_mhc import GradAccumulator, ShapeError, UnsupportedError, config, errors
 
 BF16, F32 = torch.bfloat16, torch.float32
 T, N, H = 3, 4, 64
@@ -33,6 +40,13 @@ def bf16(*shape, device="cpu"):
 
 def f32(*shape, device="cpu"):
     return torch.zeros(shape, dtype=F32, device=device)
+
+
+class Unprintable:
+    """Such as an output of a model, whose text has the values of its tensors."""
+
+    def __repr__(self):
+        raise RuntimeError("a synchronisation")
 
 
 def call(op, **changes):
@@ -55,6 +69,23 @@ def needs_grad(op, name, *shape):
     tensors, options = op.inputs((T,), N, H, "cpu")
     tensors[name].requires_grad_()
     return op.run(**tensors, **options, out=bf16(*shape))
+
+
+@contextlib.contextmanager
+def one_rank():
+    """A mesh of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield dist.init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
+
+
+def distributed(op, name):
+    with one_rank() as mesh:
+        tensors, options = op.inputs((T,), N, H, "cpu")
+        tensors[name] = DTensor.from_local(tensors[name], mesh)
+        return op.run(**tensors, **options)
 
 
 def on_another_backend():
@@ -107,6 +138,10 @@ def second_gradient_of_an_accumulator():
     torch.autograd.grad(out.sum(), residual, create_graph=True)
 
 
+PLAIN = (
+    "must be a plain tensor, such as to_local() gives, or a parameter of a module that is gathered "
+    "(an FSDP unit of its own; register_fsdp_forward_method for methods other than forward)"
+)
 MISTAKES = [
     # A tensor is not a tensor, or has another dtype, shape, device, layout.
     ("a list", lambda: call(AGGREGATE, residual=[1.0]), ShapeError,
@@ -165,6 +200,28 @@ MISTAKES = [
      "sparse_coo"),
     ("sparse mix", lambda: call(POST, post_mix=f32(T, N).to_sparse()), ShapeError,
      "post: post_mix must be a dense tensor; got (3, 4) float32 on cpu with layout sparse_coo"),
+    ("sharded streams", lambda: distributed(AGGREGATE, "residual"), ShapeError,
+     f"aggregate: residual {PLAIN}; got a DTensor (3, 4, 64) bfloat16 on cpu"),
+    # What is no tensor, without a look at what it holds.
+    ("a list of streams", lambda: call(AGGREGATE, residual=[bf16(T, N, H), f32(T)] * 3),
+     ShapeError, "aggregate: residual must be a torch.Tensor; got list [(3, 4, 64) bfloat16 "
+     "on cpu, (3,) float32 on cpu, (3, 4, 64) bfloat16 on cpu, ... 6 in all]"),
+    ("a sub-layer's tuple", lambda: call(POST, layer_output=(bf16(T, H), None, [f32(T)] * 2)),
+     ShapeError, "post: layer_output must be a torch.Tensor; got tuple ((3, 64) bfloat16 on "
+     "cpu, None, list of 2)"),
+    ("a sub-layer's output", lambda: call(POST, layer_output={"last": bf16(T, H), "loss": 2.5}),
+     ShapeError, "post: layer_output must be a torch.Tensor; got dict {'last': (3, 64) "
+     "bfloat16 on cpu, 'loss': 2.5}"),
+    ("no item", lambda: call(POST, layer_output=()), ShapeError,
+     "post: layer_output must be a torch.Tensor; got tuple ()"),
+    ("an object", lambda: call(POST, layer_output=Unprintable()), ShapeError,
+     "post: layer_output must be a torch.Tensor; got Unprintable"),
+    ("a long word", lambda: call(POST, layer_output="x" * 10**6), ShapeError,
+     f"post: layer_output must be a torch.Tensor; got str '{'x' * 59}..."),
+    ("a tensor of steps", lambda: call(SINKHORN, repeat=f32(T)), ShapeError,
+     "sinkhorn: repeat must be an integer of at least 1; got (3,) float32 on cpu"),
+    ("a tensor of streams", lambda: call(EXPAND, num_streams=torch.tensor(4)), UnsupportedError,
+     "expand: the number of streams n must be one of (2, 4, 8); got () int64 on cpu"),
     # n and H.
     ("4.0 streams", lambda: call(SPLIT_MIXES, num_streams=4.0), UnsupportedError,
      "split_mixes: the number of streams n must be one of (2, 4, 8); got 4.0"),
@@ -308,6 +365,122 @@ IDS = [mistake[0] for mistake in MISTAKES]
 def test_message(what, mistake, exception, message):
     with pytest.raises(exception, match="^" + re.escape(message)):
         mistake()
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_every_op_refuses_distributed_tensors(op):
+    """Each of its tensors, sharded or replicated, parameters too: torch would have no rule."""
+    with one_rank() as mesh:
+        tensors, options = op.inputs((T,), N, H, "cpu")
+        for name, tensor in tensors.items():
+            for placement in (Shard(0), Replicate()):
+                value = DTensor.from_local(tensor, mesh, [placement])
+                for given in (value, torch.nn.Parameter(value)):
+                    with pytest.raises(ShapeError, match=re.escape(f"{name} {PLAIN}; got a DT")):
+                        op.run(**tensors | {name: given}, **options)
+            local = DTensor.from_local(tensor, mesh).to_local()
+            op.run(**tensors | {name: local}, **options)
+
+
+def test_recompute_refuses_distributed_tensors():
+    arguments = recompute_inputs(2, 1, (T,), N, H, "cpu")
+    with one_rank() as mesh:
+        for index, argument in enumerate(arguments):
+            given = list(arguments)
+            if isinstance(argument, list):
+                given[index] = [DTensor.from_local(tensor, mesh) for tensor in argument]
+            else:
+                given[index] = DTensor.from_local(argument, mesh)
+            with pytest.raises(ShapeError, match=re.escape(PLAIN)):
+                tile_mhc.recompute(*given)
+
+
+def test_a_check_does_not_import_distributed_tensors():
+    code = (
+        "import sys, torch, tile_mhc\n"
+        "before = 'torch.distributed.tensor' in sys.modules\n"
+        "class Ours(torch.Tensor): pass\n"
+        "tile_mhc.sinkhorn(torch.zeros(2, 4, 4).as_subclass(Ours))\n"
+        "print('torch.distributed.tensor' in sys.modules, before)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded, before = run.stdout.split()
+    assert loaded == before
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_jit_trace(op):
+    """Sizes are tensors then; the graph has n and H as they were, and any number of tokens."""
+    tensors, options = op.inputs((T,), N, H, "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch.jit is deprecated
+        traced = torch.jit.trace(
+            lambda *values: op.run(**dict(zip(tensors, values, strict=True)), **options),
+            tuple(tensors.values()),
+        )
+    others, _ = op.inputs((2, T), N, H, "cpu")
+    found, expected = traced(*others.values()), op.run(**others, **options)
+    if isinstance(expected, torch.Tensor):
+        found, expected = (found,), (expected,)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def trace_wrong(shape):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.trace(
+            lambda x: tile_mhc.aggregate(x, f32(*shape[:-1])), (bf16(*shape),), check_trace=False
+        )
+
+
+@pytest.mark.parametrize(
+    ("shape", "exception", "message"),
+    [
+        ((T, 3, H), UnsupportedError, "n must be one of (2, 4, 8); got 3"),
+        ((T, N, 16385), UnsupportedError, "H must be from 1 to 16384; got 16385"),
+        ((H,), ShapeError, "float16 or float32; got (64,) bfloat16 on cpu"),
+    ],
+)
+def test_messages_under_jit_trace(shape, exception, message):
+    with pytest.raises(exception, match=re.escape(message) + "$"):
+        trace_wrong(shape)
+
+
+def test_num_sms_without_a_gpu(monkeypatch):
+    def no_device():
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_device", no_device)
+    monkeypatch.setattr(config, "_num_sms", 7)
+    assert config.get_num_sms() == 7
+    config.set_num_sms(0)
+    with pytest.raises(RuntimeError, match=r"^get_num_sms: a CUDA device must be there, or a num"):
+        config.get_num_sms()
+    for wrong, shown in ((1, "1"), (True, "True"), ("4", "'4'"), (f32(2), r"\(2,\) float32")):
+        message = rf"^set_num_sms: num_sms must be 0 where there is no CUDA device; got {shown}"
+        with pytest.raises(ValueError, match=message):
+            config.set_num_sms(wrong)
+
+
+def test_num_sms_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(config, "_device_num_sms", lambda index: 132)
+    monkeypatch.setattr(config, "_num_sms", 0)
+    assert config.get_num_sms() == 132
+    config.set_num_sms(16)
+    assert config.get_num_sms() == 16
+    with pytest.raises(ValueError, match=r"^set_num_sms: num_sms must be from 0 to 132; got 133$"):
+        config.set_num_sms(133)
+    assert config.get_num_sms() == 16
+    config.set_num_sms(0)
+    assert config.get_num_sms() == 132
+
+
+def test_batch_invariance_is_true_or_false():
+    with pytest.raises(ValueError, match=r"^set_batch_invariant: enabled must be True or False;"):
+        config.set_batch_invariant(1)
 
 
 def test_exceptions_are_the_builtin_kinds():

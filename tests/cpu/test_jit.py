@@ -3,6 +3,8 @@
 Each process of these tests starts Python anew, since TileLang keeps what it compiled in memory.
 """
 
+import importlib
+import importlib.metadata
 import json
 import os
 import re
@@ -11,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,10 +61,10 @@ def cache(filled, tmp_path):
     return shutil.copytree(filled, tmp_path / "cache")
 
 
-def start(code, *arguments, cache, **env):
+def start(code, *arguments, cache, cwd="/", **env):
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
-        cwd="/",
+        cwd=cwd,
         env=os.environ | {"TILELANG_CACHE_DIR": str(cache)} | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -338,6 +341,156 @@ def test_cache_problem(tmp_path):
     (tmp_path / "file").write_text("")
     assert "NotADirectoryError" in jit.cache_problem(tmp_path / "file" / "cache")
     assert jit.cache_problem(tmp_path / "file") is not None
+
+
+def test_stray_files_are_no_cache_problem(tmp_path):
+    """Only a folder that TileLang writes to can be one, and there a file is."""
+    folders = jit._cache_folders(tmp_path)
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    for folder in (tmp_path, *folders):
+        (folder / ".DS_Store").touch()
+        (folder / "stray").mkdir()
+        (folder / "stray" / "kernels").touch()
+    assert jit.cache_problem(tmp_path) is None
+    for folder in folders:
+        shutil.move(folder, tmp_path / "away")
+        folder.touch()
+        assert "NotADirectoryError" in jit.cache_problem(tmp_path), folder
+        folder.unlink()
+        folder.symlink_to("nowhere")
+        assert "FileNotFoundError" in jit.cache_problem(tmp_path), folder
+        folder.unlink()
+        shutil.move(tmp_path / "away", folder)
+
+
+@pytest.mark.parametrize("version", [None, "0.1.15+cuda.git1a2b.d2026-1", "0.2.0rc1", "0.1.15+_.x"])
+def test_cache_folders_are_tilelangs(monkeypatch, version):
+    jit.import_tilelang()
+    kernels = importlib.import_module("tilelang.cache.kernel_cache").KernelCache
+    binaries = importlib.import_module("tilelang.cache.cuda_binary_cache").CUDABinaryCache
+    if version is not None:
+        metadata = importlib.metadata.version
+        monkeypatch.setattr(
+            importlib.metadata,
+            "version",
+            lambda name: version if name == "tilelang" else metadata(name),
+        )
+        folder = kernels._format_version_namespace(version)
+        assert jit._cache_folders(Path("root"))[0] == Path("root", folder)
+        return
+    theirs = [
+        kernels._get_namespace_root(),
+        kernels._get_cache_root(),
+        kernels._get_staging_root(),
+        binaries._get_namespace_root(),
+        binaries._get_cache_root(),
+        binaries._get_staging_root(),
+    ]
+    assert set(map(Path, theirs)) < set(jit._cache_folders(jit.cache_directory()))
+
+
+AGREE = """
+import json, os, sys
+from tile_mhc import jit
+found = [jit.cache_directory()]
+if "first" in sys.argv:
+    import tilelang
+if "python" in sys.argv:
+    tilelang.env.TILELANG_CACHE_DIR = os.environ["PYTHON_CACHE_DIR"]
+found.append(jit.cache_directory())
+env = jit.import_tilelang().env
+os.chdir("/")
+print(json.dumps([*map(str, found), str(jit.cache_directory()), env.TILELANG_CACHE_DIR]))
+"""
+MEANINGS = {
+    "": "home/.tilelang/cache",
+    "~/x": "home/x",
+    "~": "home",
+    "x": "x",
+    "x/../y/": "x/../y",
+    "link/x": "link/x",
+    "./~/x": "~/x",
+}
+
+
+def settings(tmp_path, value):
+    """The environment of a process that starts in `tmp_path`, with a home below it."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "x").mkdir()
+    (tmp_path / "link").symlink_to("x")
+    return {"cwd": tmp_path, "HOME": str(tmp_path / "home"), "cache": value}
+
+
+@pytest.mark.parametrize("value", MEANINGS)
+def test_cache_directory_is_tilelangs(tmp_path, value):
+    """Before TileLang is imported, after, and from another working directory."""
+    found = finish(start(AGREE, **settings(tmp_path, value)))
+    assert found == [str(tmp_path / MEANINGS[value])] * 4
+
+
+@pytest.mark.parametrize("value", ["~/x", "x"])
+def test_cache_directory_where_tilelang_was_there_first(tmp_path, value):
+    found = finish(start(AGREE, "first", **settings(tmp_path, value)))
+    assert found == [str(tmp_path / MEANINGS[value])] * 4
+
+
+@pytest.mark.parametrize("value", ["~/x", "y", ""])
+def test_cache_directory_that_tilelang_was_told(tmp_path, value):
+    """TileLang's env takes a value in Python too, before that of the environment."""
+    process = start(
+        AGREE, "first", "python", **settings(tmp_path, "x"), PYTHON_CACHE_DIR=str(value)
+    )
+    expected = str(tmp_path / (MEANINGS | {"y": "y"})[value])
+    assert finish(process) == [str(tmp_path / "x"), *[expected] * 3]
+
+
+@pytest.mark.parametrize("value", ["", "~/x", "x"])
+def test_kernels_are_stored_where_the_variable_says(nvcc, tmp_path, value):
+    found = finish(start(OBTAIN, 64, **settings(tmp_path, value)))
+    folder = tmp_path / MEANINGS[value]
+    assert found["path"] == str(entry_of(folder))
+    warning = (
+        "tile_mhc: TILELANG_CACHE_DIR must be a folder or not set; got '', and kernels are kept in "
+    )
+    assert found["warnings"] == ([f"{warning}{folder}"] if value == "" else [])
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_cache_told_in_python(nvcc, tmp_path):
+    """It is filled by the processes of `fill_cache` too, and left where it cannot be written."""
+    code = """
+import json, sys, warnings
+from tile_mhc import jit
+env = jit.import_tilelang().env
+env.TILELANG_CACHE_DIR = sys.argv[1]
+problems = jit.fill_cache([("expand_fwd", (2, 64))], "sm_90a", 1)
+found = [str(jit.compile_kernel("expand_fwd", (2, 64), "sm_90a").path), jit.statistics().loaded]
+env.TILELANG_CACHE_DIR = sys.argv[2]
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always", RuntimeWarning)
+    jit.compile_kernel("expand_fwd", (2, 128), "sm_90a")
+text = [str(w.message) for w in caught if "cannot be stored" in str(w.message)]
+print(json.dumps([problems, *found, jit.statistics().built, text, env.TILELANG_CACHE_DIR]))
+"""
+    (tmp_path / "file").touch()
+    told, impossible = tmp_path / "told", tmp_path / "file" / "x"
+    process = start(code, told, impossible, cache=tmp_path / "other")
+    problems, path, loaded, built, text, after = finish(process)
+    assert problems == []
+    assert (path, loaded, built) == (str(entry_of(told)), 1, 1)
+    assert len(text) == 1
+    assert str(impossible) in text[0]
+    assert after == str(impossible)
+
+
+def test_building_forbidden_while_the_cache_is_off(cache):
+    found = obtain(cache, TILE_MHC_JIT="0", TILELANG_DISABLE_CACHE="1")
+    assert found["error"] == "NotCompiledError"
+    assert found["text"] == (
+        "kernel expand_fwd(2, 64): is not compiled for sm_90a while TileLang's cache is off, and "
+        "TILE_MHC_JIT=0 forbids building it now; unset TILELANG_DISABLE_CACHE"
+    )
 
 
 def test_statistics_count_under_threads(monkeypatch):

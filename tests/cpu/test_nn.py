@@ -68,6 +68,21 @@ def check_bits(found, expected, leaves):
 # The arithmetic: the functional calls'.
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("hidden_size", [1, 65])
+def test_any_width_and_dtype_of_the_streams(hidden_size, dtype):
+    hc, head = trained(HyperConnection(hidden_size)), trained(HyperHead(hidden_size))
+    streams = torch.randn(3, N, hidden_size, dtype=dtype, requires_grad=True)
+    layer_input, post_mix, comb_mix, through = hc.pre(streams)
+    out = hc.post(torch.tanh(layer_input), through, post_mix, comb_mix)
+    assert torch.equal(hc(streams, torch.tanh), out)
+    assert [t.dtype for t in (layer_input, through, out, head(out))] == [dtype] * 4
+    assert post_mix.dtype == comb_mix.dtype == torch.float32
+    (grad,) = torch.autograd.grad(head(out).float().square().sum(), streams)
+    assert grad.dtype == dtype
+    assert grad.float().norm() > 0
+
+
 @NORM
 @pytest.mark.parametrize("num_streams", [2, 4, 8])
 def test_connection_is_the_functional_calls(num_streams, norm_weight):
@@ -426,6 +441,24 @@ def test_other_floating_dtypes_become_float32():
     mapped = HyperConnection(H).from_megatron(state, CONNECTION)
     assert {value.dtype for value in mapped.values()} == {torch.float32}
     assert torch.equal(mapped["bias"], state[f"{CONNECTION}bias"].float())
+
+
+@KINDS
+@pytest.mark.parametrize("peer", ["megatron", "transformers"])
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_state_is_float32_whatever_the_default_dtype(kind, peer, default):
+    module = trained(kind(H, norm_weight=True))
+    theirs = getattr(module, f"to_{peer}")()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        state = getattr(module, f"from_{peer}")(theirs)
+        made = kind(H, norm_weight=True)
+    finally:
+        torch.set_default_dtype(before)
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    assert torch.equal(state["norm_weight"], torch.ones(N * H))
+    assert dtypes(made) == {torch.float32}
 
 
 # Parameters stay float32, and marked.

@@ -47,15 +47,16 @@ def clean_command(yes: bool, as_json: bool) -> None:
 def find_entries(root: Path) -> list[Path]:
     """The cache entries, of any TileLang version, that hold kernels of ours."""
     ours = re.compile(rf"\b(?:{'|'.join(sorted(specs.device_functions()))})\b".encode())
-    found = []
+    # In order, and once: several files of an entry may name our kernels.
+    found: dict[Path, None] = {}
     for pattern in ("*/*/kernels/*/device_kernel.cu", "*/cuda-binaries/*/kernel.*"):
         for file in sorted(root.glob(pattern)):
             try:
                 if ours.search(file.read_bytes()):
-                    found.append(file.parent)
+                    found[file.parent] = None
             except OSError:
                 continue
-    return found
+    return list(found)
 
 
 def folder_size(folder: Path) -> int:

@@ -105,6 +105,11 @@ def compile_command(
     root = jit.cache_directory()
     if problem := jit.cache_problem(root):
         raise click.ClickException(f"--cache-dir must be writable; got {root} ({problem})")
+    if not jit.import_tilelang().env.is_cache_enabled():
+        raise click.ClickException(
+            "TILELANG_DISABLE_CACHE must not be set, as nothing would be stored; "
+            f"got {os.environ.get('TILELANG_DISABLE_CACHE', '')!r}"
+        )
     # The variable forbids surprises, and this command is how kernels are built on purpose.
     os.environ["TILE_MHC_JIT"] = "1"
 

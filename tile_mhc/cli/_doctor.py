@@ -1,6 +1,7 @@
 """`tile-mhc doctor`: does this machine have what the kernels need, and does one of them run?"""
 
 import importlib.metadata
+import os
 import platform
 import shutil
 import subprocess
@@ -18,6 +19,8 @@ from tile_mhc.cli._options import cache_option, json_option, print_json, print_t
 
 Status = Literal["ok", "note", "fail"]
 MARKS = {"ok": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "fail": "[red]fail[/red]"}
+
+REBUILT = "kernels are rebuilt in each process"
 
 TRIAL_ARCH = "sm_90a"
 TRIAL_TOKENS, TRIAL_STREAMS, TRIAL_HIDDEN = 13, 4, 256
@@ -37,6 +40,7 @@ class Check:
 @json_option
 def doctor_command(as_json: bool) -> int:
     """Report versions, the GPU, nvcc and the cache, and try one kernel; exits with 1 on failure."""
+    is_empty = os.environ.get("TILELANG_CACHE_DIR") == ""  # until TileLang is imported
     checks = [
         Check("tile_mhc", "ok", __version__),
         Check("python", "ok", platform.python_version()),
@@ -46,7 +50,7 @@ def doctor_command(as_json: bool) -> int:
         _guarded("nvcc", _nvcc),
         _guarded("gpu", _gpu),
         _guarded("driver", _driver),
-        _guarded("cache", _cache),
+        _guarded("cache", lambda: _cache(is_empty)),
         _guarded("kernel", _kernel),
     ]
     failed = [check.name for check in checks if check.status == "fail"]
@@ -107,11 +111,16 @@ def _driver() -> tuple[Status, str]:
     return ("ok", lines[0]) if lines else ("note", "unknown: nvidia-smi reports no GPU")
 
 
-def _cache() -> tuple[Status, str]:
+def _cache(is_empty: bool) -> tuple[Status, str]:
     root = jit.cache_directory()
+    if not jit.import_tilelang().env.is_cache_enabled():
+        return "note", f"{root} is not used (TILELANG_DISABLE_CACHE): {REBUILT}"
     if problem := jit.cache_problem(root):
-        return "note", f"{root} cannot be written ({problem}): kernels are rebuilt in each process"
-    return "ok", f"{root}, {folder_size(root) / 1e6:.1f} MB, writable"
+        return "note", f"{root} cannot be written ({problem}): {REBUILT}"
+    detail = f"{root}, {folder_size(root) / 1e6:.1f} MB, writable"
+    if is_empty:
+        return "note", f"{detail}; TILELANG_CACHE_DIR is empty, which counts as not set"
+    return "ok", detail
 
 
 def _kernel() -> tuple[Status, str]:

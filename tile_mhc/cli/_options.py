@@ -4,14 +4,13 @@ import itertools
 import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from tile_mhc import specs
+from tile_mhc import jit, specs
 from tile_mhc.errors import MAX_HIDDEN, SUPPORTED_STREAMS
 from tile_mhc.kernels._shapes import HISTORY_STEP
 from tile_mhc.ops.sinkhorn import MAX_REPEAT
@@ -146,14 +145,16 @@ def json_option(command: Command) -> Command:
 
 
 def cache_option(command: Command) -> Command:
-    def use(_ctx: click.Context, _param: click.Parameter, value: Path | None) -> None:
+    def use(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+        if value == "":
+            raise click.BadParameter("must be a folder; got ''", ctx, param)
         # TileLang reads the variable at each use; set before it is imported.
         if value is not None:
-            os.environ["TILELANG_CACHE_DIR"] = str(value.resolve())
+            os.environ["TILELANG_CACHE_DIR"] = str(jit.cache_path(value))
 
     return click.option(
         "--cache-dir",
-        type=click.Path(path_type=Path),
+        type=click.Path(),
         callback=use,
         expose_value=False,
         help="TileLang's cache folder.  [default: $TILELANG_CACHE_DIR or ~/.tilelang/cache]",

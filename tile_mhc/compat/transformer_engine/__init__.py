@@ -1,7 +1,8 @@
 """The mHC part of TransformerEngine (main, d0067d0) on tile_mhc: same names, arguments, defaults.
 
 Streams lie innermost, (s, b, C, n), and are read and written so. Import the functions from here, or
-call `install()` once and keep `from transformer_engine.pytorch.triton.mhc import ...` as it is.
+call `install()` once and keep `from transformer_engine.pytorch.triton.mhc import ...` as it is:
+that module, and nothing else of TransformerEngine, is then this package's.
 
 What differs from TransformerEngine, all of it on purpose:
 

@@ -1,19 +1,28 @@
-"""Make `import transformer_engine.pytorch.triton.mhc` resolve to this package."""
+"""Make `from transformer_engine.pytorch.triton.mhc import ...` resolve to this package."""
 
 from tile_mhc.compat._alias import Alias
 
-_ALIAS = Alias("transformer_engine", __name__.rpartition(".")[0])
+_ALIAS = Alias(
+    "transformer_engine",
+    __name__.rpartition(".")[0],
+    parts=("pytorch.triton.mhc",),
+    whole=False,
+)
 
 
 def install(*, force: bool = False) -> None:
-    """Let `import transformer_engine.pytorch.triton.mhc` find the module of this package.
+    """Let `from transformer_engine.pytorch.triton.mhc import ...` find the module of this package.
 
-    The rest of TransformerEngine is not here: a program that uses it imports the functions from
-    `tile_mhc.compat.transformer_engine` instead. Installing twice is one install.
+    Nothing else of TransformerEngine is pretended: where there is none, `import transformer_engine`
+    fails as before, and whoever looks for it finds nothing. So the statement has to be a
+    `from ... import`, of the module or from it (or `importlib.import_module`): a plain
+    `import transformer_engine.pytorch.triton.mhc` asks for `transformer_engine` too. Installing
+    twice is one install, also from two threads.
 
     Args:
-        force: also when a real transformer_engine is there; all of it is hidden until
-            `uninstall()`. What was imported from it before keeps working on it.
+        force: also when a real transformer_engine is there. It is imported, and its
+            `pytorch.triton.mhc` is ours until `uninstall()`; the rest of it stays as it is. What
+            was imported before keeps working on what it has.
 
     Raises:
         RuntimeError: a real transformer_engine is installed or imported, and `force` is not set.
@@ -22,5 +31,5 @@ def install(*, force: bool = False) -> None:
 
 
 def uninstall() -> None:
-    """Undo `install()`: a real transformer_engine, if there is one, is what imports find again."""
+    """Undo `install()`: what imports find, and what packages hold, is as before."""
     _ALIAS.uninstall()

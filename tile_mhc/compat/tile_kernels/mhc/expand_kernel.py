@@ -1,4 +1,4 @@
-"""1 -> n: the copy and its sum, on flat tokens."""
+"""1 -> n: the copy and its sum, on flat tokens of bfloat16."""
 
 from collections.abc import Callable
 

@@ -32,7 +32,7 @@ __all__ = [
 
 
 def expand_from_embedding(x: torch.Tensor, mhc_mult: int = 4) -> torch.Tensor:
-    """`tile_mhc.expand`: (..., H) bfloat16 to (..., mhc_mult, H)."""
+    """`tile_mhc.expand`: (..., H) to (..., mhc_mult, H), of the same dtype."""
     return expand_to_mhc(x, mhc_mult)
 
 
@@ -54,22 +54,23 @@ def mhc_pre(
     """`tile_mhc.functional.mhc_pre`; the same bits with and without a gradient.
 
     Args:
-        residual: (..., n, H) bfloat16, contiguous; n in 2, 4, 8; H a multiple of 64.
-        fn: (n*(n+2), n*H) float32.
-        scale: (3,) float32.
-        base: (n*(n+2),) float32.
-        norm_weight: optional (n*H,) float32, a learnable weight of the RMS norm.
+        residual: (..., n, H) bfloat16, float16 or float32, contiguous; n in 2, 4, 8; H up to
+            16384.
+        fn: (n*(n+2), n*H) float32 or bfloat16.
+        scale: (3,) float32 or bfloat16.
+        base: (n*(n+2),) float32 or bfloat16.
+        norm_weight: optional (n*H,) float32 or bfloat16, a learnable weight of the RMS norm.
         norm_eps: added to the mean square of the RMS norm.
         mhc_mult: n.
         post_mult_value: factor of post_mix.
         pre_eps: added to pre_mix.
         sinkhorn_eps: added to the softmax and the divisors of Sinkhorn.
-        sinkhorn_repeat: Sinkhorn steps, at least 1.
+        sinkhorn_repeat: Sinkhorn steps, from 1 to 1024.
         n_splits: the most slices of K the projection works on in parallel.
 
     Returns:
-        layer_input (..., H) bfloat16, and the pair post_mix (..., n, 1), comb_mix (..., n, n),
-        float32, for `mhc_post`.
+        layer_input (..., H), of the dtype of the residual, and the pair post_mix (..., n, 1),
+        comb_mix (..., n, n), float32, for `mhc_post`.
 
     Raises:
         ShapeError: a shape, dtype, device or layout does not match.
@@ -118,18 +119,19 @@ def mhc_head(
     """`tile_mhc.contract`, the learned readout of the streams.
 
     Args:
-        residual: (..., n, H) bfloat16, contiguous; n in 2, 4, 8; H a multiple of 64.
-        fn: (n, n*H) float32; of more rows, up to n*(n+2), the first n count.
-        scale: (1,) or () float32.
-        base: (n,) float32.
-        norm_weight: optional (n*H,) float32, a learnable weight of the RMS norm.
+        residual: (..., n, H) bfloat16, float16 or float32, contiguous; n in 2, 4, 8; H up to
+            16384.
+        fn: (n, n*H) float32 or bfloat16; of more rows, up to n*(n+2), the first n count.
+        scale: (1,) or () float32 or bfloat16.
+        base: (n,) float32 or bfloat16.
+        norm_weight: optional (n*H,) float32 or bfloat16, a learnable weight of the RMS norm.
         norm_eps: added to the mean square of the RMS norm.
         mhc_mult: n.
         pre_eps: added to the gate.
         n_splits: the most slices of K the projection works on in parallel.
 
     Returns:
-        (..., H) bfloat16.
+        (..., H), of the dtype of the residual.
 
     Raises:
         ShapeError: a shape, dtype, device or layout does not match.
@@ -156,5 +158,5 @@ def _check_mult(op: str, residual: torch.Tensor, mhc_mult: int) -> None:
     if mhc_mult != num_streams:
         raise errors.ShapeError(
             f"{op}: mhc_mult must be {num_streams} to match residual "
-            f"{errors.describe(residual)}; got {mhc_mult!r}"
+            f"{errors.describe(residual)}; got {errors.shown(mhc_mult)}"
         )

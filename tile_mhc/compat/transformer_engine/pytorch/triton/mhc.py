@@ -295,7 +295,7 @@ def mhc_generate_mix_and_aggregate(
 
 def _check_n(op: str, n: object) -> None:
     if isinstance(n, bool) or n != STREAMS:
-        raise errors.UnsupportedError(f"{op}: n must be {STREAMS}; got {n!r}")
+        raise errors.UnsupportedError(f"{op}: n must be {STREAMS}; got {errors.shown(n)}")
 
 
 def _check_streams(op: str, x: Tensor, shape: str, dims: int, has_shape: bool = True) -> None:
