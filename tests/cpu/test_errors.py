@@ -119,6 +119,31 @@ def gradient_of_a_gradient():
     grad.square().sum().backward()
 
 
+def tangent():
+    return torch.func.jvp(AGGREGATE.run, (bf16(T, N, H), f32(T, N)), (bf16(T, N, H), f32(T, N)))
+
+
+def accumulator_inside_a_transform():
+    residual = bf16(T, N, H).requires_grad_()
+    accumulator = GradAccumulator(residual)
+
+    def loss(pre_mix):
+        return AGGREGATE.run(residual, pre_mix, grad_accumulator=accumulator).sum()
+
+    return torch.func.grad(loss)(f32(T, N))
+
+
+def out_under_vmap():
+    def run(residual, pre_mix, out):
+        return AGGREGATE.run(residual, pre_mix, out=out)
+
+    return torch.vmap(run)(bf16(T, N, H), f32(T, N), bf16(T, H))
+
+
+def no_sample():
+    return torch.vmap(AGGREGATE.run)(bf16(0, N, H), f32(0, N))
+
+
 def recompute_same_destination_twice():
     initial, *groups = recompute_inputs(2, 1, (T,), N, H, "cpu")
     same = bf16(T, H)
@@ -316,6 +341,15 @@ MISTAKES = [
     # Of a backward op.
     ("gradient of a gradient", gradient_of_a_gradient, UnsupportedError,
      "sinkhorn_backward: the gradient must be taken once; got a gradient of the gradient"),
+    # Transforms of torch.func; more of them in test_transforms.py.
+    ("a tangent", tangent, UnsupportedError,
+     "aggregate: every input must be without a tangent, as no kernel has a forward mode; got a"),
+    ("an accumulator inside", accumulator_inside_a_transform, UnsupportedError,
+     "aggregate: grad_accumulator must be None inside a transform of torch.func; got one"),
+    ("an out under vmap", out_under_vmap, UnsupportedError,
+     "aggregate_out: must not write to a tensor that it is given under torch.vmap"),
+    ("no sample", no_sample, UnsupportedError,
+     "aggregate: torch.vmap must map over at least one sample; got a dimension of size 0"),
     # Destinations of gradients.
     ("no accumulator", lambda: call(POST, grad_accumulator=torch.float32), ShapeError,
      "post: grad_accumulator must be a GradAccumulator or None; got dtype torch.float32"),
