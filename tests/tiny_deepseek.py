@@ -1,6 +1,7 @@
 """A DeepSeek-V4 of Hugging Face transformers that is small enough for every test."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -89,6 +90,28 @@ def step(model, ids):
     return output.logits.detach().float(), grads
 
 
-def distance(value, truth):
+def distance(value, truth, beside=None):
+    """||value - truth||, in units of ||truth|| or, where that is more, of ||beside||."""
     value, truth = value.detach().double(), truth.detach().double()
-    return float((value - truth).norm() / truth.norm())
+    unit = truth.norm() if beside is None else max(truth.norm(), beside.detach().double().norm())
+    return float((value - truth).norm() / unit)
+
+
+def beside(name, grads):
+    """For a scale's gradient, which may cancel, the bias's: a sum of the same terms."""
+    return grads[name.removesuffix("scale") + "base"] if name.endswith("scale") else None
+
+
+def magnitudes(outputs, leaves, upstream):
+    """What gradients are sums of: the magnitudes of every token's, summed.
+
+    A parameter's gradient of few elements may cancel; how exact it can be goes by these.
+    """
+    total = [torch.zeros_like(leaf) for leaf in leaves]
+    for row, token in itertools.product(*map(range, upstream[0].shape[:2])):
+        one = [torch.zeros_like(grad) for grad in upstream]
+        for alone, grad in zip(one, upstream, strict=True):
+            alone[row, token] = grad[row, token]
+        grads = torch.autograd.grad(outputs, leaves, one, retain_graph=True)
+        total = [sum_ + grad.abs() for sum_, grad in zip(total, grads, strict=True)]
+    return total

@@ -16,8 +16,10 @@ pytest.importorskip(integration.MODELING)
 from tiny_deepseek import (
     CPU,
     ONE_STEP,
+    beside,
     cast_parameters,
     distance,
+    magnitudes,
     make_connection,
     make_head,
     make_model,
@@ -66,40 +68,45 @@ def test_connection_matches_the_original(num_streams, dtype):
     def evaluate(connection, x):
         x = x.detach().requires_grad_()
         outputs = connection(x)
-        grads = [g.to(o.dtype) for g, o in zip(upstream, outputs, strict=True)]
-        leaves = [x, *connection.parameters()]
-        return outputs, torch.autograd.grad(outputs, leaves, grads)
+        upstream_grads = [g.to(o.dtype) for g, o in zip(upstream, outputs, strict=True)]
+        leaves = {"streams": x, **dict(connection.named_parameters())}
+        arguments = outputs, list(leaves.values()), upstream_grads
+        grads = torch.autograd.grad(*arguments, retain_graph=True)
+        named = dict(zip(("post_mix", "comb_mix", "layer_input"), outputs, strict=True))
+        units = dict(zip(leaves, magnitudes(*arguments), strict=True))
+        return named | dict(zip(leaves, grads, strict=True)), units
 
-    truth = evaluate(exact, streams.float())
-    original = evaluate(module, streams)
+    truth, units = evaluate(exact, streams.float())
+    original, _ = evaluate(module, streams)
     integration.patch()
-    ours = evaluate(module, streams)
+    ours, _ = evaluate(module, streams)
     assert integration.backend_report() == {"pre": {CPU: 1}}
-    for mine, theirs, exactly in zip(
-        sum(map(tuple, ours), ()),
-        sum(map(tuple, original), ()),
-        sum(map(tuple, truth), ()),
-        strict=True,
-    ):
+    for name, exactly in truth.items():
+        mine, theirs, unit = ours[name], original[name], units.get(name)
         assert mine.dtype == theirs.dtype
         assert mine.shape == theirs.shape
-        assert distance(mine, exactly) <= 1.1 * distance(theirs, exactly) + 2e-6
+        bound = 1.1 * distance(theirs, exactly, unit) + 2e-6
+        assert distance(mine, exactly, unit) <= bound, name
 
 
 def test_head_matches_the_original():
     head = make_head()
     streams = torch.randn(2, 5, 4, 64).bfloat16().requires_grad_()
-    leaves = [streams, *head.parameters()]
+    leaves = {"streams": streams, **dict(head.named_parameters())}
     original = head(streams)
     upstream = torch.randn_like(original)
-    original_grads = torch.autograd.grad(original, leaves, upstream)
+    arguments = [original], list(leaves.values()), [upstream]
+    original_grads = torch.autograd.grad(*arguments, retain_graph=True)
+    units = magnitudes(*arguments)
     integration.patch()
     ours = head(streams)
     assert torch.equal(ours, original)  # one rounding of one float32 sum each
-    grads = torch.autograd.grad(ours, leaves, upstream)
-    for mine, theirs in zip(grads, original_grads, strict=True):
+    grads = torch.autograd.grad(ours, leaves.values(), upstream)
+    for name, mine, theirs, unit in zip(leaves, grads, original_grads, units, strict=True):
         assert mine.dtype == theirs.dtype
-        assert distance(mine, theirs) <= (4e-3 if mine.dtype == torch.bfloat16 else 2e-6)
+        assert distance(mine, theirs, unit) <= (4e-3 if mine.dtype == torch.bfloat16 else 2e-6), (
+            name
+        )
     assert integration.backend_report() == {"head": {CPU: 1}}
 
 
@@ -112,7 +119,7 @@ def test_float32_model_is_unchanged():
     assert distance(patched_logits, logits) <= 1e-5
     assert grads.keys() == patched_grads.keys()
     for name, grad in grads.items():
-        assert distance(patched_grads[name], grad) <= 1e-4, name
+        assert distance(patched_grads[name], grad, beside(name, grads)) <= 1e-4, name
     assert integration.backend_report() == ONE_STEP
 
 
