@@ -7,7 +7,8 @@
 #   PYTEST_ARGS="-k fsdp" scripts/test_transformers.sh
 #
 # Each is installed once, alone, into build/transformers-VERSION: what it needs is the environment's,
-# which both ends agree with. accelerate comes along, for the tests that use it.
+# which both ends agree with. accelerate comes along, for the tests that use it. With a GPU, what
+# only it shows runs too. A folder that is there already needs no package index.
 set -uo pipefail
 # shellcheck source=scripts/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -34,7 +35,7 @@ run() {
     (cd "$ROOT/build/cwd" && export PYTHONPATH="$folder${PYTHONPATH:+:$PYTHONPATH}" &&
         if [ "$(installed)" != "$version" ]; then die "$folder does not come first"; fi &&
         "$PYTHON" -m pytest -q -c "$ROOT/pyproject.toml" --rootdir "$ROOT" ${PYTEST_ARGS:-} \
-            "$ROOT"/tests/cpu/test_integration_*.py)
+            "$ROOT"/tests/cpu/test_integration_*.py "$ROOT"/tests/gpu/test_integration_*.py)
 }
 
 present=$(installed)

@@ -6,9 +6,10 @@ back) and `DeepseekV4HyperHead`. The functions stay the objects that they were, 
 So whoever holds one of them is served, and given the original back, whenever it was taken: models
 built before and after; modules whose `forward` accelerate's hooks captured; the class that FSDP2
 makes of a layer's; the wrapper in which transformers 5.23 and later do activation checkpointing.
-What `torch.compile` has traced before is traced again: `patch()` empties its caches, if there are
-any. Out of reach is only what no longer runs those functions: exported and ahead-of-time compiled
-programs, and a subclass with a `forward` of its own, which is its author's.
+What `torch.compile` has traced is traced again: `patch()` empties its caches, so that everything
+compiled so far, in the whole process, is compiled anew at its next call; `unpatch()` need not. Out
+of reach is only what no longer runs those functions: exported and ahead-of-time compiled programs,
+CUDA graphs captured by hand, and a subclass with a `forward` of its own, which is its author's.
 
 Parameters, state dicts and hooks stay as they are. The copy of the embedding into the streams
 stays torch's: it is inlined in `DeepseekV4Model.forward`, and has the bits of `tile_mhc.expand`.
@@ -106,7 +107,7 @@ def patch(*, streams_dtype: torch.dtype | None = None) -> Patch:
     It lasts until `unpatch()`, or for the length of a `with` block: `with patch(): ...`. Blocks may
     be nested, and overlap in several threads; the patch stays until the last of them is left, and
     one that was called without a block holds it until `unpatch()`. The report of `backend_report`
-    starts afresh when a patch begins.
+    starts afresh when a patch begins, and everything compiled so far is compiled anew.
 
     Args:
         streams_dtype: bfloat16, float16 or float32: round the streams and the layers' outputs to
