@@ -57,7 +57,7 @@ def build_model(device: torch.device) -> Any:
         from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
     except ImportError as error:
         raise SystemExit(
-            f"deepseek_v4: transformers with DeepSeek-V4 (5.17) is needed; got: {error}"
+            f"deepseek_v4: transformers with DeepSeek-V4 (5.17 or later) is needed; got: {error}"
         ) from error
     torch.manual_seed(SEED)
     config = DeepseekV4Config(

@@ -1,6 +1,5 @@
 """tile_mhc under Hugging Face's DeepSeek-V4, held against the original forwards."""
 
-import copy
 import importlib.util
 import json
 import subprocess
@@ -13,90 +12,29 @@ import torch
 from tile_mhc import UnsupportedError, functional
 from tile_mhc.integrations import transformers as integration
 
-transformers = pytest.importorskip("transformers")
-modeling = pytest.importorskip(integration.MODELING)
+pytest.importorskip(integration.MODELING)
+from tiny_deepseek import (
+    CPU,
+    ONE_STEP,
+    beside,
+    cast_parameters,
+    distance,
+    magnitudes,
+    make_connection,
+    make_head,
+    make_model,
+    modeling,
+    step,
+)
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "deepseek_v4.py"
 sys.path.insert(0, str(SCRIPT.parent))  # it imports its neighbour as scripts do
-CPU = "reference (on cpu)"
 
 
 @pytest.fixture(autouse=True)
 def restored():
     yield
     integration.unpatch()
-
-
-def make_config(**changes):
-    fields = {
-        "vocab_size": 32,
-        "hidden_size": 64,
-        "moe_intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "head_dim": 32,
-        "q_lora_rank": 32,
-        "o_groups": 2,
-        "o_lora_rank": 32,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "layer_types": ["sliding_attention", "compressed_sparse_attention"],
-        "mlp_layer_types": ["hash_moe", "hash_moe"],
-        "sliding_window": 16,
-        "index_n_heads": 2,
-        "index_head_dim": 16,
-        "index_topk": 64,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.1,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        **changes,
-    }
-    return transformers.DeepseekV4Config(**fields)
-
-
-def make_model(**changes):
-    model = transformers.DeepseekV4ForCausalLM(make_config(**changes))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("base"):
-                parameter.normal_()
-            parameter.copy_(parameter.bfloat16())
-        for name, buffer in model.named_buffers():
-            if name.endswith("tid2eid"):  # zeros at first: the same expert twice
-                buffer.copy_(torch.rand(32, 4).argsort(-1)[:, :2])
-    return model.train()
-
-
-def make_connection(num_streams=4, hidden_size=64):
-    connection = modeling.DeepseekV4HyperConnection(
-        make_config(hc_mult=num_streams, hidden_size=hidden_size)
-    )
-    for parameter in connection.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-        parameter.data = parameter.data.bfloat16().float()
-    return connection
-
-
-def cast_parameters(module, dtype):
-    module = copy.deepcopy(module)
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return module
-
-
-def step(model, ids):
-    """The logits and every gradient of one training step, as float32."""
-    output = model(ids, labels=ids, use_cache=False)
-    output.loss.backward()
-    grads = {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return output.logits.detach().float(), grads
-
-
-def distance(value, truth):
-    value, truth = value.detach().double(), truth.detach().double()
-    return float((value - truth).norm() / truth.norm())
 
 
 def load_script():
@@ -115,33 +53,6 @@ def test_import_leaves_transformers_alone():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_patch_twice_then_unpatch_twice_restores_the_originals():
-    names = ["DeepseekV4HyperConnection", "DeepseekV4HyperHead", "DeepseekV4DecoderLayer"]
-    before = [getattr(modeling, name).forward for name in names]
-    assert not integration.is_patched()
-    integration.patch()
-    patched = [getattr(modeling, name).forward for name in names]
-    assert integration.is_patched()
-    assert not set(patched) & set(before)
-    integration.patch()
-    assert [getattr(modeling, name).forward for name in names] == patched
-    integration.unpatch()
-    integration.unpatch()
-    assert [getattr(modeling, name).forward for name in names] == before
-    assert not integration.is_patched()
-
-
-def test_with_block_undoes_only_its_own_patch():
-    with integration.patch():
-        with integration.patch():
-            pass
-        assert integration.is_patched()
-    assert not integration.is_patched()
-    with pytest.raises(KeyError), integration.patch():
-        raise KeyError
-    assert not integration.is_patched()
-
-
 @pytest.mark.parametrize("num_streams", [2, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_connection_matches_the_original(num_streams, dtype):
@@ -157,42 +68,45 @@ def test_connection_matches_the_original(num_streams, dtype):
     def evaluate(connection, x):
         x = x.detach().requires_grad_()
         outputs = connection(x)
-        grads = [g.to(o.dtype) for g, o in zip(upstream, outputs, strict=True)]
-        leaves = [x, *connection.parameters()]
-        return outputs, torch.autograd.grad(outputs, leaves, grads)
+        upstream_grads = [g.to(o.dtype) for g, o in zip(upstream, outputs, strict=True)]
+        leaves = {"streams": x, **dict(connection.named_parameters())}
+        arguments = outputs, list(leaves.values()), upstream_grads
+        grads = torch.autograd.grad(*arguments, retain_graph=True)
+        named = dict(zip(("post_mix", "comb_mix", "layer_input"), outputs, strict=True))
+        units = dict(zip(leaves, magnitudes(*arguments), strict=True))
+        return named | dict(zip(leaves, grads, strict=True)), units
 
-    truth = evaluate(exact, streams.float())
-    original = evaluate(module, streams)
+    truth, units = evaluate(exact, streams.float())
+    original, _ = evaluate(module, streams)
     integration.patch()
-    ours = evaluate(module, streams)
+    ours, _ = evaluate(module, streams)
     assert integration.backend_report() == {"pre": {CPU: 1}}
-    for mine, theirs, exactly in zip(
-        sum(map(tuple, ours), ()),
-        sum(map(tuple, original), ()),
-        sum(map(tuple, truth), ()),
-        strict=True,
-    ):
+    for name, exactly in truth.items():
+        mine, theirs, unit = ours[name], original[name], units.get(name)
         assert mine.dtype == theirs.dtype
         assert mine.shape == theirs.shape
-        assert distance(mine, exactly) <= 1.1 * distance(theirs, exactly) + 2e-6
+        bound = 1.1 * distance(theirs, exactly, unit) + 2e-6
+        assert distance(mine, exactly, unit) <= bound, name
 
 
 def test_head_matches_the_original():
-    head = modeling.DeepseekV4HyperHead(make_config())
-    for parameter in head.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    head = make_head()
     streams = torch.randn(2, 5, 4, 64).bfloat16().requires_grad_()
-    leaves = [streams, *head.parameters()]
+    leaves = {"streams": streams, **dict(head.named_parameters())}
     original = head(streams)
     upstream = torch.randn_like(original)
-    original_grads = torch.autograd.grad(original, leaves, upstream)
+    arguments = [original], list(leaves.values()), [upstream]
+    original_grads = torch.autograd.grad(*arguments, retain_graph=True)
+    units = magnitudes(*arguments)
     integration.patch()
     ours = head(streams)
     assert torch.equal(ours, original)  # one rounding of one float32 sum each
-    grads = torch.autograd.grad(ours, leaves, upstream)
-    for mine, theirs in zip(grads, original_grads, strict=True):
+    grads = torch.autograd.grad(ours, leaves.values(), upstream)
+    for name, mine, theirs, unit in zip(leaves, grads, original_grads, units, strict=True):
         assert mine.dtype == theirs.dtype
-        assert distance(mine, theirs) <= (4e-3 if mine.dtype == torch.bfloat16 else 2e-6)
+        assert distance(mine, theirs, unit) <= (4e-3 if mine.dtype == torch.bfloat16 else 2e-6), (
+            name
+        )
     assert integration.backend_report() == {"head": {CPU: 1}}
 
 
@@ -205,8 +119,8 @@ def test_float32_model_is_unchanged():
     assert distance(patched_logits, logits) <= 1e-5
     assert grads.keys() == patched_grads.keys()
     for name, grad in grads.items():
-        assert distance(patched_grads[name], grad) <= 1e-4, name
-    assert integration.backend_report() == {"head": {CPU: 1}, "post": {CPU: 4}, "pre": {CPU: 4}}
+        assert distance(patched_grads[name], grad, beside(name, grads)) <= 1e-4, name
+    assert integration.backend_report() == ONE_STEP
 
 
 @pytest.mark.parametrize("hyper", [torch.float32, torch.bfloat16])
@@ -230,7 +144,7 @@ def test_bfloat16_model_is_no_further_from_float32_than_the_original(hyper):
     assert distance(ours_logits, logits) <= 1.1 * distance(original_logits, logits)
     ours, original, truth = map(all_grads, (ours_grads, original_grads, grads))
     assert distance(ours, truth) <= 1.1 * distance(original, truth)
-    assert integration.backend_report() == {"head": {CPU: 1}, "post": {CPU: 4}, "pre": {CPU: 4}}
+    assert integration.backend_report() == ONE_STEP
     step(model, ids)
     assert integration.backend_report()["post"] == {CPU: 8}
 
@@ -243,65 +157,188 @@ def test_bfloat16_model_is_no_further_from_float32_than_the_original(hyper):
         (4, 64, torch.float64, "float64 streams"),
     ],
 )
-def test_what_no_kernel_takes_runs_the_reference(num_streams, hidden_size, dtype, reason):
+def test_streams_without_a_kernel_are_left_to_transformers(num_streams, hidden_size, dtype, reason):
     connection = make_connection(num_streams, hidden_size)
+    head = make_head(num_streams, hidden_size)
     streams = torch.randn(1, 7, num_streams, hidden_size).to(dtype)
+    layer_output = torch.randn(1, 7, hidden_size).to(dtype)
+    post_mix, comb_mix, layer_input = connection(streams)
+    hidden = head(streams)
+    integration.patch()
+    ours = connection(streams)
+    original = (post_mix, comb_mix, layer_input)
+    assert all(torch.equal(a, b) for a, b in zip(ours, original, strict=True))
+    assert torch.equal(head(streams), hidden)
+    assert layer_input.dtype == hidden.dtype == dtype
+    mixed = integration._post(layer_output, streams, post_mix, comb_mix)
+    assert mixed.dtype == dtype
+    expected = post_mix[..., None] * layer_output[..., None, :].float()
+    expected = expected + torch.einsum("btij,btih->btjh", comb_mix, streams.float())
+    assert distance(mixed, expected) <= (6e-3 if dtype.itemsize == 2 else 2e-6)
+    backend = {f"transformers ({reason})": 1}
+    assert integration.backend_report() == {"head": backend, "post": backend, "pre": backend}
+
+
+def test_model_without_a_kernel_has_the_bits_of_the_original():
+    model = cast_parameters(make_model(hc_mult=3), torch.bfloat16)
+    ids = torch.randint(32, (2, 24))
+    logits, grads = step(model, ids)
+    for streams_dtype in (None, torch.float16):
+        with integration.patch(streams_dtype=streams_dtype):
+            ours, our_grads = step(model, ids)
+            report = integration.backend_report()
+        assert torch.equal(ours, logits)
+        assert all(torch.equal(our_grads[name], grads[name]) for name in grads)
+        assert {backend for counts in report.values() for backend in counts} == {
+            "transformers (no kernel for n=3, H=64)"
+        }
+
+
+class Doubled(torch.nn.Module):
+    """A norm of another kind, with the one attribute that the original has."""
+
+    eps = 1e-6
+
+    def forward(self, x):
+        return 2 * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+
+def replace_norm(module, _):
+    module.input_norm = Doubled()
+
+
+def replace_forward_of_the_norm(module, _):
+    module.input_norm.forward = Doubled().forward
+
+
+def replace_forward_of_its_class(_, monkeypatch):
+    monkeypatch.setattr(modeling.DeepseekV4UnweightedRMSNorm, "forward", Doubled.forward)
+
+
+def subclass_norm(module, _):
+    class Half(modeling.DeepseekV4UnweightedRMSNorm):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    module.input_norm = Half()
+
+
+def hook_norm(module, _):
+    module.input_norm.register_forward_hook(lambda norm, args, output: output * 2)
+
+
+def hook_input_of_the_norm(module, _):
+    module.input_norm.register_forward_pre_hook(lambda norm, args: (args[0] + 1,))
+
+
+def hook_gradient_of_the_norm(module, _):
+    module.input_norm.register_full_backward_hook(lambda norm, grads, _: (grads[0] * 2,))
+
+
+def hook_gradient_into_the_norm(module, _):
+    module.input_norm.register_full_backward_pre_hook(lambda norm, grads: (grads[0] * 2,))
+
+
+def make_eps_a_tensor(module, _):
+    module.input_norm.eps = torch.tensor(1e-2)
+
+
+def make_other_eps_a_tensor(module, _):
+    module.eps = module.hc_eps = torch.tensor(1e-2)
+
+
+@pytest.mark.parametrize("kind", ["connection", "head"])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (replace_norm, "input_norm is Doubled"),
+        (subclass_norm, "input_norm is Half"),
+        (replace_forward_of_the_norm, "input_norm has another forward"),
+        (replace_forward_of_its_class, "input_norm has another forward"),
+        (hook_norm, "input_norm has hooks"),
+        (hook_input_of_the_norm, "input_norm has hooks"),
+        (hook_gradient_of_the_norm, "input_norm has hooks"),
+        (hook_gradient_into_the_norm, "input_norm has hooks"),
+        (make_eps_a_tensor, "an eps that is no number"),
+        (make_other_eps_a_tensor, "an eps that is no number"),
+    ],
+)
+def test_what_an_operator_would_pass_over_is_left_to_transformers(
+    kind, change, reason, monkeypatch
+):
+    module = make_connection() if kind == "connection" else make_head()
+    change(module, monkeypatch)
+    streams = torch.randn(2, 5, 4, 64, requires_grad=True)
+    leaves = [streams, *module.parameters()]
+
+    def evaluate():
+        outputs = module(streams)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return *outputs, *torch.autograd.grad([o.square().sum() for o in outputs], leaves)
+
+    original = evaluate()
+    with integration.patch():
+        ours = evaluate()
+        report = integration.backend_report()
+    assert all(torch.equal(a, b) for a, b in zip(ours, original, strict=True))
+    call = "pre" if kind == "connection" else "head"
+    assert report == {call: {f"transformers ({reason})": 1}}
+
+
+@pytest.mark.parametrize("steps", [-1, 0, 1, 1024, 1025])
+def test_steps_of_sinkhorn_without_a_kernel_are_left_to_transformers(steps):
+    connection = make_connection()
+    connection.hc_sinkhorn_iters = steps
+    streams = torch.randn(1, 3, 4, 64)
     original = connection(streams)
     integration.patch()
     ours = connection(streams)
-    for mine, theirs in zip(ours, original, strict=True):
-        assert distance(mine, theirs) <= (4e-3 if dtype.itemsize == 2 else 2e-6)
-    assert ours[2].dtype == dtype
-    mixed = integration._post(ours[2], streams, ours[0], ours[1])
-    assert mixed.dtype == dtype
-    backend = {f"reference ({reason})": 1}
-    assert integration.backend_report() == {"post": backend, "pre": backend}
+    assert all(distance(a, b) <= 2e-6 for a, b in zip(ours, original, strict=True))
+    has_kernel = 1 <= steps <= 1024
+    backend = CPU if has_kernel else f"transformers (no kernel for hc_sinkhorn_iters={steps})"
+    assert integration.backend_report() == {"pre": {backend: 1}}
 
 
-def test_float32_layer_output_widens_the_streams():
-    streams = torch.randn(1, 7, 4, 64).bfloat16()
-    layer_output = torch.randn(1, 7, 64)
-    post_mix, comb_mix = torch.rand(1, 7, 4), torch.rand(1, 7, 4, 4)
-    mixed = integration._post(layer_output, streams, post_mix, comb_mix)
-    assert mixed.dtype == torch.float32
-    expected = post_mix[..., None] * layer_output[..., None, :]
-    expected = expected + torch.einsum("btij,btih->btjh", comb_mix, streams.float())
-    torch.testing.assert_close(mixed, expected)
-
-
-def test_streams_dtype_reaches_the_operators_from_a_float32_model():
+def test_one_hooked_norm_leaves_the_rest_patched():
     model = make_model()
+    hook_norm(model.model.layers[1].ffn_hc, None)
     ids = torch.randint(32, (2, 24))
     logits, _ = step(model, ids)
-    with integration.patch(streams_dtype=torch.bfloat16):
-        ours, grads = step(model, ids)
-        report = integration.backend_report()
-    assert report == {"head": {CPU: 1}, "post": {CPU: 4}, "pre": {CPU: 4}}
-    assert 0 < distance(ours, logits) <= 2e-2
-    assert all(grad.isfinite().all() for grad in grads.values())
-    with integration.patch():
-        step(model, ids)
-        assert integration.backend_report() == {"head": {CPU: 1}, "post": {CPU: 4}, "pre": {CPU: 4}}
-
-
-def test_bad_streams_dtype():
-    with pytest.raises(ValueError, match="streams_dtype must be a floating point dtype"):
-        integration.patch(streams_dtype=torch.int8)
-    assert not integration.is_patched()
     integration.patch()
-    with pytest.raises(ValueError, match="streams_dtype must be None, as in the patch in force"):
-        integration.patch(streams_dtype=torch.bfloat16)
+    ours, _ = step(model, ids)
+    assert distance(ours, logits) <= 1e-5
+    hooked = "transformers (input_norm has hooks)"
+    assert integration.backend_report() == {**ONE_STEP, "pre": {CPU: 3, hooked: 1}}
 
 
-def test_autocast_does_not_touch_the_mixing():
+def test_hooks_for_all_modules_do_not_see_the_norm_that_does_not_run():
     connection = make_connection()
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, *_: seen.append(module)
+    )
+    try:
+        integration.patch()
+        connection(torch.randn(1, 3, 4, 64))
+    finally:
+        handle.remove()
+    assert seen == [connection]
+    assert integration.backend_report() == {"pre": {CPU: 1}}
+
+
+def test_parametrized_weight_is_served():
+    class Scaled(torch.nn.Module):
+        def forward(self, weight):
+            return weight * 1.5
+
+    connection = make_connection()
+    torch.nn.utils.parametrize.register_parametrization(connection, "fn", Scaled())
     streams = torch.randn(2, 5, 4, 64)
+    original = connection(streams)
     integration.patch()
-    for dtype in (torch.bfloat16, torch.float32):
-        exact = connection(streams.to(dtype))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            ours = connection(streams.to(dtype))
-        assert all(torch.equal(a, b) for a, b in zip(exact, ours, strict=True))
+    ours = connection(streams)
+    assert all(distance(a, b) <= 2e-6 for a, b in zip(ours, original, strict=True))
+    assert integration.backend_report() == {"pre": {CPU: 1}}
 
 
 def test_non_contiguous_streams():
@@ -338,21 +375,6 @@ def test_evaluation_without_grad_gives_the_same_bits():
         assert torch.equal(model(ids).logits, with_grad)
     with torch.inference_mode():
         assert torch.equal(model(ids).logits, with_grad)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_gives_the_same_bits(reentrant):
-    model = cast_parameters(make_model(), torch.bfloat16)
-    ids = torch.randint(32, (2, 24))
-    integration.patch()
-    logits, grads = step(model, ids)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    again, again_grads = step(model, ids)
-    assert torch.equal(logits, again)
-    assert grads.keys() == again_grads.keys()
-    assert all(torch.equal(grads[name], again_grads[name]) for name in grads)
-    # Twice in the first step's place: each layer ran again in the backward.
-    assert integration.backend_report()["post"] == {CPU: 12}
 
 
 def test_compiled_connection_and_mixing():
@@ -433,17 +455,6 @@ def test_changed_signature_patches_nothing(monkeypatch):
     with pytest.raises(UnsupportedError, match=message):
         integration.patch()
     assert modeling.DeepseekV4HyperConnection.forward is original
-    assert not integration.is_patched()
-
-
-def test_unpatch_refuses_to_drop_a_later_patch(monkeypatch):
-    integration.patch()
-    with monkeypatch.context() as later:
-        later.setattr(modeling.DeepseekV4HyperHead, "forward", torch.nn.Identity.forward)
-        with pytest.raises(RuntimeError, match=r"DeepseekV4HyperHead\.forward must be the one"):
-            integration.unpatch()
-        assert integration.is_patched()
-    integration.unpatch()
     assert not integration.is_patched()
 
 

@@ -1,8 +1,16 @@
 """tile_mhc under Hugging Face's DeepSeek-V4: `patch()`, `unpatch()` and `backend_report()`.
 
-Three forwards of `transformers.models.deepseek_v4.modeling_deepseek_v4` are replaced, on the
-class, so that models built before and after are served alike: `DeepseekV4HyperConnection` (read
-the layer input), `DeepseekV4DecoderLayer` (write the layer output back) and `DeepseekV4HyperHead`.
+Three forwards of `transformers.models.deepseek_v4.modeling_deepseek_v4` are replaced:
+`DeepseekV4HyperConnection` (read the layer input), `DeepseekV4DecoderLayer` (write the layer output
+back) and `DeepseekV4HyperHead`. The functions stay the objects that they were, and get other code.
+So whoever holds one of them is served, and given the original back, whenever it was taken: models
+built before and after; modules whose `forward` accelerate's hooks captured; the class that FSDP2
+makes of a layer's; the wrapper in which transformers 5.23 and later do activation checkpointing.
+What `torch.compile` has traced is traced again: `patch()` empties its caches, so that everything
+compiled so far, in the whole process, is compiled anew at its next call; `unpatch()` need not. Out
+of reach is only what no longer runs those functions: exported and ahead-of-time compiled programs,
+CUDA graphs captured by hand, and a subclass with a `forward` of its own, which is its author's.
+
 Parameters, state dicts and hooks stay as they are. The copy of the embedding into the streams
 stays torch's: it is inlined in `DeepseekV4Model.forward`, and has the bits of `tile_mhc.expand`.
 
@@ -12,46 +20,68 @@ What differs from the original arithmetic:
 - Under autocast the mixing runs in float32; the original projects in the autocast dtype.
 
 What runs is decided call by call. Streams of bfloat16, float16 or float32, of a supported shape,
-go to the operators of tile_mhc: TileLang on a CUDA device, the reference on a CPU. Any other dtype,
-number of streams or hidden size goes to `tile_mhc.reference`, which computes what the original
-does, at its speed; nothing is cast down unasked, and `backend_report()` gives the reason.
-transformers 5.17 loads the norms of a checkpoint in float32, so the layers' outputs can be float32
-and widen the streams to twice the bytes: `patch(streams_dtype=torch.bfloat16)` asks for bfloat16
-streams throughout.
+go to the operators of tile_mhc: TileLang on a CUDA device, the reference on a CPU. What has no
+kernel is left to transformers: other dtypes, devices, numbers of streams, hidden sizes and numbers
+of Sinkhorn steps, and a module whose `input_norm` was replaced or carries hooks, as the operators
+would pass over it. `backend_report()` gives the reason. Hooks for all modules at once, which torch
+has for debugging, count for nothing here: they do not see `input_norm`, which does not run.
 
-Modules whose `forward` was captured before `patch()` (by accelerate's hooks, or by a compilation)
-keep what they captured: patch first.
+With transformers 5.17 to 5.19 a bfloat16 checkpoint cannot run, patched or not: their norms, kept
+in float32, hand float32 to bfloat16 linear maps ("expected m1 and m2 to have the same dtype").
+Take 5.20 or later for those. `patch(streams_dtype=torch.bfloat16)` asks for bfloat16 streams
+in a model whose own are float32, as under autocast; the sub-layers keep their dtype.
 """
 
 import importlib
 import inspect
 import re
+import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from types import ModuleType, TracebackType
+from types import CodeType, FunctionType, ModuleType, TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tile_mhc import errors, functional, reference
+from tile_mhc import errors, functional
+from tile_mhc.ops.sinkhorn import check_sinkhorn
 
 MODELING = "transformers.models.deepseek_v4.modeling_deepseek_v4"
+NORM = "DeepseekV4UnweightedRMSNorm"
 POST_MULT = 2.0  # a literal in the original forward, not a field of its config
 
-_originals: dict[str, Callable[..., Any]] = {}
+_lock = threading.RLock()
+_calls_lock = threading.Lock()  # another: a thread that compiles counts while patch() waits for it
+_held = 0  # calls of patch() that have not been undone
+_period = 0  # how often the patch has been undone as a whole
+_in_force = False  # read by what torch.compile traces: it starts over when this changes
 _streams_dtype: torch.dtype | None = None
+_norm_class: Any = None
 _calls: Counter[tuple[str, str]] = Counter()
+# By the name of the class: transformers' function, its code, and a function that keeps this code.
+_functions: dict[str, FunctionType] = {}
+_codes: dict[str, CodeType] = {}
+_originals: dict[str, Callable[..., Any]] = {}
 
 
 class Patch:
-    """What `patch()` returns: leaving its `with` block undoes the patch that it made."""
+    """What `patch()` returns: leaving its `with` block undoes that call of `patch()`, once.
 
-    def __init__(self, applied: bool) -> None:
-        self.applied = applied
+    The patch itself ends when every call is undone. A handle that is used up, or from before an
+    `unpatch()`, undoes nothing. One handle may be entered by several threads; the last to leave
+    undoes it.
+    """
+
+    def __init__(self) -> None:
+        self._period = _period
+        self._blocks = 0
 
     def __enter__(self) -> "Patch":
+        with _lock:
+            self._blocks += 1
         return self
 
     def __exit__(
@@ -60,90 +90,121 @@ class Patch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self.applied:
-            unpatch()
+        global _held
+        with _lock:
+            self._blocks -= 1
+            if self._blocks or self._period != _period:
+                return
+            self._period = -1
+            _held -= 1
+            if not _held:
+                unpatch()
 
 
 def patch(*, streams_dtype: torch.dtype | None = None) -> Patch:
-    """Put tile_mhc under every DeepSeek-V4 model of Hugging Face transformers.
+    """Put tile_mhc under every DeepSeek-V4 model of Hugging Face transformers, in every thread.
 
-    A second call changes nothing. The report of `backend_report` starts afresh with the first.
+    It lasts until `unpatch()`, or for the length of a `with` block: `with patch(): ...`. Blocks may
+    be nested, and overlap in several threads; the patch stays until the last of them is left, and
+    one that was called without a block holds it until `unpatch()`. The report of `backend_report`
+    starts afresh when a patch begins, and everything compiled so far is compiled anew.
 
     Args:
-        streams_dtype: round the streams and the layers' outputs to this dtype before they are
-            mixed; None leaves every dtype as the model has it.
+        streams_dtype: bfloat16, float16 or float32: round the streams and the layers' outputs to
+            this dtype before they are mixed. The sub-layers are given, and the model returns, the
+            dtype that they would without it: that of the embeddings. None leaves every dtype as the
+            model has it.
 
     Returns:
-        A handle for use as `with patch(): ...`; inside a block that was patched already, it
-        leaves the outer patch standing.
+        A handle, for use as a context.
 
     Raises:
         ImportError: transformers is missing, or has no DeepSeek-V4.
-        UnsupportedError: a class or the signature of a forward is not the one this was written for.
-        ValueError: streams_dtype is no floating point dtype, or not that of the patch in force.
+        UnsupportedError: a class or the signature of a forward is not the one this was written for,
+            or a forward is no longer transformers' own.
+        ValueError: streams_dtype is none of these, or not that of the patch in force.
 
-    Source: transformers 5.17, `models/deepseek_v4/modeling_deepseek_v4.py`.
+    Source: transformers 5.17 to 5.24, `models/deepseek_v4/modeling_deepseek_v4.py`.
     """
-    global _streams_dtype
-    if streams_dtype is not None and not streams_dtype.is_floating_point:
+    global _held
+    if streams_dtype is not None and streams_dtype not in errors.STREAMS:
+        names = ", ".join(map(str, errors.STREAMS))
         raise ValueError(
-            f"patch: streams_dtype must be a floating point dtype or None; got {streams_dtype}"
+            f"patch: streams_dtype must be one of {names}, or None; got {streams_dtype!r}"
         )
     modeling = _modeling()
-    if _originals:
-        if streams_dtype != _streams_dtype:
+    with _lock:
+        if not _in_force:
+            _begin(modeling, streams_dtype)
+        elif streams_dtype != _streams_dtype:
             raise ValueError(
                 f"patch: streams_dtype must be {_streams_dtype}, as in the patch in force; "
                 f"got {streams_dtype}. Call unpatch() first"
             )
-        return Patch(applied=False)
-    classes = {name: _class_to_patch(modeling, name) for name in _FORWARDS}
-    for name, cls in classes.items():
-        _originals[name] = cls.forward
-        cls.forward = _FORWARDS[name]
+        _held += 1
+        return Patch()
+
+
+def _begin(modeling: ModuleType, streams_dtype: torch.dtype | None) -> None:
+    global _in_force, _norm_class, _streams_dtype
+    functions = {name: _function_to_patch(modeling, name) for name in _STAND_INS}
+    _norm_class = _class(modeling, NORM)
+    for name, function in functions.items():
+        if _functions.get(name) is not function:
+            _functions[name], _codes[name] = function, function.__code__
+            _originals[name] = FunctionType(
+                function.__code__, function.__globals__, function.__name__, function.__defaults__
+            )
     _streams_dtype = streams_dtype
-    _calls.clear()
-    return Patch(applied=True)
+    with _calls_lock:
+        _calls.clear()
+    _in_force = True
+    for name, function in functions.items():
+        function.__code__ = _STAND_INS[name].__code__
+    # A graph that was traced with the original code has nothing that tells it of the new one.
+    if "torch._dynamo.convert_frame" in sys.modules:
+        torch.compiler.reset()
 
 
 def unpatch() -> None:
-    """Give the classes their original forwards back; without a patch, do nothing.
+    """Give transformers its own forwards back, in every thread; without a patch, do nothing.
 
-    Raises:
-        RuntimeError: someone else replaced a forward after `patch()`; nothing is changed then.
+    Handles of `patch()` that are still open undo nothing any more.
     """
-    if not _originals:
-        return
-    modeling = _modeling()
-    for name in _originals:
-        current = getattr(modeling, name).forward
-        if current is not _FORWARDS[name]:
-            raise RuntimeError(
-                f"unpatch: {name}.forward must be the one that patch() set; got {current!r}. "
-                "Undo the later patch first"
-            )
-    for name, original in _originals.items():
-        getattr(modeling, name).forward = original
-    _originals.clear()
+    global _held, _in_force, _period
+    with _lock:
+        if not _in_force:
+            return
+        for name, function in _functions.items():
+            function.__code__ = _codes[name]
+        _in_force = False
+        _held = 0
+        _period += 1
 
 
 def is_patched() -> bool:
-    """Whether `patch()` is in force."""
-    return bool(_originals)
+    """Whether `patch()` is in force, and no class has been given another forward since."""
+    with _lock:
+        return _in_force and all(
+            inspect.unwrap(getattr(_modeling(), name).forward) is function
+            for name, function in _functions.items()
+        )
 
 
 def backend_report() -> dict[str, dict[str, int]]:
-    """Count the calls since `patch()`, by call and by the backend that served them.
+    """Count the calls since the patch began, by call and by the backend that served them.
 
-    The calls are "pre", "post" and "head"; a backend is "TileLang" or "reference (why)". A call
-    inside torch.compile is counted when it is traced.
+    The calls are "pre", "post" and "head". A backend is "TileLang", "reference (on cpu)", or
+    "transformers (why)" for what was left to the original. A call inside torch.compile is counted
+    when it is traced.
 
     Returns:
         For instance {"pre": {"TileLang": 8}, "post": {"TileLang": 8}, "head": {"TileLang": 1}}.
     """
     report: dict[str, dict[str, int]] = {}
-    for (call, backend), count in sorted(_calls.items()):
-        report.setdefault(call, {})[backend] = count
+    with _calls_lock:
+        for (call, backend), count in sorted(_calls.items()):
+            report.setdefault(call, {})[backend] = count
     return report
 
 
@@ -152,27 +213,44 @@ def _modeling() -> ModuleType:
         return importlib.import_module(MODELING)
     except ImportError as error:
         raise ImportError(
-            f"patch: transformers must be installed and have {MODELING} (5.17 has); got: {error}"
+            f"patch: transformers must be installed and have {MODELING} (5.17 to 5.24 have); "
+            f"got: {error}"
         ) from error
 
 
-def _class_to_patch(modeling: ModuleType, name: str) -> Any:
+def _installed() -> str:
     import transformers
 
-    installed = f"transformers {transformers.__version__}"
+    return f"transformers {transformers.__version__}"
+
+
+def _class(modeling: ModuleType, name: str) -> Any:
     cls = getattr(modeling, name, None)
     if cls is None:
         raise errors.UnsupportedError(
-            f"patch: {MODELING} must have the class {name} (5.17 has); got {installed} without it"
-        )
-    expected = _parameters(_FORWARDS[name])
-    actual = _parameters(cls.forward)
-    if actual != expected:
-        raise errors.UnsupportedError(
-            f"patch: {name}.forward must take ({', '.join(expected)}), as in transformers 5.17; "
-            f"got ({', '.join(actual)}) in {installed}"
+            f"patch: {MODELING} must have the class {name} (5.17 to 5.24 have); "
+            f"got {_installed()} without it"
         )
     return cls
+
+
+def _function_to_patch(modeling: ModuleType, name: str) -> FunctionType:
+    """The function that a class was defined with, below transformers' own wrappers around it."""
+    function: Any = inspect.unwrap(_class(modeling, name).forward)
+    expected, actual = _parameters(_STAND_INS[name]), _parameters(function)
+    if actual != expected:
+        raise errors.UnsupportedError(
+            f"patch: {name}.forward must take ({', '.join(expected)}), as in transformers 5.17 to "
+            f"5.24; got ({', '.join(actual)}) in {_installed()}"
+        )
+    # The code of a function that others share, or that is patched already, is not ours to change.
+    own = isinstance(function, FunctionType) and function.__globals__ is vars(modeling)
+    if not own or function.__closure__ or function.__code__.co_name != "forward":
+        raise errors.UnsupportedError(
+            f"patch: {name}.forward must be the one of {MODELING}; got {function!r} of "
+            f"{function.__module__}. Undo the other patch first, or apply it after this one"
+        )
+    return function  # type: ignore[no-any-return]
 
 
 def _parameters(function: Callable[..., Any]) -> list[str]:
@@ -181,32 +259,63 @@ def _parameters(function: Callable[..., Any]) -> list[str]:
     return [re.split("[:=]", str(p))[0].strip() for p in parameters]
 
 
-def _has_operator(call: str, streams: Tensor) -> bool:
-    """Whether the operators of tile_mhc take these streams; note the backend either way."""
-    num_streams, hidden_size = streams.shape[-2:]
+def _taken(call: str, streams: Tensor, dtype: torch.dtype, reason: str = "") -> Tensor | None:
+    """The streams as an operator takes them, or None: leave the call to the original. Counts it."""
     device = streams.device.type
-    reason = ""
-    if streams.dtype not in errors.STREAMS:
-        reason = f"{errors.dtype_name(streams.dtype)} streams"
-    elif device not in ("cuda", "cpu", "meta"):
-        reason = f"on {device}"
-    else:
-        try:
-            errors.check_num_streams(call, num_streams)
-            errors.check_hidden_size(call, hidden_size)
-        except errors.UnsupportedError:
-            reason = f"no kernel for n={num_streams}, H={hidden_size}"
+    reason = reason or _streams_reason(call, streams, dtype)
     if reason:
-        _count(call, f"reference ({reason})")
-    else:
-        _count(call, "TileLang" if device == "cuda" else f"reference (on {device})")
-    return not reason
+        _count(call, f"transformers ({reason})")
+        return None
+    _count(call, "TileLang" if device == "cuda" else f"reference (on {device})")
+    return streams.to(dtype).contiguous()
+
+
+def _streams_reason(call: str, streams: Tensor, dtype: torch.dtype) -> str:
+    """Why no operator takes these streams in this dtype, if so."""
+    num_streams, hidden_size = streams.shape[-2:]
+    if dtype not in errors.STREAMS:
+        return f"{errors.dtype_name(dtype)} streams"
+    if streams.device.type not in ("cuda", "cpu", "meta"):
+        return f"on {streams.device.type}"
+    try:
+        errors.check_num_streams(call, num_streams)
+        errors.check_hidden_size(call, hidden_size)
+    except errors.UnsupportedError:
+        return f"no kernel for n={num_streams}, H={hidden_size}"
+    return ""
+
+
+def _norm_reason(norm: Any, pre_eps: object) -> str:
+    """Why an operator must not stand for this norm, if so: a call of it would do something else."""
+    if type(norm) is not _norm_class:
+        return f"input_norm is {type(norm).__name__}"
+    if "forward" in norm.__dict__ or norm.forward.__module__ != MODELING:
+        return "input_norm has another forward"
+    for hooks in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"):
+        if len(getattr(norm, hooks)):
+            return "input_norm has hooks"
+    if not isinstance(norm.eps, float | int) or not isinstance(pre_eps, float | int):
+        return "an eps that is no number"
+    return ""
+
+
+def _connection_reason(connection: Any) -> str:
+    reason = _norm_reason(connection.input_norm, connection.hc_eps)
+    if reason:
+        return reason
+    steps = connection.hc_sinkhorn_iters
+    try:
+        check_sinkhorn("pre", steps, connection.hc_eps)
+    except (errors.ShapeError, errors.UnsupportedError):
+        return f"no kernel for hc_sinkhorn_iters={steps}"
+    return ""
 
 
 # Traced once: a counter that changes from call to call would make torch.compile start over.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _count(call: str, backend: str) -> None:
-    _calls[call, backend] += 1
+    with _calls_lock:
+        _calls[call, backend] += 1
 
 
 def _exact(streams: Tensor) -> AbstractContextManager[Any]:
@@ -223,10 +332,14 @@ def _parameter(value: Tensor) -> Tensor:
 
 def _hyper_connection(self: Any, hidden_streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """post_mix, comb_mix and the layer input, in the order of the original."""
-    streams = hidden_streams.to(_streams_dtype or hidden_streams.dtype).contiguous()
-    pre = functional.mhc_pre if _has_operator("pre", streams) else reference.fused_pre
+    if not _in_force:
+        return _originals["DeepseekV4HyperConnection"](self, hidden_streams)  # type: ignore[no-any-return]
+    dtype = _streams_dtype or hidden_streams.dtype
+    streams = _taken("pre", hidden_streams, dtype, _connection_reason(self))
+    if streams is None:
+        return _originals["DeepseekV4HyperConnection"](self, hidden_streams)  # type: ignore[no-any-return]
     with _exact(streams):
-        layer_input, post_mix, comb_mix = pre(
+        layer_input, post_mix, comb_mix = functional.mhc_pre(
             streams,
             _parameter(self.fn),
             _parameter(self.scale),
@@ -241,10 +354,13 @@ def _hyper_connection(self: Any, hidden_streams: Tensor) -> tuple[Tensor, Tensor
 
 
 def _hyper_head(self: Any, x: Tensor) -> Tensor:
-    streams = x.to(_streams_dtype or x.dtype).contiguous()
-    contract = functional.mhc_head if _has_operator("head", streams) else reference.contract
+    if not _in_force:
+        return _originals["DeepseekV4HyperHead"](self, x)  # type: ignore[no-any-return]
+    streams = _taken("head", x, _streams_dtype or x.dtype, _norm_reason(self.input_norm, self.eps))
+    if streams is None:
+        return _originals["DeepseekV4HyperHead"](self, x)  # type: ignore[no-any-return]
     with _exact(streams):
-        return contract(
+        hidden: Tensor = functional.mhc_head(
             streams,
             _parameter(self.hc_fn),
             _parameter(self.hc_scale),
@@ -252,31 +368,92 @@ def _hyper_head(self: Any, x: Tensor) -> Tensor:
             norm_eps=self.input_norm.eps,
             pre_eps=self.eps,
         )
+    return hidden.to(x.dtype)
 
 
 def _decoder_layer(
     self: Any, hidden_states: Tensor, input_ids: Tensor | None = None, **kwargs: Any
 ) -> Tensor:
+    if not _in_force:
+        original = _originals["DeepseekV4DecoderLayer"]
+        return original(self, hidden_states, input_ids, **kwargs)  # type: ignore[no-any-return]
+    dtype = _own_dtype(hidden_states, kwargs)
     post_mix, comb_mix, layer_input = self.attn_hc(hidden_states)
-    attn_output, _ = self.self_attn(self.input_layernorm(layer_input), **kwargs)
-    hidden_states = _post(attn_output, hidden_states, post_mix, comb_mix)
+    attn_input = self.input_layernorm(layer_input.to(dtype or layer_input.dtype))
+    attn_output, _ = self.self_attn(attn_input, **kwargs)
+    streams = _post(attn_output, hidden_states, post_mix, comb_mix)
 
-    post_mix, comb_mix, layer_input = self.ffn_hc(hidden_states)
-    mlp_output = self.mlp(self.post_attention_layernorm(layer_input), input_ids=input_ids)
-    return _post(mlp_output, hidden_states, post_mix, comb_mix)
+    post_mix, comb_mix, layer_input = self.ffn_hc(streams)
+    mlp_input = self.post_attention_layernorm(layer_input.to(dtype or layer_input.dtype))
+    mlp_output = self.mlp(mlp_input, input_ids=input_ids)
+    streams = _post(mlp_output, streams, post_mix, comb_mix)
+    return streams if dtype is None or _is_followed(self) else streams.to(dtype)
+
+
+def _own_dtype(streams: Tensor, kwargs: dict[str, Any]) -> torch.dtype | None:
+    """Where streams_dtype was asked for, the dtype that everything else has without it.
+
+    It is that of the embeddings, and the streams themselves have it in the first layer only. The
+    model makes the position embeddings in it too, and gives them to every layer.
+    """
+    if _streams_dtype is None:
+        return None
+    position = kwargs.get("position_embeddings")
+    while isinstance(position, dict | tuple | list) and position:
+        position = next(iter(position.values() if isinstance(position, dict) else position))
+    if isinstance(position, Tensor) and position.is_floating_point():
+        return position.dtype
+    return streams.dtype
+
+
+def _is_followed(layer: Any) -> bool:
+    """Whether a layer's streams are known to go to another layer.
+
+    What is not a layer, the head first of all, is given the dtype that it would have without
+    streams_dtype: it returns what it is given, for the norm and the output map behind it.
+    """
+    config = getattr(layer.self_attn, "config", None)
+    return bool(layer.layer_idx + 1 < getattr(config, "num_hidden_layers", 0))
 
 
 def _post(layer_output: Tensor, streams: Tensor, post_mix: Tensor, comb_mix: Tensor) -> Tensor:
     # A float32 layer output widens bfloat16 streams, as it does in the original.
     dtype = _streams_dtype or torch.promote_types(streams.dtype, layer_output.dtype)
-    streams = streams.to(dtype).contiguous()
-    post = functional.mhc_post if _has_operator("post", streams) else reference.post
-    with _exact(streams):
-        return post(layer_output.to(dtype).contiguous(), streams, post_mix, comb_mix)
+    taken = _taken("post", streams, dtype)
+    if taken is None:  # in a line of the original layer
+        post_mix, comb_mix = post_mix.to(streams.dtype), comb_mix.to(streams.dtype)
+        added = post_mix.unsqueeze(-1) * layer_output.unsqueeze(-2)
+        return added + torch.matmul(comb_mix.transpose(-1, -2), streams)
+    with _exact(taken):
+        return functional.mhc_post(
+            layer_output.to(dtype).contiguous(), taken, post_mix.float(), comb_mix.float()
+        )
 
 
-_FORWARDS: dict[str, Callable[..., Any]] = {
-    "DeepseekV4HyperConnection": _hyper_connection,
-    "DeepseekV4HyperHead": _hyper_head,
-    "DeepseekV4DecoderLayer": _decoder_layer,
+# Their code takes the place of transformers', in functions whose globals are those of another
+# module: so they import what they call. A name that is not `forward` tells them from the originals.
+def _stand_in_connection(self: Any, hidden_streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from tile_mhc.integrations import transformers as integration
+
+    return integration._hyper_connection(self, hidden_streams)
+
+
+def _stand_in_head(self: Any, x: Tensor) -> Tensor:
+    from tile_mhc.integrations import transformers as integration
+
+    return integration._hyper_head(self, x)
+
+
+def _stand_in_layer(
+    self: Any, hidden_states: Tensor, input_ids: Tensor | None = None, **kwargs: Any
+) -> Tensor:
+    from tile_mhc.integrations import transformers as integration
+
+    return integration._decoder_layer(self, hidden_states, input_ids, **kwargs)
+
+
+_STAND_INS: dict[str, FunctionType] = {
+    "DeepseekV4HyperConnection": _stand_in_connection,  # type: ignore[dict-item]
+    "DeepseekV4HyperHead": _stand_in_head,  # type: ignore[dict-item]
+    "DeepseekV4DecoderLayer": _stand_in_layer,  # type: ignore[dict-item]
 }
