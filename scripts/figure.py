@@ -14,7 +14,9 @@ import click
 from tile_mhc.bench import records
 from tile_mhc.bench.records import Record
 
-FOLDER = Path(__file__).resolve().parent / "records"
+SCRIPTS = Path(__file__).resolve().parent
+RECORDS = SCRIPTS / "records" / "bench.jsonl"
+FIGURE = SCRIPTS.parent / "docs" / "bench.svg"
 OPS = (
     "projection.fwd",
     "sinkhorn.fwd",
@@ -128,11 +130,9 @@ def draw(run: Record, series: dict[str, Series], hidden: int, out: Path) -> None
     "--records",
     "source",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    default=FOLDER / "bench.jsonl",
+    default=RECORDS,
 )
-@click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), default=FOLDER / "bench.svg"
-)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=FIGURE)
 def main(
     ops: tuple[str, ...], hidden: int, streams: int, commit: str | None, source: Path, out: Path
 ) -> None:

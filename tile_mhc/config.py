@@ -62,7 +62,7 @@ def set_batch_invariant(enabled: bool) -> None:
 
     The only thing that depends on them is how the projection splits its sum over K, so that few
     tokens still fill the GPU: in prefill, decode and training the last bits of a token differ. With
-    this the split is fixed, for any number of tokens and SMs. What it costs is in scripts/LOG.md.
+    this the split is fixed, for any number of tokens and SMs. What it costs is in docs/log.md.
     It holds for forward results, and for gradients by token; those of parameters are sums over the
     batch.
     """
