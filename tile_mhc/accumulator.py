@@ -77,7 +77,7 @@ class GradAccumulator:
 
     @property
     def holds(self) -> bool:
-        """Whether the buffer holds a part of a gradient: within a backward, or after one failed."""
+        """Whether the buffer holds a part of a gradient, as in a backward, or after one failed."""
         return self._state.task is not None
 
     def reset(self) -> None:

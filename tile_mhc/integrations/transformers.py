@@ -199,7 +199,7 @@ def backend_report() -> dict[str, dict[str, int]]:
     when it is traced.
 
     Returns:
-        For instance {"pre": {"TileLang": 8}, "post": {"TileLang": 8}, "head": {"TileLang": 1}}.
+        Such as ``{"pre": {"TileLang": 8}, "post": {"TileLang": 8}, "head": {"TileLang": 1}}``.
     """
     report: dict[str, dict[str, int]] = {}
     with _calls_lock:
