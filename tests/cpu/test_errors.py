@@ -244,7 +244,7 @@ MISTAKES = [
     ("bfloat16 head mixes", lambda: call(HEAD_MIX, mixes=bf16(T, N)), ShapeError,
      "head_mix: mixes must be (..., n) float32; got (3, 4) bfloat16 on cpu"),
     ("freed weight", freed_weight, ShapeError,
-     "projection: weight must be in memory; got (24, 256) float32 on cpu, whose storage is freed. "),
+     "projection: weight must be in memory; got (24, 256) float32 on cpu, whose storage is freed."),
     # out=
     ("short out", lambda: call(AGGREGATE, out=bf16(T, N, H)), ShapeError,
      "aggregate: out must be (3, 64) bfloat16 to match residual"),
