@@ -15,6 +15,7 @@ import tile_mhc
 import tolerances
 from accumulation import PASSING, WITH_PARAMETERS, Call
 from tile_mhc import GradAccumulator, ShapeError, UnsupportedError, main_grad, without_main_grad
+from tile_mhc.compat.tile_kernels.modeling.mhc.ops import mhc_pre_norm_fn
 
 EVERY_OP = pytest.mark.parametrize("name", [*WITH_PARAMETERS, PASSING])
 WRITERS = pytest.mark.parametrize("name", ["projection", "fused_pre", PASSING])
@@ -438,6 +439,19 @@ def test_flag_of_an_earlier_backward(name, take):
         assert torch.equal(grad, call.plain[key]), key
         assert parameter.grad_added_to_main_grad is False
         assert parameter.main_grad is None or not parameter.main_grad.any()
+
+
+def test_tile_kernels_names_opt_out():
+    residual = torch.randn(5, 4, 64).bfloat16()
+    fn = torch.nn.Parameter(torch.randn(24, 256))
+    (plain,) = torch.autograd.grad(mhc_pre_norm_fn(residual, fn, None, 1e-6).sum(), fn)
+    fn.main_grad, fn.grad_added_to_main_grad = torch.zeros(24, 256), True
+    with without_main_grad():
+        out = mhc_pre_norm_fn(residual, fn, None, 1e-6)
+    out.sum().backward()
+    assert torch.equal(fn.grad, plain)
+    assert not fn.main_grad.any()
+    assert fn.grad_added_to_main_grad is False
 
 
 def test_flag_of_a_parameter_that_a_backward_does_not_reach():

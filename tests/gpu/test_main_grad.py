@@ -167,7 +167,7 @@ def test_megatron_fsdp(strategy, parameters, main_grads, ranks, tmp_path):
 
 
 class Captured:
-    """What is captured after an eager step, as Megatron does, and what is to come of its replays."""
+    """An op of which an eager step has been made, as Megatron does before it captures."""
 
     def __init__(self, name):
         self.call = Call(name, (130, 4, 1280), "cuda")
