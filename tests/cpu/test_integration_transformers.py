@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import oracle
+from cases import CONTRACT, FUSED_PRE
 from tile_mhc import UnsupportedError, functional
 from tile_mhc.integrations import transformers as integration
 
@@ -166,7 +168,14 @@ def test_connection_matches_the_original(num_streams, dtype):
     integration.patch()
     ours = evaluate(module, streams)
     assert integration.backend_report() == {"pre": {CPU: 1}}
-    for mine, theirs, exactly in zip(
+    tensors = {"residual": streams, "weight": exact.fn, "scale": exact.scale, "bias": exact.base}
+    options = {"post_mult": 2.0, "sinkhorn_repeat": exact.hc_sinkhorn_iters}
+    arguments = tensors, options, [upstream[2], *upstream[:2]]
+    _, terms = oracle.terms_of(FUSED_PRE, *arguments)
+    summed = {"base": terms["grad_bias"], "scale": terms["grad_scale"]}
+    names = [None] * 4 + [name for name, _ in module.named_parameters()]
+    for name, mine, theirs, exactly in zip(
+        names,
         sum(map(tuple, ours), ()),
         sum(map(tuple, original), ()),
         sum(map(tuple, truth), ()),
@@ -174,7 +183,11 @@ def test_connection_matches_the_original(num_streams, dtype):
     ):
         assert mine.dtype == theirs.dtype
         assert mine.shape == theirs.shape
-        assert distance(mine, exactly) <= 1.1 * distance(theirs, exactly) + 2e-6
+        error, their_error = (
+            oracle.relative_error(value.detach(), exactly.detach().double(), summed.get(name))
+            for value in (mine, theirs)
+        )
+        assert error <= 1.1 * their_error + 2e-6
 
 
 def test_head_matches_the_original():
@@ -190,9 +203,15 @@ def test_head_matches_the_original():
     ours = head(streams)
     assert torch.equal(ours, original)  # one rounding of one float32 sum each
     grads = torch.autograd.grad(ours, leaves, upstream)
-    for mine, theirs in zip(grads, original_grads, strict=True):
+    names = {"hc_fn": "weight", "hc_scale": "scale", "hc_base": "bias"}
+    tensors = {names[name]: p.detach() for name, p in head.named_parameters()}
+    tensors["residual"] = streams.detach()
+    _, terms = oracle.terms_of(CONTRACT, tensors, {}, [upstream])
+    keys = ["residual", *(names[name] for name, _ in head.named_parameters())]
+    for key, mine, theirs in zip(keys, grads, original_grads, strict=True):
         assert mine.dtype == theirs.dtype
-        assert distance(mine, theirs) <= (4e-3 if mine.dtype == torch.bfloat16 else 2e-6)
+        error = oracle.relative_error(mine, theirs.double(), terms.get(f"grad_{key}"))
+        assert error <= (4e-3 if mine.dtype == torch.bfloat16 else 2e-6)
     assert integration.backend_report() == {"head": {CPU: 1}}
 
 
