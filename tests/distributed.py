@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+import oracle
 from cases import contract_inputs, pre_inputs
 from tile_mhc import contract, fused_pre, main_grad, post, reference
 
@@ -114,6 +115,17 @@ def gradients(ranks: int, dtype: torch.dtype, device: str = "cpu") -> dict[str, 
                     grad = parameter.grad.double() / ranks
                     total[name] = total[name] + grad if name in total else grad
     return total
+
+
+def gate_terms(ranks: int, device: str = "cpu") -> dict[str, Tensor]:
+    """What the gradients of scales and biases by `gradients` are sums of."""
+    model = network(torch.float64).to(device)
+    with oracle.gate_terms() as terms:
+        for rank in range(ranks):
+            for streams in batches(rank):
+                model(streams.to(device).double()).backward()
+    found = {name: terms.of(parameter) for name, parameter in model.named_parameters()}
+    return {name: sizes / ranks for name, sizes in found.items() if sizes is not None}
 
 
 @contextlib.contextmanager
