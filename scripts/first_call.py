@@ -22,7 +22,8 @@ STREAMS = 4
 def step(tokens: int, hidden_size: int) -> None:
     """expand, one sub-layer and the readout, forward and backward, and one step without a graph."""
     mixes, size = STREAMS * (STREAMS + 2), STREAMS * hidden_size
-    weight = torch.randn(mixes, size, device="cuda", requires_grad=True)
+    weight = torch.randn(mixes, size, device="cuda") * size**-0.5
+    weight.requires_grad_()
     scale = torch.ones(3, device="cuda", requires_grad=True)
     bias = torch.zeros(mixes, device="cuda", requires_grad=True)
     hidden = torch.randn(tokens, hidden_size, device="cuda").bfloat16().requires_grad_()

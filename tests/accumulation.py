@@ -117,6 +117,12 @@ class Readers:
         (grad,) = torch.autograd.grad(outputs, residual, upstream)
         return grad
 
+    def gate_terms(self, name: str) -> oracle.Named:
+        """What the gradients of a reader's scale and bias are sums of."""
+        tensors = {"residual": self.residual, **self.inputs[name]}
+        upstream = [self.upstream[self.names.index(name)]]
+        return oracle.terms_of(READERS[name], tensors, {}, upstream)[1]
+
 
 def chain(
     stack: Sequence[Readers], residual: Tensor, make: Callable[[Tensor], GradAccumulator]
@@ -147,11 +153,10 @@ def check_parameters(case: Readers, plain: oracle.Named, found: oracle.Named) ->
     if contract_cluster.takes(case.residual, backward=True):
         for name in [name for name in others if "contract." in name]:
             others.remove(name)
-            # A scale's gradient may cancel; the bias's is a sum of the same terms.
-            beside = plain[name.replace(".scale", ".bias")].double()
-            unit = max(float(plain[name].double().norm()), float(beside.norm()))
-            error = float((found[name].double() - plain[name].double()).norm())
-            assert error <= TWO_PASSES * unit, name
+            reader, key = name.split(".")
+            terms = case.gate_terms(reader).get(f"grad_{key}")
+            error = oracle.relative_error(found[name], plain[name].double(), terms)
+            assert error <= TWO_PASSES, name
     same = ({name: grads[name] for name in others} for grads in (plain, found))
     oracle.check_same_bits(*same, "with an accumulator:")
 
@@ -203,6 +208,14 @@ class Call:
             outputs = self.outputs()
         grads = torch.autograd.grad(outputs, list(leaves.values()), self.upstream)
         return dict(zip(leaves, grads, strict=True))
+
+    def gate_terms(self) -> oracle.Named:
+        """What the gradients of scale and bias are sums of, by the names of the parameters."""
+        tensors = self.tensors | dict(self.parameters)
+        options = {key: v for key, v in self.options.items() if key != "passes_residual"}
+        upstream = self.upstream[: len(self.op.outputs)]
+        terms = oracle.terms_of(self.op, tensors, options, upstream)[1]
+        return {name.removeprefix("grad_"): tensor for name, tensor in terms.items()}
 
     def give(self, dtype: torch.dtype = torch.float32, **attributes: Any) -> oracle.Named:
         """A main_grad of random numbers for each parameter, and attributes."""

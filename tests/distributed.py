@@ -10,14 +10,18 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+import oracle
 from cases import contract_inputs, pre_inputs
 from tile_mhc import contract, fused_pre, main_grad, post, reference
 
 STREAMS, HIDDEN = 4, 64
 RANKS, MICRO_BATCHES, TOKENS = 2, 3, 24
 LAYERS = 2
+# Of every layer, and of the readout, in a forward.
+CALLS = 2
 
 
 def roundings(ranks: int) -> int:
@@ -63,7 +67,8 @@ class Head(Op):
 
 
 class Network(nn.Module):
-    """Sub-layers, and two readouts that share their parameters, as a model and its MTP may.
+    """Sub-layers that run twice, as in a looped model, and two readouts that share their
+    parameters, as a model and its MTP may.
 
     Without the kernels' rounding it would be what it is in float64: that is its own reference.
     """
@@ -74,7 +79,7 @@ class Network(nn.Module):
         self.head = Head()
 
     def forward(self, residual: Tensor) -> Tensor:
-        for layer in self.layers:
+        for layer in [*self.layers] * CALLS:
             first = residual
             residual = layer(residual)
         outputs = self.head(residual) + self.head(first)
@@ -110,6 +115,17 @@ def gradients(ranks: int, dtype: torch.dtype, device: str = "cpu") -> dict[str, 
                     grad = parameter.grad.double() / ranks
                     total[name] = total[name] + grad if name in total else grad
     return total
+
+
+def gate_terms(ranks: int, device: str = "cpu") -> dict[str, Tensor]:
+    """What the gradients of scales and biases by `gradients` are sums of."""
+    model = network(torch.float64).to(device)
+    with oracle.gate_terms() as terms:
+        for rank in range(ranks):
+            for streams in batches(rank):
+                model(streams.to(device).double()).backward()
+    found = {name: terms.of(parameter) for name, parameter in model.named_parameters()}
+    return {name: sizes / ranks for name, sizes in found.items() if sizes is not None}
 
 
 @contextlib.contextmanager
@@ -148,6 +164,17 @@ def run_steps(
             model(batch.to(device)).backward()
 
 
+@contextlib.contextmanager
+def buffers_on_cpu() -> Iterator[None]:
+    """Megatron-Core keeps its buffers on the current device; later than 0.16 it asks for its stream
+    too, to wait for the CUDA graphs of parameters that have some."""
+    with (
+        mock.patch.object(torch.cuda, "current_device", return_value="cpu"),
+        mock.patch.object(torch.cuda, "current_stream", return_value=mock.NonCallableMock(spec=[])),
+    ):
+        yield
+
+
 def megatron_ddp(
     rank: int,
     ranks: int,
@@ -164,9 +191,7 @@ def megatron_ddp(
     with contextlib.ExitStack() as stack:
         stack.enter_context(process_group(rank, ranks, folder, device))
         if device == "cpu":
-            # Where it keeps its buffers.
-            patch = mock.patch.object(torch.cuda, "current_device", return_value="cpu")
-            stack.enter_context(patch)
+            stack.enter_context(buffers_on_cpu())
         parallel_state.initialize_model_parallel()
         model = DistributedDataParallel(
             TransformerConfig(num_layers=1, hidden_size=HIDDEN, num_attention_heads=1),
@@ -230,6 +255,24 @@ def not_importable(names: list[str]) -> Iterator[None]:
         sys.modules.update(found)
 
 
+@contextlib.contextmanager
+def streams_on_cpu() -> Iterator[None]:
+    """Megatron-FSDP makes CUDA streams and events, whatever its device: here all is in order."""
+    fakes = {
+        "Stream": mock.MagicMock(),
+        "current_stream": mock.MagicMock(),
+        "stream": lambda _: contextlib.nullcontext(),
+        "current_device": lambda: 0,
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+    }
+    with contextlib.ExitStack() as stack:
+        for name, fake in fakes.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, fake))
+        stack.enter_context(mock.patch.object(Tensor, "cuda", lambda tensor: tensor))
+        yield
+
+
 def megatron_fsdp(
     rank: int,
     ranks: int,
@@ -237,32 +280,39 @@ def megatron_fsdp(
     strategy: str,
     parameters: torch.dtype,
     main_grads: torch.dtype,
+    units: tuple[type[nn.Module], ...] = (Layer, Head),
+    device: str = "cuda",
 ) -> None:
-    """The package megatron-fsdp, on a GPU a rank: it knows no other device."""
+    """The package megatron-fsdp; on the CPU with streams that are none."""
     # An older megatron-core beside it has another configuration, which it would take for its own.
     core = {name for name in sys.modules if name.startswith("megatron.")}
     with not_importable([*(core | {"megatron.core"})]):
         from megatron_fsdp import MixedPrecisionPolicy, fully_shard_model
 
-    with process_group(rank, ranks, folder, "cuda"):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(process_group(rank, ranks, folder, device))
+        if device == "cpu":
+            stack.enter_context(streams_on_cpu())
         model = fully_shard_model(
             network(parameters),
-            fsdp_unit_modules=[Layer],
+            fsdp_unit_modules=[*units],
+            device_mesh=init_device_mesh(device, (ranks, 1), mesh_dim_names=("shard", "tensor")),
+            dp_shard_dim="shard",
+            tp_dim="tensor",
             zero_dp_strategy=strategy,
-            device=torch.device("cuda", rank),
+            device=torch.device("cuda", rank) if device == "cuda" else torch.device("cpu"),
             mixed_precision_policy=MixedPrecisionPolicy(main_grads_dtype=main_grads),
             sync_model_each_microbatch=False,
         )
+        # Gloo has no reduction that scales too.
+        model.ddp_config.gradient_reduce_div_fusion = device == "cuda"
         for _ in range(2):  # the second step as the first: all flags are back
             model.zero_grad_buffer()
             with mock.patch.object(main_grad, "finish", wraps=main_grad.finish) as finished:
                 run_steps(model, rank, model.no_sync)
             model.finish_grad_sync()
         trained = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
-        # By every micro-batch once, and by the second readout again.
-        expected = MICRO_BATCHES * (
-            len(trained) + sum(name.startswith("head.") for name in trained)
-        )
+        expected = MICRO_BATCHES * CALLS * len(trained)
         if finished.call_count != expected:
             raise RuntimeError(f"{finished.call_count} gradients in main_grad, not {expected}")
         # Rows of each, as ranks follow one another; without a gradient where a rank has none.

@@ -1,13 +1,17 @@
 """Hold an op and its gradients against float64, with torch in the op's own dtypes beside it."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import tolerances
 from cases import PARAMETERS, Case, Op
+from tile_mhc import reference
 
 Named = dict[str, Tensor]
 
@@ -40,6 +44,66 @@ def upstream_of(
     return [torch.randn_like(out) * size for out in outputs]
 
 
+class GateTerms:
+    """What the gradients of scales and biases are sums of: a product for each token and mix.
+
+    Such a sum may cancel, and then its error has nothing to do with its size. What it goes by is
+    the root of the sum of the squares of its terms: the size of such a sum that does not cancel,
+    and at most the sum of their absolute values.
+    """
+
+    def __init__(self) -> None:
+        self._squares: list[tuple[str, Tensor, Tensor]] = []
+
+    def add(self, mixes: Tensor, scale: Tensor, bias: Tensor, grad: Tensor) -> None:
+        n = bias.shape[0]
+        of_bias, of_scale = (
+            terms.double().reshape(-1, n).square().sum(0) for terms in (grad, grad * mixes)
+        )
+        groups = torch.eye(len(scale), dtype=torch.float64, device=scale.device)
+        groups = torch.stack([reference._spread(group, n).expand(n) for group in groups])
+        self._squares.append(("bias", bias, of_bias))
+        self._squares.append(("scale", scale, groups @ of_scale))
+
+    def named(self) -> Named:
+        """By "grad_scale" and "grad_bias", where only one gate has been differentiated."""
+        return {
+            f"grad_{kind}": sum(squares for k, _, squares in self._squares if k == kind).sqrt()
+            for kind in {kind for kind, *_ in self._squares}
+        }
+
+    def of(self, parameter: Tensor) -> Tensor | None:
+        """Of one that is a scale or a bias."""
+        found = [squares for _, known, squares in self._squares if known is parameter]
+        return sum(found).sqrt() if found else None
+
+
+@contextlib.contextmanager
+def gate_terms() -> Iterator[GateTerms]:
+    """Collects the terms of what is differentiated of the reference within."""
+    terms = GateTerms()
+    logits_of = reference._gate_logits
+
+    def watched(mixes: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        logits = logits_of(mixes, scale, bias)
+        if logits.requires_grad:
+            logits.register_hook(functools.partial(terms.add, mixes.detach(), scale, bias))
+        return logits
+
+    with mock.patch.object(reference, "_gate_logits", watched):
+        yield terms
+
+
+def terms_of(
+    op: Op, tensors: Named, options: Mapping[str, Any], upstream: Sequence[Tensor]
+) -> tuple[Named, Named]:
+    """float64's outputs and gradients of an op, and the terms of its gates' gradients."""
+    wide = {name: tensor.double() for name, tensor in tensors.items()}
+    with gate_terms() as terms:
+        truth = evaluate(op.reference, wide, options, [g.double() for g in upstream], op.outputs)
+    return truth, terms.named()
+
+
 def check(
     op: Op, case: Case, tensors: Named, options: Mapping[str, Any], upstream_size: float = 1.0
 ) -> Named:
@@ -47,18 +111,11 @@ def check(
     upstream = upstream_of(op, tensors, options, upstream_size)
     ours = evaluate(op.run, tensors, options, upstream, op.outputs)
     torch_result = evaluate(op.reference, tensors, options, upstream, op.outputs)
-    truth = evaluate(
-        op.reference,
-        {name: tensor.double() for name, tensor in tensors.items()},
-        options,
-        [grad.double() for grad in upstream],
-        op.outputs,
-    )
+    truth, terms = terms_of(op, tensors, options, upstream)
     bars = tolerances.norm_bars(case.num_tokens, case.num_streams, case.hidden_size)
     for name in ours:
-        # The few elements of a scale's gradient may cancel; the bias's is a sum of the same terms.
-        beside = truth["grad_bias"] if name == "grad_scale" else None
-        check_tensor(op.name, name, ours[name], torch_result[name], truth[name], bars, beside)
+        arguments = ours[name], torch_result[name], truth[name], bars, terms.get(name)
+        check_tensor(op.name, name, *arguments)
     return ours
 
 
@@ -69,9 +126,9 @@ def check_tensor(
     torch_result: Tensor,
     truth: Tensor,
     bars: Mapping[tuple[str, str], float],
-    beside: Tensor | None = None,
+    terms: Tensor | None = None,
 ) -> None:
-    """Check shape, dtype, every element and the norm; `beside` may raise the unit of the budget."""
+    """Check shape, dtype, every element and the norm; `terms` as in GateTerms, where it is one."""
     if ours.shape != truth.shape or ours.dtype != torch_result.dtype:
         raise AssertionError(
             f"{op} {name}: {tuple(ours.shape)} {ours.dtype}, "
@@ -79,7 +136,7 @@ def check_tensor(
         )
     if ours.numel() == 0:
         return
-    check_elements(op, name, ours, torch_result, truth, beside)
+    check_elements(op, name, ours, torch_result, truth, terms)
     check_norm(op, name, ours, torch_result, truth, bars.get((op, name)))
 
 
@@ -93,11 +150,11 @@ def check_elements(
     ours: Tensor,
     torch_result: Tensor,
     truth: Tensor,
-    beside: Tensor | None = None,
+    terms: Tensor | None = None,
 ) -> None:
     """The budget of every element; a NaN on our side alone exceeds it."""
     error = (ours.double() - truth).abs()
-    unit = rms(truth) if beside is None else torch.maximum(rms(truth), rms(beside))
+    unit = rms(truth) if terms is None else terms.maximum(rms(truth))
     # Below the smallest normal number, a GPU may flush to zero.
     floor = tolerances.atol(op, name) * truth.abs().maximum(unit) + torch.finfo(ours.dtype).tiny
     # Where torch itself overflows, it excuses nothing.
@@ -116,8 +173,10 @@ def check_elements(
         )
 
 
-def relative_error(value: Tensor, truth: Tensor) -> float:
-    return float((value.double() - truth).norm() / truth.norm())
+def relative_error(value: Tensor, truth: Tensor, terms: Tensor | None = None) -> float:
+    """||value - truth|| / ||truth||, or by `terms` where a sum of those cancels: see GateTerms."""
+    unit = truth.norm() if terms is None else terms.norm().maximum(truth.norm())
+    return float((value.double() - truth).norm() / unit)
 
 
 def check_norm(

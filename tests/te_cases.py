@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import oracle
 from cases import Case, Inputs, Op
+from tile_mhc import reference as native
 from tile_mhc import reference_interleaved as reference
 from tile_mhc.compat import transformer_engine as te
 
@@ -54,7 +56,7 @@ def _sinkhorn(logits: Tensor, iters: int = 20) -> Tensor:
 
 
 def _sinkhorn_reference(logits: Tensor, iters: int = 20) -> Tensor:
-    return reference.log_sinkhorn(_wide(logits), iters).to(logits.dtype)
+    return native.log_sinkhorn(_wide(logits), iters).to(logits.dtype)
 
 
 def _aggregate(x: Tensor, mix: Tensor) -> Tensor:
@@ -171,7 +173,7 @@ def sub_layer(
 def sub_layer_reference(x: Tensor, phi: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     h, ms = reference.projection(x.flatten(-2), phi, None)
     pre, post, comb = reference.mixes(h, ms, alpha, beta.flatten(), N)
-    comb = reference.log_sinkhorn(comb.unflatten(-1, (N, N)), 20)
+    comb = native.log_sinkhorn(comb.unflatten(-1, (N, N)), 20)
     return reference.post(reference.aggregate(x, pre), None, x, post, comb)
 
 
@@ -208,13 +210,22 @@ def far_apart(device: str) -> Tensor:
     return torch.cat((spread[:2048], signs[2048:]))
 
 
-def sub_layer_errors(ours: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
-    """Relative errors of the gradients of x, phi, alpha and beta.
+def sub_layer_truth(
+    inputs: dict[str, Tensor], upstream: Tensor
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """float64's output, gradients of x, phi, alpha and beta, and what the last two are sums of."""
+    wide = {name: tensor.detach().double().requires_grad_() for name, tensor in inputs.items()}
+    with oracle.gate_terms() as terms:
+        out = sub_layer_reference(**wide)
+        grads = torch.autograd.grad(out, list(wide.values()), upstream.double())
+    named = terms.named()
+    return [out.detach(), *grads], [None, None, named["grad_scale"], named["grad_bias"]]
 
-    The three of alpha may cancel; those of beta are sums of like terms.
-    """
-    units = [tensor.norm() for tensor in truth]
-    units[2] = torch.maximum(units[2], units[3])
+
+def sub_layer_errors(
+    ours: Sequence[Tensor], truth: Sequence[Tensor], terms: Sequence[Tensor | None]
+) -> list[float]:
+    """Relative errors of the gradients of x, phi, alpha and beta."""
     return [
-        float((o.double() - t).norm() / unit) for o, t, unit in zip(ours, truth, units, strict=True)
+        oracle.relative_error(o, t, unit) for o, t, unit in zip(ours, truth, terms, strict=True)
     ]

@@ -209,7 +209,7 @@ class State:
 
     def _follow_writers(self) -> None:
         """No tensor passes between the writers: autograd orders them, but not their streams."""
-        if self.device.type != "cuda" or self.buffer is None:
+        if self.device.type != "cuda" or self.buffer is None or not errors.has_memory(self.buffer):
             return
         stream = torch.cuda.current_stream(self.device)
         if self.stream is not None and self.stream != stream:

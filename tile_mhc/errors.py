@@ -22,6 +22,9 @@ PARAMETERS = (torch.float32, torch.bfloat16)
 # Bytes: a load of stream values, and the widest load of all.
 STREAM_ALIGNMENT = 16
 ALIGNMENT = 32
+# What a freed tensor has for an address is its offset into the storage: less than this. So may be
+# an address, if rarely.
+FREED = 1 << 40
 
 
 class ShapeError(ValueError):
@@ -230,6 +233,16 @@ def has_memory(tensor: Tensor) -> bool:
     if torch._C._are_functorch_transforms_active():  # wrappers of torch.func
         return False
     return tensor.device.type != "meta" and tensor.numel() > 0
+
+
+def check_storage(op: str, name: str, tensor: Tensor) -> None:
+    """For what a framework may have freed: one that shards parameters leaves their shape."""
+    # Asking the storage takes the host longer than asking for the address.
+    if has_memory(tensor) and tensor.data_ptr() < FREED and not tensor.untyped_storage().nbytes():
+        raise ShapeError(
+            f"{op}: {name} must be in memory; got {describe(tensor)}, whose storage is freed. "
+            "Where a framework gathers parameters for a module's forward, call the op within that"
+        )
 
 
 def check_aligned(op: str, name: str, tensor: Tensor, alignment: int = STREAM_ALIGNMENT) -> None:

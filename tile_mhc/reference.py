@@ -9,8 +9,12 @@ Letters: n streams, H hidden size, K = n*H, N = n*(n+2) mixes; index i is the so
 j the destination, t the token, h the hidden position.
 """
 
+import math
+
 import torch
 from torch import Tensor
+
+from tile_mhc.kernels._shapes import is_no_eps
 
 
 def _accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -130,16 +134,37 @@ def split_mixes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """pre = sigmoid(z_pre) + pre_eps, post = post_mult * sigmoid(z_post), comb = z_comb"""
     n = num_streams
-    logits = mixes * _spread(scale, n).to(mixes.dtype) + bias.to(mixes.dtype)
-    pre, post, comb = logits.split((n, n, n * n), dim=-1)
-    return pre.sigmoid() + pre_eps, post.sigmoid() * post_mult, comb.unflatten(-1, (n, n))
+    pre, post, comb = _gate_logits(mixes, scale, bias).split((n, n, n * n), dim=-1)
+    return _sigmoid(pre) + pre_eps, _sigmoid(post) * post_mult, comb.unflatten(-1, (n, n))
 
 
-def _spread(scale: Tensor, num_streams: int) -> Tensor:
-    """(3,) to (N,): one scale for the n pre, the n post and the n*n comb mixes."""
-    n = num_streams
+def _sigmoid(z: Tensor) -> Tensor:
+    """1 / (1 + exp(-z)), whose gradient keeps its bits where it is near 1.
+
+    Autograd takes y * (1 - y) of y = sigmoid(z), a difference that cancels if y is not the smaller
+    part.
+    """
+    smaller = torch.where(z > 0, -z, z).sigmoid()
+    return torch.where(z > 0, 1 - smaller, smaller)
+
+
+def _sigmoid_slope(z: Tensor) -> Tensor:
+    """The derivative of the sigmoid. Not y * (1 - y), as in `_sigmoid`."""
+    return z.sigmoid() * (-z).sigmoid()
+
+
+def _gate_logits(mixes: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """mixes * scale + bias, of all mixes and three scales or of those of a head and its one."""
+    return mixes * _spread(scale, mixes.shape[-1]).to(mixes.dtype) + bias.to(mixes.dtype)
+
+
+def _spread(scale: Tensor, num_mixes: int) -> Tensor:
+    """(3,) to (N,): one scale for the n pre, the n post and the n*n comb mixes; (1,) as it is."""
+    if scale.shape[0] == 1:
+        return scale
+    n = math.isqrt(num_mixes + 1) - 1
     repeats = torch.tensor((n, n, n * n), device=scale.device)
-    return scale.repeat_interleave(repeats, output_size=n * (n + 2))
+    return scale.repeat_interleave(repeats, output_size=num_mixes)
 
 
 def split_mixes_backward(
@@ -154,13 +179,13 @@ def split_mixes_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of mixes, scale and bias."""
     n = num_streams
-    wide = _spread(scale, n).to(mixes.dtype)
-    pre, post = (mixes * wide + bias.to(mixes.dtype))[..., : 2 * n].sigmoid().split((n, n), dim=-1)
+    slope = _sigmoid_slope(_gate_logits(mixes, scale, bias)[..., : 2 * n])
+    pre, post = slope.split((n, n), dim=-1)
     shape = mixes.shape[:-1]
     grad_logits = torch.cat(
         (
-            grad_pre.reshape(*shape, n) * pre * (1 - pre),
-            grad_post.reshape(*shape, n) * post_mult * post * (1 - post),
+            grad_pre.reshape(*shape, n) * pre,
+            grad_post.reshape(*shape, n) * post_mult * post,
             grad_comb.reshape(*shape, n * n),
         ),
         dim=-1,
@@ -168,12 +193,18 @@ def split_mixes_backward(
     by_mix = (grad_logits * mixes).reshape(-1, n * (n + 2)).sum(0)
     grad_scale = torch.stack([part.sum() for part in by_mix.split((n, n, n * n))])
     grad_bias = grad_logits.reshape(-1, n * (n + 2)).sum(0)
+    wide = _spread(scale, n * (n + 2)).to(mixes.dtype)
     return grad_logits * wide, grad_scale.to(scale.dtype), grad_bias.to(bias.dtype)
 
 
 def sinkhorn(logits: Tensor, *, repeat: int = 10, eps: float = 1e-6) -> Tensor:
     """softmax over the last axis + eps, divided by column sums + eps; then repeat - 1 times
-    divided by row sums + eps and by column sums + eps."""
+    divided by row sums + eps and by column sums + eps.
+
+    An eps that `is_no_eps` is 0.
+    """
+    if is_no_eps(eps):
+        return log_sinkhorn(logits, repeat)
     comb = logits.softmax(-1) + eps
     comb = comb / (comb.sum(-2, keepdim=True) + eps)
     for _ in range(repeat - 1):
@@ -184,6 +215,8 @@ def sinkhorn(logits: Tensor, *, repeat: int = 10, eps: float = 1e-6) -> Tensor:
 
 def sinkhorn_backward(grad: Tensor, logits: Tensor, *, repeat: int, eps: float) -> Tensor:
     """The gradient of the `repeat`-step map itself (not of its fixed point)."""
+    if is_no_eps(eps):
+        return log_sinkhorn_backward(grad, logits, repeat)
     softmax = logits.softmax(-1)
     step = softmax + eps
     trace = []  # (axis, divisor, quotient) of every normalisation
@@ -194,6 +227,54 @@ def sinkhorn_backward(grad: Tensor, logits: Tensor, *, repeat: int, eps: float) 
     for axis, divisor, quotient in reversed(trace):
         grad = (grad - (grad * quotient).sum(axis, keepdim=True)) / divisor
     return softmax * (grad - (grad * softmax).sum(-1, keepdim=True))
+
+
+def log_sinkhorn(logits: Tensor, repeat: int) -> Tensor:
+    """`sinkhorn` without eps, for logits however far apart: repeat times
+    f = -logsumexp_j(logits + g), g = -logsumexp_i(logits + f), from g = 0; exp(f + logits + g).
+
+    In float64, as the difference of two logits 300 apart is off by 1e-5 in float32.
+    """
+    shifted, first = _shifted(logits)
+    f, _, g = _log_scalings(shifted, first, repeat)[-1]
+    return (f + shifted + g).exp().to(logits.dtype)
+
+
+def log_sinkhorn_backward(grad: Tensor, logits: Tensor, repeat: int) -> Tensor:
+    """The gradient of the `repeat`-step map itself (not of its fixed point)."""
+    shifted, first = _shifted(logits)
+    scalings = _log_scalings(shifted, first, repeat)
+    f, _, g = scalings[-1]
+    grad = grad * (f + shifted + g).exp()
+    for f, before, g in reversed(scalings):
+        grad = grad - (f + shifted + g).exp() * grad.sum(-2, keepdim=True)
+        grad = grad - (f + shifted + before).exp() * grad.sum(-1, keepdim=True)
+    return grad.to(logits.dtype)
+
+
+def _shifted(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits with a largest one of 0 in every row and column, and the g that stands for 0.
+
+    A shift of a row changes nothing, nor does one of a column that g takes up.
+    """
+    wide = logits.double()
+    wide = wide - wide.detach().amax(-1, keepdim=True)
+    columns = wide.detach().amax(-2, keepdim=True)
+    return wide - columns, columns
+
+
+def _log_scalings(
+    logits: Tensor, first: Tensor, repeat: int
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """f, the g that it was made with, and the g made with it, of every step."""
+    after = first
+    scalings = []
+    for _ in range(repeat):
+        before = after
+        f = -(logits + before).logsumexp(-1, keepdim=True)
+        after = -(logits + f).logsumexp(-2, keepdim=True)
+        scalings.append((f, before, after))
+    return scalings
 
 
 def aggregate(residual: Tensor, pre_mix: Tensor) -> Tensor:
@@ -261,19 +342,14 @@ def post_backward(
 
 def head_mix(mixes: Tensor, scale: Tensor, bias: Tensor, *, pre_eps: float = 1e-6) -> Tensor:
     """sigmoid(mixes * scale + bias) + pre_eps"""
-    return _gate(mixes, scale, bias) + pre_eps
-
-
-def _gate(mixes: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    return (mixes * scale.to(mixes.dtype) + bias.to(mixes.dtype)).sigmoid()
+    return _sigmoid(_gate_logits(mixes, scale, bias)) + pre_eps
 
 
 def head_mix_backward(
     grad: Tensor, mixes: Tensor, scale: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of mixes, scale and bias."""
-    gate = _gate(mixes, scale, bias)
-    grad_logits = grad * gate * (1 - gate)
+    grad_logits = grad * _sigmoid_slope(_gate_logits(mixes, scale, bias))
     grad_scale = (grad_logits * mixes).sum().reshape(scale.shape).to(scale.dtype)
     grad_bias = grad_logits.reshape(-1, mixes.shape[-1]).sum(0).to(bias.dtype)
     return grad_logits * scale.to(mixes.dtype), grad_scale, grad_bias

@@ -116,33 +116,3 @@ def mixes_backward(
     grad_ms = -0.5 * ((grad * normed).sum(-1, keepdim=True) * inv_rms * inv_rms).squeeze(-1)
     grad_h = torch.nn.functional.pad(grad * inv_rms, (0, PADDED - num_mixes))
     return grad_h, grad_ms, grad_scale, grad_bias
-
-
-def log_sinkhorn(logits: Tensor, repeat: int) -> Tensor:
-    """repeat times f = -logsumexp_j(logits + g), g = -logsumexp_i(logits + f), from g = 0;
-    exp(f + logits + g)"""
-    f, _, g = _log_scalings(logits, repeat)[-1]
-    return (f + logits + g).exp()
-
-
-def log_sinkhorn_backward(grad: Tensor, logits: Tensor, repeat: int) -> Tensor:
-    """The gradient of the `repeat`-step map itself (not of its fixed point)."""
-    scalings = _log_scalings(logits, repeat)
-    f, _, g = scalings[-1]
-    grad = grad * (f + logits + g).exp()
-    for f, before, g in reversed(scalings):
-        grad = grad - (f + logits + g).exp() * grad.sum(-2, keepdim=True)
-        grad = grad - (f + logits + before).exp() * grad.sum(-1, keepdim=True)
-    return grad
-
-
-def _log_scalings(logits: Tensor, repeat: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """f, the g that it was made with, and the g made with it, of every step."""
-    after = torch.zeros_like(logits[..., :1, :])
-    scalings = []
-    for _ in range(repeat):
-        before = after
-        f = -(logits + before).logsumexp(-1, keepdim=True)
-        after = -(logits + f).logsumexp(-2, keepdim=True)
-        scalings.append((f, before, after))
-    return scalings

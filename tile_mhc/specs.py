@@ -152,6 +152,10 @@ def _n(s: Sizes) -> list[Arguments]:
     return [(s.n,)]
 
 
+def _steps(s: Sizes) -> list[Arguments]:
+    return [(s.n, s.capacity)]
+
+
 def _streams(s: Sizes) -> list[Arguments]:
     return [(s.n, s.hidden, *stream_dtypes(s.dtype))]
 
@@ -400,7 +404,7 @@ SPECS = (
         _column_sums,
     ),
     Spec("sinkhorn_fwd", "sinkhorn", ("sinkhorn",), _n),
-    Spec("sinkhorn_bwd", "sinkhorn", ("sinkhorn", "fused_pre"), lambda s: [(s.n, s.capacity)]),
+    Spec("sinkhorn_bwd", "sinkhorn", ("sinkhorn", "fused_pre"), _steps),
     Spec("aggregate_fwd", "aggregate", ("aggregate",), _streams),
     Spec("aggregate_last_fwd", "aggregate", ("aggregate",), _streams),
     Spec("aggregate_bwd", "aggregate", ("aggregate",), _aggregate_backwards),
@@ -428,8 +432,8 @@ SPECS = (
     Spec("padded_projection_pack", "padded_projection", _TE, _padded_projections),
     Spec("padded_mixes_fwd", "padded_mixes", _TE, _padded_mixes),
     Spec("padded_mixes_bwd", "padded_mixes", _TE, _padded_mixes),
-    Spec("log_sinkhorn_fwd", "log_sinkhorn", _TE, _of_te(_n)),
-    Spec("log_sinkhorn_bwd", "log_sinkhorn", _TE, _of_te(lambda s: [(s.n, s.capacity)])),
+    Spec("log_sinkhorn_fwd", "log_sinkhorn", ("sinkhorn", "fused_pre", *_TE), _n),
+    Spec("log_sinkhorn_bwd", "log_sinkhorn", ("sinkhorn", "fused_pre", *_TE), _steps),
     Spec("recompute", "recompute", ("recompute",), _streams),
     Spec("recompute_table", "recompute", ("recompute",), lambda _: [(TABLE_SLOTS,)]),
 )
@@ -500,7 +504,7 @@ def _sizes_of(name: str, args: Arguments) -> Iterator[Sizes]:
     """Every choice that may give these arguments, the defaults first."""
     numbers = [arg for arg in args if type(arg) is int]  # a flag is none
     words = [arg for arg in args if isinstance(arg, str)]
-    repeats = {HISTORY_STEP, numbers[-1]} if name == "sinkhorn_bwd" else {HISTORY_STEP}
+    repeats = {HISTORY_STEP, numbers[-1]} if name.endswith("sinkhorn_bwd") else {HISTORY_STEP}
     streams = [DTYPE, *(word for word in words if word in STREAMS)]
     parameters = [*((dtype,) for dtype in EVERY_PARAMETER), EVERY_PARAMETER]
     grads: list[tuple[str, ...]] = [(), *((word,) for word in STREAMS)]

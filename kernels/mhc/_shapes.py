@@ -28,9 +28,16 @@ PADDED = 32
 # sinkhorn, log_sinkhorn: the backward keeps every step in shared memory; kernels are built for a
 # multiple of this many, so that the repeat counts in use (10, 20) share one.
 HISTORY_STEP = 32
+# sinkhorn: the smallest eps that its kernels, which divide by it in float32, can take.
+SMALLEST_EPS = 2.0**-100
 
 # recompute: addresses that one launch of the table kernel takes by value.
 TABLE_SLOTS = 48
+
+
+def is_no_eps(eps: float) -> bool:
+    """sinkhorn: whether eps is 0, or too small to be told from it: log_sinkhorn does without."""
+    return abs(eps) < SMALLEST_EPS
 
 
 def backward_pieces(num_mixes: int, size: int, n: int, joins: bool = False) -> int:

@@ -21,7 +21,7 @@ from tile_mhc.kernels._common import (
 )
 from tile_mhc.kernels._shapes import SUM_LANES
 from tile_mhc.kernels.fused_pre import gated_aggregate
-from tile_mhc.kernels.mixes import THREADS, logit, sigmoid
+from tile_mhc.kernels.mixes import THREADS, logit, sigmoid, sigmoid_slope
 from tile_mhc.kernels.projection import norm_shape
 
 
@@ -73,7 +73,7 @@ def head_mix_bwd(n: int, scale_dtype: str = "float32", bias_dtype: str = "float3
             tid = T.get_thread_binding()
             t = row * THREADS + tid
             z = T.alloc_local((1,), T.float32)
-            gate = T.alloc_local((1,), T.float32)
+            slope = T.alloc_local((1,), T.float32)
             partial = T.alloc_local((1,), T.float32)
             mix = T.alloc_local((n,), T.float32)
             out = T.alloc_local((n,), T.float32)
@@ -86,9 +86,8 @@ def head_mix_bwd(n: int, scale_dtype: str = "float32", bias_dtype: str = "float3
                 load_mixes(grad, t, 0, n, out)
                 for k in T.unroll(n):
                     logit(mix[k], scale[0], bias[k], z)
-                    # Not 1 - sigmoid(z): near 1 that keeps few bits.
-                    gate[0] = T.sigmoid(z[0]) * T.sigmoid(-z[0])
-                    sums[k] = out[k] * gate[0]
+                    sigmoid_slope(z[0], slope)
+                    sums[k] = out[k] * slope[0]
                     sums[n] += sums[k] * mix[k]
                     out[k] = sums[k] * T.cast(scale[0], T.float32)
                 store_mixes(out, n, grad_mixes, t, 0)

@@ -19,7 +19,7 @@ from tile_mhc.kernels._common import (
     sums_shape,
 )
 from tile_mhc.kernels._shapes import PADDED, TOKENS_PER_PARTIAL
-from tile_mhc.kernels.mixes import WARP_TOKENS, logit, sigmoid
+from tile_mhc.kernels.mixes import WARP_TOKENS, logit, sigmoid, sigmoid_slope
 
 # One thread a token.
 THREADS = TOKENS_PER_PARTIAL
@@ -98,6 +98,7 @@ def padded_mixes_bwd(n: int, scale_dtype: str, bias_dtype: str):
             tid = T.get_thread_binding()
             t = row * THREADS + tid
             z = T.alloc_local((1,), T.float32)
+            slope = T.alloc_local((1,), T.float32)
             total = T.alloc_local((1,), T.float32)
             inv_rms = T.alloc_local((1,), T.float32)
             partial = T.alloc_local((1,), T.float32)
@@ -120,8 +121,8 @@ def padded_mixes_bwd(n: int, scale_dtype: str, bias_dtype: str):
                     mix[k] *= inv_rms[0]
                 for k in T.unroll(2 * n):
                     logit(mix[k], factor[k // n], bias[k], z)
-                    # Not gate * (1 - gate): it cancels where the gate is near 1.
-                    sums[k] *= T.sigmoid(z[0]) * T.sigmoid(-z[0])
+                    sigmoid_slope(z[0], slope)
+                    sums[k] *= slope[0]
                 for k in T.unroll(n):
                     sums[n + k] *= POST_MULT
                 total[0] = 0.0

@@ -111,6 +111,12 @@ def recompute_into_grad():
     return recompute(layer_inputs=[bf16(T, H).requires_grad_(), bf16(T, H)])
 
 
+def freed_weight():
+    weight = f32(24, N * H)
+    weight.untyped_storage().resize_(0)
+    call(PROJECTION, weight=weight)
+
+
 def gradient_of_a_gradient():
     tensors, options = SINKHORN.inputs((T,), N, H, "cpu")
     logits = tensors["logits"].requires_grad_()
@@ -319,6 +325,8 @@ MISTAKES = [
      "head_mix: mixes must be (..., n) float32; got () float32 on cpu"),
     ("bfloat16 head mixes", lambda: call(HEAD_MIX, mixes=bf16(T, N)), ShapeError,
      "head_mix: mixes must be (..., n) float32; got (3, 4) bfloat16 on cpu"),
+    ("freed weight", freed_weight, ShapeError,
+     "projection: weight must be in memory; got (24, 256) float32 on cpu, whose storage is freed."),
     # out=
     ("short out", lambda: call(AGGREGATE, out=bf16(T, N, H)), ShapeError,
      "aggregate: out must be (3, 64) bfloat16 to match residual"),

@@ -8,6 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
+import far_apart
+import oracle
+import saturation
 from cases import CONTRACT, DTYPES, FUSED_PRE, OPS, POST, POST_BIAS, PROJECTION, SPLIT_MIXES
 from tile_mhc import reference
 
@@ -99,15 +102,16 @@ def test_backward_rounds_once_to_the_dtype_of_its_input(op, dtypes):
     outputs = op.reference(**tensors, **options)
     outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
     grads = [torch.randn_like(out).double() for out in outputs]
-    leaves = {name: tensor.requires_grad_() for name, tensor in wide_tensors.items()}
-    truth = op.reference(**leaves, **options)
-    truth = (truth,) if isinstance(truth, torch.Tensor) else truth
-    expected = torch.autograd.grad(truth, list(leaves.values()), grads)
-    for tensor, mine, exact in zip(tensors.values(), ours, expected, strict=True):
+    expected, terms = oracle.terms_of(op, wide_tensors, options, grads)
+    for (name, tensor), mine in zip(tensors.items(), ours, strict=True):
         assert mine.dtype == tensor.dtype
+        exact = expected[f"grad_{name}"]
         unit = torch.finfo(mine.dtype).eps
         # Half a unit of the rounding, and float32's error.
-        bound = 0.51 * unit * exact.abs() + 2e-6 * exact.abs().max()
+        size = exact.abs().max()
+        if f"grad_{name}" in terms:
+            size = terms[f"grad_{name}"].maximum(size)
+        bound = 0.51 * unit * exact.abs() + 2e-6 * size
         assert ((mine.double() - exact).abs() <= bound).all()
 
 
@@ -517,3 +521,80 @@ def test_tf32_of_fused_pre_backward():
     )
     for a, b in zip(ours, (*expected, *gates), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_gradients_of_saturated_gates():
+    """By autograd; the closed forms are those of the ops."""
+    saturation.check_split_mixes("cpu", reference.split_mixes)
+    saturation.check_head_mix("cpu", reference.head_mix)
+
+
+def test_gradients_of_gates_in_float64():
+    """At z = 30 autograd of torch's sigmoid has three digits of the gradient left, at 40 none."""
+    z = torch.linspace(-80, 80, 161, dtype=F64).view(-1, 1).requires_grad_()
+    one, zero = torch.ones(1, dtype=F64), torch.zeros(1, dtype=F64)
+    (grad,) = torch.autograd.grad(reference.head_mix(z, one, zero).sum(), z)
+    closed, _, _ = reference.head_mix_backward(torch.ones_like(z), z.detach(), one, zero)
+    for ours in (grad, closed):
+        torch.testing.assert_close(ours, saturation.slope(z.detach()), rtol=1e-13, atol=0)
+
+
+def test_gates_are_sigmoids():
+    z = torch.cat((torch.linspace(-80, 80, 161), torch.tensor([torch.inf, -torch.inf, torch.nan])))
+    gate = reference.head_mix(z.view(-1, 1), torch.ones(1), torch.zeros(1), pre_eps=0.0).view(-1)
+    torch.testing.assert_close(
+        gate, z.double().sigmoid().float(), rtol=3e-7, atol=0, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+@pytest.mark.parametrize("gap", far_apart.GAPS)
+@STREAMS
+def test_sinkhorn_without_eps(n, gap, dtype):
+    """By autograd, and the closed form, of logits that no softmax in float32 holds."""
+
+    def by_autograd(logits):
+        return reference.sinkhorn(logits.to(dtype), repeat=20, eps=0.0)
+
+    far_apart.check(n, gap, 20, "cpu", by_autograd)
+    logits = far_apart.logits(n, gap, "cpu").to(dtype).requires_grad_()
+    grad = torch.randn_like(logits)
+    (expected,) = torch.autograd.grad(by_autograd(logits), logits, grad)
+    ours = reference.sinkhorn_backward(grad, logits.detach(), repeat=20, eps=0.0)
+    assert ours.dtype == dtype
+    torch.testing.assert_close(
+        ours, expected, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-12
+    )
+
+
+@STREAMS
+def test_sinkhorn_without_eps_further_apart_than_float64(n):
+    """A column that lies lower than any exponential: what lies lower alike changes nothing."""
+    logits = torch.randn(50, n, n, dtype=F64)
+    low = logits.clone()
+    low[..., 0] -= 1e9
+    low[:, 1] += 1e7
+    expected = reference.sinkhorn(logits, repeat=500, eps=0.0)
+    torch.testing.assert_close(
+        reference.sinkhorn(low, repeat=500, eps=0.0), expected, rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("n", [4, 8])
+def test_sinkhorn_without_eps_leaves_out_what_is_minus_infinity(n):
+    """As a softmax does; the rest is doubly stochastic with the zero where it was."""
+    logits = torch.randn(50, n, n)
+    logits[:, 0, 0] = -torch.inf
+    comb = reference.sinkhorn(logits, repeat=500, eps=0.0)
+    assert not comb[:, 0, 0].any()
+    torch.testing.assert_close(comb.sum(-1), torch.ones(50, n), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("eps", [2.0**-101, 1e-45, -1e-45])
+def test_sinkhorn_of_an_eps_that_counts_as_none(eps):
+    logits, grad = torch.randn(2, 5, 4, 4)
+    options = {"repeat": 5, "eps": eps}
+    zero = {"repeat": 5, "eps": 0.0}
+    assert torch.equal(reference.sinkhorn(logits, **options), reference.sinkhorn(logits, **zero))
+    ours = reference.sinkhorn_backward(grad, logits, **options)
+    assert torch.equal(ours, reference.sinkhorn_backward(grad, logits, **zero))

@@ -18,6 +18,7 @@ from cases import (
     FUSED_PRE,
     OPS,
     PROJECTION,
+    SINKHORN,
     Case,
     Dtypes,
     Inputs,
@@ -25,7 +26,7 @@ from cases import (
     norm_weight,
     recompute_inputs,
 )
-from tile_mhc import contract, fused_pre, recompute, reference
+from tile_mhc import contract, fused_pre, recompute, reference, sinkhorn
 from tile_mhc.ops import aggregate as aggregate_op
 from tile_mhc.ops import projection as projection_op
 
@@ -82,7 +83,9 @@ def _head_inputs(*shape: Any) -> Inputs:
 HEAD_PROJECTION = dataclasses.replace(PROJECTION, inputs=_head_inputs)
 # The readout in two passes where by default it makes one.
 TWO_PASSES = dataclasses.replace(CONTRACT, run=functools.partial(contract, num_splits=1000))
-EVERY_OP = (*OPS, PASSING, HEAD_PROJECTION, TWO_PASSES)
+# What has kernels of its own for Sinkhorn.
+WITHOUT_EPS = dataclasses.replace(SINKHORN, run=functools.partial(sinkhorn, eps=0.0))
+EVERY_OP = (*OPS, PASSING, HEAD_PROJECTION, TWO_PASSES, WITHOUT_EPS)
 
 
 def run_recompute(

@@ -5,7 +5,9 @@ import contextlib
 import pytest
 import torch
 
+import far_apart
 import oracle
+import saturation
 from cases import (
     AGGREGATE,
     CONTRACT,
@@ -41,7 +43,7 @@ from tile_mhc import (
     specs,
     split_mixes,
 )
-from tile_mhc.kernels._shapes import SUM_LANES
+from tile_mhc.kernels._shapes import SMALLEST_EPS, SUM_LANES
 from tile_mhc.ops import aggregate as aggregate_op
 from tile_mhc.ops.projection import blocks_per_split
 
@@ -240,3 +242,44 @@ def test_outside_it_the_reference_answers():
         with emulated():
             aggregate(**tensors)
     assert ran == [("aggregate_fwd", (4, 192))] * 2
+
+
+def test_gradients_of_saturated_gates():
+    saturation.check_split_mixes("cpu")
+    saturation.check_head_mix("cpu")
+    saturation.check_fused_pre("cpu")
+
+
+@pytest.mark.parametrize("gap", far_apart.GAPS)
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_sinkhorn_without_eps(n, gap):
+    for repeat in (1, 2, 20, 32):
+        far_apart.check(n, gap, repeat, "cpu")
+
+
+def test_sinkhorn_without_eps_of_many_steps():
+    """More groups of steps than one kernel's history is usually for, and growth all the way."""
+    far_apart.check(4, 690.0, 100, "cpu")
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_smallest_eps(n):
+    """What does not count as none is one whose reciprocal, and its growth, float32 holds."""
+    tensors = {"logits": far_apart.logits(n, 104.0, "cpu")}
+    case = Case(4096, n, 64, "a softmax that is less than its eps")
+    ours = oracle.check(SINKHORN, case, tensors, {"repeat": 20, "eps": SMALLEST_EPS})
+    assert all(tensor.isfinite().all() for tensor in ours.values())
+    none = sinkhorn(tensors["logits"], repeat=20, eps=SMALLEST_EPS / 2)
+    assert torch.equal(none, sinkhorn(tensors["logits"], repeat=20, eps=0.0))
+
+
+@pytest.mark.parametrize("shape", [(13, 4, 192), (65, 8, 128)], ids=str)
+def test_fused_pre_without_eps(shape):
+    far_apart.check_fused_pre(shape, "cpu")
+    tensors, options = FUSED_PRE.inputs(shape[:1], *shape[1:], "cpu")
+    comb_mix = fused_pre(**tensors, **options, sinkhorn_eps=0.0)[2]
+    norm = tensors.pop("norm_weight")
+    mixes = projection(tensors["residual"], tensors["weight"], norm_weight=norm)
+    gates = tensors["scale"], tensors["bias"]
+    logits = split_mixes(mixes, *gates, num_streams=shape[1])[2]
+    assert torch.equal(comb_mix, sinkhorn(logits, repeat=20, eps=0.0))

@@ -1,9 +1,11 @@
 import pytest
 import torch
 
+import far_apart as definition
 import oracle
 from cases import mixes
-from te_cases import DTYPES, case, dtypes, far_apart, op_of
+from te_cases import DTYPES, N, case, dtypes, far_apart, op_of
+from tile_mhc.compat import transformer_engine as te
 
 
 @mixes
@@ -41,3 +43,12 @@ def test_equal_logits_are_uniform():
     op = op_of("sinkhorn", DTYPES[0])
     out = op.run(torch.full((3, 4, 4), 300.0, device="cuda"))
     assert torch.equal(out, torch.full_like(out, 0.25))
+
+
+@pytest.mark.parametrize("iters", [20, 100])
+def test_is_that_of_the_definition(iters):
+    def sinkhorn(logits):
+        return te.mhc_fused_sinkhorn(logits, N, iters=iters)
+
+    for gap in definition.GAPS:
+        definition.check(N, gap, iters, "cuda", sinkhorn)

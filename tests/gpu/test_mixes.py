@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import oracle
+import saturation
 from cases import HEAD_MIX, SPLIT_MIXES, Case, mixes
 from tile_mhc import split_mixes
 
@@ -59,3 +60,8 @@ def test_one_output_used(used):
     split_mixes(**leaves, **options)[used].backward(upstream[used])
     grads = {f"grad_{name}": leaf.grad for name, leaf in leaves.items()}
     oracle.check_same_bits(grads, every, f"split_mixes, only {SPLIT_MIXES.outputs[used]}:")
+
+
+def test_gradients_of_saturated_gates():
+    saturation.check_split_mixes("cuda")
+    saturation.check_head_mix("cuda")

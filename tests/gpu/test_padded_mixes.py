@@ -1,4 +1,5 @@
 import oracle
+import saturation
 from cases import mixes
 from te_cases import DTYPES, dtypes, op_of
 
@@ -18,3 +19,7 @@ def test_same_bits_every_run():
 def test_nonfinite_stays_in_its_token():
     op = op_of("scale", DTYPES[2])
     oracle.check_isolation(op, *op.inputs((65,), 4, 64, "cuda"), "ms")
+
+
+def test_gradients_of_saturated_gates():
+    saturation.check_padded_mixes("cuda")

@@ -1,10 +1,12 @@
 import pytest
 import torch
 
+import far_apart
 import oracle
 import tolerances
 from cases import SINKHORN, Case, mixes
 from tile_mhc import sinkhorn
+from tile_mhc.kernels._shapes import SMALLEST_EPS
 
 
 @mixes
@@ -84,3 +86,29 @@ def test_all_logits_equal_columns(num_streams):
     tensors = {"logits": logits}
     case = Case(13, num_streams, 64, "rows in conflict")
     oracle.check(SINKHORN, case, tensors, {"repeat": 20})
+
+
+@pytest.mark.parametrize("gap", far_apart.GAPS)
+@pytest.mark.parametrize("num_streams", [2, 4, 8])
+def test_without_eps(num_streams, gap):
+    for repeat in far_apart.REPEATS:
+        far_apart.check(num_streams, gap, repeat, "cuda")
+
+
+def test_most_steps_without_eps():
+    """So many groups of steps that shared memory holds few tokens of a CTA."""
+    for num_streams in (2, 4, 8):
+        far_apart.check(num_streams, 690.0, 1024, "cuda")
+
+
+@pytest.mark.parametrize("num_streams", [2, 4, 8])
+def test_smallest_eps(num_streams):
+    tensors = {"logits": far_apart.logits(num_streams, 104.0, "cuda")}
+    case = Case(4096, num_streams, 64, "a softmax that is less than its eps")
+    ours = oracle.check(SINKHORN, case, tensors, {"repeat": 20, "eps": SMALLEST_EPS})
+    assert all(tensor.isfinite().all() for tensor in ours.values())
+
+
+def test_same_bits_every_run_without_eps():
+    tensors, options = SINKHORN.inputs((4096,), 4, 64, "cuda")
+    oracle.check_repeatable(SINKHORN, tensors, options | {"eps": 0.0})

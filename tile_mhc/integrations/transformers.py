@@ -60,6 +60,7 @@ _period = 0  # how often the patch has been undone as a whole
 _in_force = False  # read by what torch.compile traces: it starts over when this changes
 _streams_dtype: torch.dtype | None = None
 _norm_class: Any = None
+_norm_forward: Any = None  # the class's own; None where the class was given another before
 _calls: Counter[tuple[str, str]] = Counter()
 # By the name of the class: transformers' function, its code, and a function that keeps this code.
 _functions: dict[str, FunctionType] = {}
@@ -146,9 +147,11 @@ def patch(*, streams_dtype: torch.dtype | None = None) -> Patch:
 
 
 def _begin(modeling: ModuleType, streams_dtype: torch.dtype | None) -> None:
-    global _in_force, _norm_class, _streams_dtype
+    global _in_force, _norm_class, _norm_forward, _streams_dtype
     functions = {name: _function_to_patch(modeling, name) for name in _STAND_INS}
     _norm_class = _class(modeling, NORM)
+    forward = _norm_class.forward
+    _norm_forward = forward if forward.__module__ == MODELING else None
     for name, function in functions.items():
         if _functions.get(name) is not function:
             _functions[name], _codes[name] = function, function.__code__
@@ -289,7 +292,7 @@ def _norm_reason(norm: Any, pre_eps: object) -> str:
     """Why an operator must not stand for this norm, if so: a call of it would do something else."""
     if type(norm) is not _norm_class:
         return f"input_norm is {type(norm).__name__}"
-    if "forward" in norm.__dict__ or norm.forward.__module__ != MODELING:
+    if "forward" in norm.__dict__ or _norm_class.forward is not _norm_forward:
         return "input_norm has another forward"
     for hooks in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"):
         if len(getattr(norm, hooks)):

@@ -211,8 +211,14 @@ def _call_directed(
     route: Route, inputs: Sequence[Any], state: State | None, plain: Callable[..., Any] | None
 ) -> Any:
     parameters = {}
-    if main_grad.is_enabled() and torch.is_grad_enabled():
+    if torch.is_grad_enabled():
         parameters = {p: inputs[p] for p in route.parameters if main_grad.takes_part(inputs[p])}
+    if parameters and not main_grad.is_enabled():
+        inputs = [
+            main_grad.by_autograd(value) if p in parameters else value
+            for p, value in enumerate(inputs)
+        ]
+        parameters = {}
     if state is None and not parameters:
         return (plain or route.operator)(*inputs)
     return _Directed.apply(route, state, parameters, *inputs)  # type: ignore[no-untyped-call]
@@ -252,8 +258,7 @@ class _Directed(torch.autograd.Function):
                 found = main_grad.find(route.name, route.parameters[p], parameter)
             if found is None:
                 continue
-            done[p] = parameter
-            into[p] = Into(*found)
+            done[p], _ = into[p] = Into(*found)
             alignment = 1 if route.parameters[p] in GATES else errors.STREAM_ALIGNMENT
             if not main_grad.is_target(into[p].tensor, alignment):
                 made = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
@@ -268,8 +273,12 @@ class _Directed(torch.autograd.Function):
             results[route.residual] = None
         for target, made in later:
             (target.tensor.add_ if target.adds else target.tensor.copy_)(made)
-        for p, parameter in done.items():
-            results[p] = main_grad.finish(parameter)
+        for p, parameter in ctx.parameters.items():
+            if p in done:
+                node = ctx.next_functions[ctx.edges[p]][0]
+                results[p] = main_grad.finish(parameter, done[p], node)
+            elif _is_wanted(ctx, p):
+                main_grad.left(parameter)
         for p in range(len(results)):
             if not ctx.needs_input_grad[_OWN + p]:
                 results[p] = None
@@ -283,6 +292,16 @@ def _runs(ctx: Any, position: int) -> bool:
     Where it does not, as in `torch.autograd.grad` for other tensors, nobody would collect what was
     written.
     """
+    return _goes_on(ctx, position) is True
+
+
+def _is_wanted(ctx: Any, position: int) -> bool:
+    """Whether this backward goes on to the node behind an input, or returns its gradient."""
+    return _goes_on(ctx, position) is not False
+
+
+def _goes_on(ctx: Any, position: int) -> bool | None:
+    """Whether this backward goes on to the node behind an input; None if it ends there."""
     node = ctx.next_functions[ctx.edges[position]][0]
     if node is None:
         return False
@@ -290,4 +309,4 @@ def _runs(ctx: Any, position: int) -> bool:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:
         # A leaf whose gradient torch.autograd.grad returns.
-        return False
+        return None

@@ -123,8 +123,12 @@ def _reference(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
     It reads contiguous copies, as the kernels do: the same bits for any layout.
     """
     mutated = _mutated(schema)
+    op, names = schema.partition("(")[0], _names(schema)
 
     def compute(*args: Any) -> Any:
+        for name, value in zip(names, args, strict=True):
+            if isinstance(value, Tensor):
+                errors.check_storage(op, name, value)
         args = tuple(a if i in mutated else _contiguous(a) for i, a in enumerate(args))
         with torch.autocast("cpu", enabled=False), torch.no_grad():
             return function(*args)
@@ -145,6 +149,10 @@ def _arguments(schema: str) -> list[str]:
     return schema.partition("(")[2].rpartition(") -> ")[0].split(", ")
 
 
+def _names(schema: str) -> list[str]:
+    return [argument.rpartition(" ")[2] for argument in _arguments(schema)]
+
+
 def _prepared(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """TileLang launches on torch's current device and stream: make them the tensors' own.
 
@@ -156,13 +164,19 @@ def _prepared(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
     types = [argument.partition(" ")[0] for argument in _arguments(schema)]
     device_of = types.index("Tensor")
     inputs = [i for i, kind in enumerate(types) if kind in ("Tensor", "Tensor?")]
+    names = _names(schema)
 
     def launch(*args: Any) -> Any:
         if has_out:
             errors.check_aligned(name, "out", args[-1])
         for i in inputs:
             value = args[i]
-            if value is not None and value.data_ptr() % errors.ALIGNMENT:
+            if value is None:
+                continue
+            address = value.data_ptr()
+            if address < errors.FREED:
+                errors.check_storage(name, names[i], value)
+            if address % errors.ALIGNMENT:
                 copy = value.clone(memory_format=torch.contiguous_format)
                 args = (*args[:i], copy, *args[i + 1 :])
         device = args[device_of].device

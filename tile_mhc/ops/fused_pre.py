@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from tile_mhc import errors, jit, reference, specs
+from tile_mhc.kernels._shapes import is_no_eps
 from tile_mhc.ops import _flops
+from tile_mhc.ops import log_sinkhorn as log_sinkhorn_op
 from tile_mhc.ops import mixes as mixes_op
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops import sinkhorn as sinkhorn_op
@@ -66,7 +68,8 @@ def fused_pre(
         norm_weight: optional (n*H,) float32 or bfloat16, a learnable weight of the RMS norm.
         norm_eps: added to the mean square of the RMS norm.
         pre_eps: added to pre_mix.
-        sinkhorn_eps: added to the softmax and the divisors of Sinkhorn.
+        sinkhorn_eps: added to the softmax and the divisors of Sinkhorn; 0 as in `sinkhorn`, which
+            takes two kernels more.
         post_mult: factor of post_mix (DeepSeek-V4 uses 2).
         sinkhorn_repeat: Sinkhorn steps, from 1 to 1024 (DeepSeek-V4 uses 20).
         num_splits: as in `projection`.
@@ -159,7 +162,21 @@ def _cuda(
             sinkhorn_repeat,
             tf32,
         )
+        if is_no_eps(sinkhorn_eps):
+            _comb_without_eps(mixes, scale, bias, comb_mix, sinkhorn_repeat)
     return outputs
+
+
+def _comb_without_eps(
+    mixes: Tensor, scale: Tensor, bias: Tensor, comb_mix: Tensor, repeat: int
+) -> None:
+    """Write comb_mix, which the one kernel for all has left undefined: it divides by eps."""
+    n = comb_mix.shape[-1]
+    rows = mixes.view(-1, n * (n + 2))
+    sizes = ((rows.shape[0], columns) for columns in (n, n, n * n))
+    pre_mix, post_mix, logits = temporaries(rows, *sizes)
+    mixes_op.launch_rows(rows, scale, bias, pre_mix, post_mix, logits, 1.0, 0.0)
+    log_sinkhorn_op.launch_rows(n, logits, comb_mix.view(-1, n * n), repeat)
 
 
 def _cpu(*args: Any) -> tuple[Tensor, ...]:

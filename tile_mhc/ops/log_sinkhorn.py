@@ -1,11 +1,11 @@
-"""Logits, however far apart, to a doubly stochastic matrix: behind compat.transformer_engine."""
+"""Logits, however far apart, to a doubly stochastic matrix: `sinkhorn` without eps, and what is
+behind compat.transformer_engine."""
 
 from typing import Any
 
 from torch import Tensor
 
-from tile_mhc import jit
-from tile_mhc import reference_interleaved as reference
+from tile_mhc import jit, reference
 from tile_mhc.kernels._shapes import HISTORY_STEP
 from tile_mhc.ops import _flops
 from tile_mhc.ops._library import register
@@ -15,9 +15,13 @@ def _cuda(logits: Tensor, repeat: int) -> Tensor:
     out = _fake(logits, repeat)
     n = logits.shape[-1]
     if out.numel():
-        kernel = jit.kernel("log_sinkhorn_fwd", n)
-        kernel(logits.contiguous().view(-1, n * n), out.view(-1, n * n), repeat)
+        launch_rows(n, logits.contiguous().view(-1, n * n), out.view(-1, n * n), repeat)
     return out
+
+
+def launch_rows(num_streams: int, logits: Tensor, out: Tensor, repeat: int) -> None:
+    """Of contiguous (tokens, n*n)."""
+    jit.kernel("log_sinkhorn_fwd", num_streams)(logits, out, repeat)
 
 
 def _fake(logits: Tensor, repeat: int) -> Tensor:
@@ -28,14 +32,22 @@ def _backward_cuda(grad: Tensor, logits: Tensor, repeat: int) -> Tensor:
     grad_logits = logits.new_empty(logits.shape)
     n = logits.shape[-1]
     if grad_logits.numel():
-        capacity = -(-repeat // HISTORY_STEP) * HISTORY_STEP
-        jit.kernel("log_sinkhorn_bwd", n, capacity)(
+        launch_backward_rows(
+            n,
             grad.contiguous().view(-1, n * n),
             logits.contiguous().view(-1, n * n),
             grad_logits.view(-1, n * n),
             repeat,
         )
     return grad_logits
+
+
+def launch_backward_rows(
+    num_streams: int, grad: Tensor, logits: Tensor, grad_logits: Tensor, repeat: int
+) -> None:
+    """Of contiguous (tokens, n*n)."""
+    capacity = -(-repeat // HISTORY_STEP) * HISTORY_STEP
+    jit.kernel("log_sinkhorn_bwd", num_streams, capacity)(grad, logits, grad_logits, repeat)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

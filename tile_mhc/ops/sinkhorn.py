@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from tile_mhc import errors, jit, reference
-from tile_mhc.kernels._shapes import HISTORY_STEP
-from tile_mhc.ops import _flops
+from tile_mhc.kernels._shapes import HISTORY_STEP, is_no_eps
+from tile_mhc.ops import _flops, log_sinkhorn
 from tile_mhc.ops._library import register
 
 # The backward keeps two scalings a stream and step in shared memory: for eight streams 64 KiB a
@@ -27,7 +27,8 @@ def sinkhorn(logits: Tensor, *, repeat: int = 10, eps: float = 1e-6) -> Tensor:
     Args:
         logits: (..., n, n) float32, index [in, out]; n in 2, 4, 8.
         repeat: how many times columns are normalised, from 1 to 1024 (DeepSeek-V4 uses 20).
-        eps: added to the softmax and to every divisor.
+        eps: added to the softmax and to every divisor. With 0, which a smaller one than 2**-100
+            counts as, logits may be as far apart as float32 can have them.
 
     Returns:
         (..., n, n) float32.
@@ -62,8 +63,11 @@ def _cuda(logits: Tensor, repeat: int, eps: float) -> Tensor:
     out = _fake(logits, repeat, eps)
     n = logits.shape[-1]
     if out.numel():
-        kernel = jit.kernel("sinkhorn_fwd", n)
-        kernel(logits.contiguous().view(-1, n * n), out.view(-1, n * n), repeat, eps)
+        rows = logits.contiguous().view(-1, n * n), out.view(-1, n * n)
+        if is_no_eps(eps):
+            log_sinkhorn.launch_rows(n, *rows, repeat)
+        else:
+            jit.kernel("sinkhorn_fwd", n)(*rows, repeat, eps)
     return out
 
 
@@ -90,6 +94,9 @@ def launch_backward_rows(
     num_streams: int, grad: Tensor, logits: Tensor, grad_logits: Tensor, repeat: int, eps: float
 ) -> None:
     """Of contiguous (tokens, n*n)."""
+    if is_no_eps(eps):
+        log_sinkhorn.launch_backward_rows(num_streams, grad, logits, grad_logits, repeat)
+        return
     capacity = -(-repeat // HISTORY_STEP) * HISTORY_STEP
     jit.kernel("sinkhorn_bwd", num_streams, capacity)(grad, logits, grad_logits, repeat, eps)
 

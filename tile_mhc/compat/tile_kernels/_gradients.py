@@ -120,21 +120,23 @@ class _ParameterInput(torch.autograd.Function):
     def forward(ctx: Any, parameter: Tensor, op: str, name: str) -> Tensor:
         # The Python object, not a saved tensor: main_grad is an attribute of that object.
         ctx.parameter, ctx.op, ctx.name = parameter, op, name
+        ctx.is_enabled = main_grad.is_enabled()
         return parameter.view_as(parameter)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         parameter = ctx.parameter
-        found = main_grad.locate(parameter)
+        found = main_grad.locate(parameter) if ctx.is_enabled else None
         if found is None:
+            main_grad.left(parameter)
             return grad, None, None
         name = f"{ctx.name}.main_grad"
         target = _check_accumulator(ctx.op, name, found, parameter).detach()
         # Not a view: main_grad may be a strided view into a bucket.
         value = grad.detach().reshape(target.shape)
-        (target.add_ if main_grad.adds(parameter) else target.copy_)(value)
+        (target.add_ if main_grad.adds(parameter, target) else target.copy_)(value)
         # None, as TileKernels returns, but where Megatron's hooks wait for a gradient.
-        return main_grad.finish(parameter), None, None
+        return main_grad.finish(parameter, target, ctx.next_functions[0][0]), None, None
 
 
 class _IntoOut(torch.autograd.Function):
