@@ -20,14 +20,12 @@ def example():
 
 
 def test_first_example_keeps_the_constraint(example):
-    """Columns of comb_mix sum to one, rows as nearly as 20 steps bring them; it is not uniform."""
+    """The example asserts it, too: rows and columns of comb_mix sum to one; it is not uniform."""
     comb_mix = example["comb_mix"]
     assert comb_mix.shape == (2, 64, 4, 4)
     assert (comb_mix > 0).all()
     assert (comb_mix.sum(-2) - 1).abs().max() < 1e-5
-    rows = (comb_mix.sum(-1) - 1).abs()
-    assert rows.max() < 0.05
-    assert rows.median() < 1e-4
+    assert (comb_mix.sum(-1) - 1).abs().max() < 1e-4
     assert comb_mix.std() > 0.05, "or it shows nothing"
 
 
