@@ -1,6 +1,8 @@
 """What torch's transforms see of an op: forward mode, torch.func, FLOPs, tags."""
 
 import inspect
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -496,6 +498,22 @@ def test_every_operator_has_a_flop_formula_and_torchs_tag():
     assert [name for name in CALLS if _operator(name) not in registry] == []
     tag = torch.Tag.pt2_compliant_tag
     assert [name for name in CALLS if tag not in _operator(name).default.tags] == []
+
+
+@pytest.mark.parametrize("first", ["tile_mhc", "torch.utils.flop_counter"])
+def test_flops_are_counted_whatever_is_imported_first(first):
+    """torch's counter is imported late, as it brings in triton."""
+    code = (
+        f"import sys, {first}, tile_mhc\n"
+        f"assert ('torch.utils.flop_counter' in sys.modules) == {first != 'tile_mhc'}\n"
+        "import torch\n"
+        "from torch.utils.flop_counter import FlopCounterMode\n"
+        "with FlopCounterMode(display=False) as counter:\n"
+        "    tile_mhc.aggregate(torch.ones(3, 4, 8), torch.ones(3, 4))\n"
+        "assert counter.get_total_flops() == 2 * 3 * 4 * 8\n"
+        "assert not [f for f in sys.meta_path if type(f).__module__.startswith('tile_mhc')]\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_compiles_where_torch_takes_compliant_operators_only():

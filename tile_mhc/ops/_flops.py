@@ -9,11 +9,54 @@ and twice that for a backward. The numbers of a model are then those of the same
 torch's matmuls.
 """
 
+import importlib.util
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 Shape = Sequence[int]
+
+# Importing it brings in triton, where that is installed: only who counts FLOPs pays for it.
+COUNTER = "torch.utils.flop_counter"
+_waiting: list[tuple[Any, Callable[..., int]]] = []
+
+
+def register(operator: Any, formula: Callable[..., int]) -> None:
+    """Let FlopCounterMode count `formula` for an operator, now or when its module is imported."""
+    counter = sys.modules.get(COUNTER)
+    if counter is not None:
+        counter.register_flop_formula(operator)(formula)
+        return
+    if not _waiting:
+        sys.meta_path.insert(0, _AfterImport())
+    _waiting.append((operator, formula))
+
+
+class _AfterImport(MetaPathFinder):
+    """Registers what waits as soon as torch's counter has been imported, by whomever."""
+
+    def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
+        if name != COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return None
+        loader: Any = spec.loader
+        run = loader.exec_module
+
+        def run_and_register(module: ModuleType) -> None:
+            run(module)
+            while _waiting:
+                operator, formula = _waiting.pop()
+                module.register_flop_formula(operator)(formula)
+
+        loader.exec_module = run_and_register
+        return spec
 
 
 def pointwise(*_: Any, **__: Any) -> int:

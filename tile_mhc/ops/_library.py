@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from tile_mhc import errors
+from tile_mhc.ops import _flops
 from tile_mhc.ops._autograd import attach
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -37,7 +37,7 @@ def register(
     torch.library.impl(qualified, "CPU", _reference(schema, cpu))
     torch.library.register_fake(qualified, fake)
     operator = getattr(torch.ops.tile_mhc, name)
-    register_flop_formula(operator)(flops)
+    _flops.register(operator, flops)
     if backward is None and not _mutated(schema):
         backward = _no_gradient_of(name)
     return attach(operator.default, backward, setup_context)
