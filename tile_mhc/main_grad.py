@@ -45,7 +45,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import errors
+from tile_mhc import _inherited, errors
 
 # The attributes that make a parameter take part. `main_grad` comes last: it may be a property that
 # allocates, which only backward may touch.
@@ -54,17 +54,12 @@ MARKS = ("get_main_grad", "__fsdp_param__", "grad_added_to_main_grad", "main_gra
 _dummies: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
 
 
-class _Block:
-    """A `with without_main_grad()` that is running."""
-
-    def __init__(self) -> None:
-        self.thread = threading.get_ident()
-        self.is_open = True
-
-
-_block: ContextVar[_Block | None] = ContextVar("tile_mhc_without_main_grad", default=None)
-# Of torch's thread locals, which autograd's threads take over from the caller of a backward.
+_inside: ContextVar[bool] = ContextVar("tile_mhc_without_main_grad", default=False)
+# Of torch's thread locals, which autograd's threads take over from the caller of a backward: the
+# thread that entered a block.
 _KEY = "tile_mhc_without_main_grad"
+# How many blocks of a thread are running.
+_open: dict[int, int] = {}
 
 
 @contextlib.contextmanager
@@ -80,27 +75,24 @@ def without_main_grad() -> Iterator[None]:
         # eager mode.
         yield
         return
-    block, outer, inherited = _Block(), _block.get(), _inherited()
-    _block.set(block)
-    torch._C._stash_obj_in_tls(_KEY, block)
+    ident = threading.get_ident()
+    inherited, token = _inherited.get(_KEY), _inside.set(True)
+    _open[ident] = _open.get(ident, 0) + 1
+    _inherited.keep(_KEY, ident)
     try:
         yield
     finally:
-        block.is_open = False
-        _block.set(outer)
-        torch._C._stash_obj_in_tls(_KEY, inherited)
+        _open[ident] -= 1
+        _inside.reset(token)
+        _inherited.keep(_KEY, inherited)
 
 
 def is_enabled() -> bool:
-    if _block.get() is not None:
+    if _inside.get():
         return False
     # In the thread that entered a block, the context says all.
-    block = _inherited()
-    return block is None or not block.is_open or block.thread == threading.get_ident()
-
-
-def _inherited() -> _Block | None:
-    return torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None
+    ident = _inherited.get(_KEY)
+    return not isinstance(ident, int) or ident == threading.get_ident() or not _open.get(ident)
 
 
 def takes_part(parameter: object) -> bool:
