@@ -12,7 +12,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 if ! imports "$PYTHON" sphinx myst_parser furo; then
     [ "$PYTHON" = "$ROOT/.venv/bin/python" ] ||
         die "$PYTHON lacks the extra docs of pyproject.toml: sphinx, myst-parser, furo"
-    "$PYTHON" -m pip install -q -e "$ROOT[docs]"
+    "$PYTHON" -m pip install -q --no-compile -e "$ROOT[docs]"
 fi
 cd "$ROOT"
 rm -rf build/docs

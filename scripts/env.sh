@@ -59,19 +59,23 @@ use_venv() {
     # A torch that was installed for this machine's GPU is worth keeping.
     if has_gpu && imports "$base" torch; then options=(--system-site-packages); fi
     say "creating $ROOT/.venv with $("$base" --version)"
+    # Without --no-compile pip compiles all of torch; Python does that for what is imported.
     "$base" -m venv --clear ${options[@]+"${options[@]}"} "$ROOT/.venv" || return 1
     if ! imports "$PYTHON" torch; then
         local torch="torch==2.13.0"
         if has_gpu; then torch="torch>=2.10"; fi
-        "$PYTHON" -m pip install -q "${TILE_MHC_TORCH:-$torch}" || return 1
+        "$PYTHON" -m pip install -q --no-compile "${TILE_MHC_TORCH:-$torch}" || return 1
     fi
-    "$PYTHON" -m pip install -q -e "$ROOT[test,transformers,dev]" || return 1
+    "$PYTHON" -m pip install -q --no-compile -e "$ROOT[test,transformers,dev]" || return 1
     printf '%s' "$wanted" >"$stamp"
 }
 
 NEEDED=(torch tilelang pytest)
 WANTED=(transformers safetensors click rich hypothesis ruff mypy codespell_lib)
-if [ -n "${TILE_MHC_PYTHON:-}" ]; then
+if [ -n "${TILE_MHC_SET_UP:-}" ]; then
+    # By the script that runs the one that sources this.
+    PYTHON=$TILE_MHC_SET_UP
+elif [ -n "${TILE_MHC_PYTHON:-}" ]; then
     use_present
 elif is_supported python3 && imports python3 "${NEEDED[@]}" "${WANTED[@]}"; then
     use_present

@@ -10,7 +10,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
+import summary
+
 TESTS = Path(__file__).parent
+MUTANTS = "test_mutants.py"
 
 
 def pytest_configure(config):
@@ -18,14 +21,52 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:.*deterministic.*:UserWarning")
 
 
+def _folder(path):
+    return path.relative_to(TESTS).parts[0] if TESTS in path.parents else ""
+
+
 def pytest_collection_modifyitems(items):
+    # Several workers end together where what takes longest has come first.
+    items.sort(key=lambda item: (_folder(item.path) != "emulator", item.path.name != MUTANTS))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
     for item in items:
-        folder = item.path.relative_to(TESTS).parts[0] if TESTS in item.path.parents else ""
+        folder = _folder(item.path)
         if folder == "gpu" or (folder == "parity" and not item.get_closest_marker("cpu")):
             item.add_marker(skip)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file at a time, so that its fixtures are set up once, but of the emulator a test.
+
+    What uses a GPU stays in one process, as its memory and its time are measured there.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            folder = _folder(config.rootpath / nodeid.split("::")[0])
+            if folder == "emulator" and MUTANTS not in nodeid:
+                return nodeid
+            if torch.cuda.is_available() and folder in ("gpu", "parity"):
+                return "gpu"
+            return nodeid.split("::")[0]
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    summary.take_over(node.config, getattr(node, "workeroutput", None) or {})
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for text in summary.of(config):
+        for line in text.split("\n"):
+            terminalreporter.line(line)
 
 
 @pytest.fixture(autouse=True)

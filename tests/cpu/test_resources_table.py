@@ -53,6 +53,20 @@ def test_with_another_nvcc_only_spills_fail(capsys):
     assert problems({"spill_stores": 8}, same_nvcc=False) == [f"{TITLE}: spills, 8 + 0 bytes"]
 
 
+def test_a_table_with_spills_on_hopper_is_not_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(resources, "TABLE", tmp_path / "resources.json")
+    monkeypatch.setattr(resources, "nvcc_version", lambda: "13.0")
+    compiled = tmp_path / "compiled.json"
+    monkeypatch.setattr(sys, "argv", ["resources.py", str(compiled), "--renew"])
+    for arch, status in (("sm_90a", 1), ("sm_100a", 0)):
+        kernel = {"name": "expand_fwd", "args": [4, 64], "arch": arch, "error": None}
+        kernel |= ROW | {"spill_stores": 8}
+        compiled.write_text(json.dumps({"kernels": [kernel]}))
+        assert resources.main() == status
+        assert resources.TABLE.exists() is not bool(status)
+    assert capsys.readouterr().err == f"{TITLE}: spills, 8 + 0 bytes\n"
+
+
 def test_a_failed_kernel_is_named():
     kernel = {"name": "expand_fwd", "args": [4, 64], "arch": "sm_90a", "error": "no nvcc"}
     with pytest.raises(SystemExit, match="expand_fwd: no nvcc"):

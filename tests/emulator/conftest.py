@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import summary
 from emulator import launch, lowering
 from emulator.suite import PAIRS, VARIED, WIDE, WIDE_OPS
 from tile_mhc import specs
@@ -35,7 +36,12 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def built_kernels():
-    """Lowering releases the GIL, and g++ is a process of its own."""
+    """Lowering releases the GIL, and g++ is a process of its own.
+
+    With several workers of pytest-xdist each test builds what it needs: that keeps all cores busy.
+    """
+    if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)) > 1:
+        return
     kernels = specs.select([specs.Sizes(*pair) for pair in VARIED])
     # At the other pairs no test has many splits.
     others = specs.select([specs.Sizes(*pair) for pair in PAIRS])
@@ -47,12 +53,15 @@ def built_kernels():
         list(pool.map(lambda kernel: launch.kernel(kernel[0], *kernel[1]), kernels))
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_sessionfinish(session):
     """Say which kernels ran in another form than the shipped one, and why."""
-    siblings = [kernel for kernel in sorted(launch.launched) if lowering.lower(*kernel).sibling]
-    one_of_each = dict(siblings)
-    for name, args in one_of_each.items():
-        terminalreporter.line(
+    siblings = {key[0] for key in launch.launched if lowering.lower(*key).sibling}
+    # The first of a name in the table stands for all, so that workers lower the same ones.
+    table = specs.select([specs.Sizes(*VARIED[0])])
+    for name in sorted(siblings):
+        args = next(args for kernel, args in [*table, *launch.launched] if kernel == name)
+        summary.add(
+            session.config,
             f"emulator: {name} ran as its sibling; not emulated: "
-            f"{', '.join(lowering.not_emulated(name, args))}"
+            f"{', '.join(lowering.not_emulated(name, args))}",
         )

@@ -7,9 +7,9 @@ deeper pipeline of a length known at run time.
 """
 
 import contextlib
-import hashlib
+import functools
+import importlib.metadata
 import json
-import os
 import re
 import sys
 import threading
@@ -18,10 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tile_mhc import jit, specs
-
-ROOT = Path(__file__).resolve().parents[2]
-CACHE = Path(os.environ.get("TILE_MHC_EMULATOR_CACHE") or ROOT / "build" / "emulator")
+from emulator.cache import CACHE, digest_of, made
+from tile_mhc import jit, kernels, specs
 
 SIBLING_STAGES = 1
 # What the header does not have, and how it shows in a kernel's source.
@@ -84,6 +82,32 @@ def not_emulated(name: str, args: specs.Arguments, arch: str = "sm_90a") -> list
 
 
 def _lower(name: str, args: specs.Arguments, arch: str, sibling: bool) -> Lowered:
+    """From the cache by the sources of all kernels, or else by what tracing this one gives.
+
+    Another process need not even trace, and after an edit only kernels that changed are lowered.
+    """
+    digest = digest_of(_sources(), json.dumps([name, args, arch, sibling]))
+
+    def trace_into(path: Path) -> None:
+        path.write_text(_traced_and_lowered(name, args, arch, sibling).name)
+
+    known = made(CACHE / "traced" / f"{name}-{digest}", trace_into)
+    described = json.loads((CACHE / "lowered" / known.read_text()).read_text())
+    return Lowered(name=name, args=args, sibling=sibling, **described)
+
+
+@functools.cache
+def _sources() -> str:
+    files = [*sorted(Path(kernels.__file__).parent.rglob("*.py")), Path(specs.__file__)]
+    return digest_of(_toolchain(), *(file.read_text() for file in files))
+
+
+def _toolchain() -> str:
+    return digest_of(importlib.metadata.version("tilelang"), Path(__file__).read_text())
+
+
+def _traced_and_lowered(name: str, args: specs.Arguments, arch: str, sibling: bool) -> Path:
+    """The file of a kernel's description."""
     tilelang = jit.import_tilelang()
     builder = specs.builder(name)
     configs = specs.pass_configs(name, args)
@@ -96,16 +120,15 @@ def _lower(name: str, args: specs.Arguments, arch: str, sibling: bool) -> Lowere
             return builder(*args)
 
     func = jit.undisturbed(trace)
-    key = [func.script(), configs, arch, tilelang.__version__, Path(__file__).read_text()]
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
-    record = CACHE / "lowered" / f"{name}-{digest}.json"
-    if not record.exists():
+
+    def lower_into(path: Path) -> None:
         target = tilelang.tvm.target.Target({"kind": "cuda", "arch": arch})
         with tilelang.tvm.transform.PassContext(opt_level=3, config=configs), target:
             artifact = jit.undisturbed(lambda: tilelang.lower(func, target=target))
-        write(record, json.dumps(_describe(name, func, artifact)))
-    described = json.loads(record.read_text())
-    return Lowered(name=name, args=args, sibling=sibling, **described)
+        path.write_text(json.dumps(_describe(name, func, artifact)))
+
+    digest = digest_of(func.script(), json.dumps([configs, arch]), _toolchain())
+    return made(CACHE / "lowered" / f"{name}-{digest}.json", lower_into)
 
 
 @contextlib.contextmanager
@@ -207,11 +230,3 @@ def _split(text: str) -> list[str]:
             parts.append(text[start:at].strip())
             start = at + 1
     return [*parts, text[start:].strip()]
-
-
-def write(path: Path, text: str) -> None:
-    """Whole or not at all: several processes may fill one cache."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)

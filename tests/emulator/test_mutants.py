@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import oracle
+import summary
 from cases import OPS, Case
 from emulator import launch
 from emulator.launch import FaultError, Kernel
@@ -196,7 +197,7 @@ def test_recorded_launches_repeat(recorded):
         assert outcome(kernel, launches) == "same"
 
 
-def test_share_of_mutants_caught(recorded, capsys):
+def test_share_of_mutants_caught(recorded, request):
     counts: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
     survivors = []
@@ -217,7 +218,6 @@ def test_share_of_mutants_caught(recorded, capsys):
         *survivors,
     ]
     report = "\n".join(lines)
-    with capsys.disabled():
-        print(f"\n{report}")
+    summary.add(request.config, report)
     assert len(recorded) >= 5
     assert caught >= WANTED * (caught + counts["missed"]), report
