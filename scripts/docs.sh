@@ -4,16 +4,13 @@
 #
 #   scripts/docs.sh && open build/docs/index.html
 #
-# Uses the environment of scripts/check.sh, and adds the extra `docs` to .venv where it is missing.
+# Uses the environment of scripts/check.sh.
 set -euo pipefail
 # shellcheck source=scripts/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-if ! imports "$PYTHON" sphinx myst_parser furo; then
-    [ "$PYTHON" = "$ROOT/.venv/bin/python" ] ||
-        die "$PYTHON lacks the extra docs of pyproject.toml: sphinx, myst-parser, furo"
-    "$PYTHON" -m pip install -q --no-compile -e "$ROOT[docs]"
-fi
+imports "$PYTHON" sphinx myst_parser furo ||
+    die "$PYTHON lacks the extra docs of pyproject.toml: sphinx, myst-parser, furo"
 cd "$ROOT"
 rm -rf build/docs
 "$PYTHON" -m sphinx --fail-on-warning --nitpicky --keep-going --quiet --fresh-env \
