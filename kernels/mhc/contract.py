@@ -26,7 +26,7 @@ from tile_mhc.kernels.projection import norm_shape
 
 
 @builder(SIMT)
-def head_mix_fwd(n: int, scale_dtype: str = "float32", bias_dtype: str = "float32"):
+def head_mix_fwd(n: int, *, scale_dtype: str, bias_dtype: str):
     tokens = T.dynamic("num_tokens")
     # Whole tokens, one thread a mix: indices stay 32 bits wide.
     block_tokens = 256 // n
@@ -53,7 +53,7 @@ def head_mix_fwd(n: int, scale_dtype: str = "float32", bias_dtype: str = "float3
 
 
 @builder(SIMT)
-def head_mix_bwd(n: int, scale_dtype: str = "float32", bias_dtype: str = "float32"):
+def head_mix_bwd(n: int, *, scale_dtype: str, bias_dtype: str):
     tokens = T.dynamic("num_tokens")
     rows = T.dynamic("num_partials")
     lanes = sum_lanes(n + 1, THREADS)
@@ -103,16 +103,17 @@ def contract_fwd(
     n: int,
     hidden_size: int,
     many_splits: bool,
-    weight_dtype: str = "float32",
-    norm_dtype: str = "",
-    dtype: str = "bfloat16",
-    scale_dtype: str = "float32",
-    bias_dtype: str = "float32",
+    *,
+    weight_dtype: str,
+    norm_weight_dtype: str,
+    streams_dtype: str,
+    scale_dtype: str,
+    bias_dtype: str,
 ):
     tokens = T.dynamic("num_tokens")
     splits = T.dynamic("num_splits")
     size = n * hidden_size
-    vector = row_vector(hidden_size, dtype)
+    vector = row_vector(hidden_size, streams_dtype)
     threads = max(row_threads(hidden_size, vector), n * SUM_LANES)
 
     @T.prim_func
@@ -121,11 +122,11 @@ def contract_fwd(
         squares: T.Tensor[(splits, tokens), T.float32],
         scale: T.Tensor[(1,), scale_dtype],
         bias: T.Tensor[(n,), bias_dtype],
-        residual: T.Tensor[(tokens, n, hidden_size), dtype],
-        x: T.Tensor[(tokens, size), dtype],
+        residual: T.Tensor[(tokens, n, hidden_size), streams_dtype],
+        x: T.Tensor[(tokens, size), streams_dtype],
         weight: T.Tensor[(n, size), weight_dtype],
-        norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
-        out: T.Tensor[(tokens, hidden_size), dtype],
+        norm_weight: T.Tensor[norm_shape(size, norm_weight_dtype), norm_weight_dtype or T.float32],
+        out: T.Tensor[(tokens, hidden_size), streams_dtype],
         mixes: T.Tensor[(tokens, n), T.float32],
         inv_rms: T.Tensor[(tokens,), T.float32],
         norm_eps: T.float32,
@@ -140,7 +141,7 @@ def contract_fwd(
                 x,
                 weight,
                 norm_weight,
-                norm_dtype,
+                norm_weight_dtype,
                 splits,
                 SUM_LANES if many_splits else 1,
                 t,

@@ -182,10 +182,11 @@ def push_sums(
 def contract_cluster_fwd(
     n: int,
     hidden_size: int,
-    weight_dtype: str = "float32",
-    norm_dtype: str = "",
-    scale_dtype: str = "float32",
-    bias_dtype: str = "float32",
+    *,
+    weight_dtype: str,
+    norm_weight_dtype: str,
+    scale_dtype: str,
+    bias_dtype: str,
 ):
     tokens = T.dynamic("num_tokens")
     size = n * hidden_size
@@ -199,13 +200,13 @@ def contract_cluster_fwd(
     # Products, then squares; a push moves multiples of 16 bytes.
     count = products + GROUP
     chains = -(-n * CLUSTER_COLUMNS // CHAIN)
-    has_norm = norm_dtype != ""
+    has_norm = norm_weight_dtype != ""
 
     @T.prim_func
     def contract_cluster_fwd_kernel(
         x: T.Tensor[(tokens, size), T.bfloat16],
         weight: T.Tensor[(n, size), weight_dtype],
-        norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
+        norm_weight: T.Tensor[norm_shape(size, norm_weight_dtype), norm_weight_dtype or T.float32],
         scale: T.Tensor[(1,), scale_dtype],
         bias: T.Tensor[(n,), bias_dtype],
         out: T.Tensor[(tokens, hidden_size), T.bfloat16],
@@ -357,7 +358,9 @@ def contract_cluster_fwd(
                                 z[0] = T.cast(x[t0[0], k], T.float32) * RESCUE_SCALE
                                 exact[0] += T.cast(z[0] * z[0], T.float64)
                                 exact[1] += T.cast(z[0], T.float64) * T.cast(
-                                    weight_value(weight, norm_weight, norm_dtype, m, k, tf32),
+                                    weight_value(
+                                        weight, norm_weight, norm_weight_dtype, m, k, tf32
+                                    ),
                                     T.float64,
                                 )
                             z[0] = T.rsqrt(T.cast(exact[0], T.float32) / size)
@@ -398,10 +401,11 @@ def contract_cluster_fwd(
 def contract_cluster_bwd(
     n: int,
     hidden_size: int,
-    weight_dtype: str = "float32",
-    norm_dtype: str = "",
-    scale_dtype: str = "float32",
-    bias_dtype: str = "float32",
+    *,
+    weight_dtype: str,
+    norm_weight_dtype: str,
+    scale_dtype: str,
+    bias_dtype: str,
 ):
     """Gradient of x, and of weight, bias and scale a row of partial sums a cluster.
 
@@ -423,14 +427,14 @@ def contract_cluster_bwd(
     owners = CLUSTER_COLUMNS // vector
     # Of a token: its gates, d mix * r, r, and the factor of x * r.
     factors = -(-(2 * n + 2) // 4) * 4
-    has_norm = norm_dtype != ""
+    has_norm = norm_weight_dtype != ""
 
     @T.prim_func
     def contract_cluster_bwd_kernel(
         grad: T.Tensor[(tokens, hidden_size), T.bfloat16],
         x: T.Tensor[(tokens, size), T.bfloat16],
         weight: T.Tensor[(n, size), weight_dtype],
-        norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
+        norm_weight: T.Tensor[norm_shape(size, norm_weight_dtype), norm_weight_dtype or T.float32],
         scale: T.Tensor[(1,), scale_dtype],
         bias: T.Tensor[(n,), bias_dtype],
         mixes: T.Tensor[(tokens, n), T.float32],

@@ -38,7 +38,7 @@ def gated_aggregate(
     x: T.Tensor,
     weight: T.Tensor,
     norm_weight: T.Tensor,
-    norm_dtype: str,
+    norm_weight_dtype: str,
     splits: T.int32,
     sharing: int,
     t: T.int32,
@@ -77,7 +77,7 @@ def gated_aggregate(
             x,
             weight,
             norm_weight,
-            norm_dtype,
+            norm_weight_dtype,
             splits,
             t,
             m,
@@ -121,17 +121,18 @@ def fused_pre(
     n: int,
     hidden_size: int,
     many_splits: bool,
-    weight_dtype: str = "float32",
-    norm_dtype: str = "",
-    dtype: str = "bfloat16",
-    scale_dtype: str = "float32",
-    bias_dtype: str = "float32",
+    *,
+    weight_dtype: str,
+    norm_weight_dtype: str,
+    streams_dtype: str,
+    scale_dtype: str,
+    bias_dtype: str,
 ):
     tokens = T.dynamic("num_tokens")
     splits = T.dynamic("num_splits")
     num_mixes = n * (n + 2)
     size = n * hidden_size
-    vector = row_vector(hidden_size, dtype)
+    vector = row_vector(hidden_size, streams_dtype)
     threads = max(row_threads(hidden_size, vector), -(-num_mixes // 32) * 32, n * SUM_LANES)
     # Tokens whose mixes one CTA sums, a thread a mix; with many splits one token, in turns.
     sharing = SUM_LANES if many_splits else 1
@@ -144,11 +145,11 @@ def fused_pre(
         squares: T.Tensor[(splits, tokens), T.float32],
         scale: T.Tensor[(3,), scale_dtype],
         bias: T.Tensor[(num_mixes,), bias_dtype],
-        residual: T.Tensor[(tokens, n, hidden_size), dtype],
-        x: T.Tensor[(tokens, size), dtype],
+        residual: T.Tensor[(tokens, n, hidden_size), streams_dtype],
+        x: T.Tensor[(tokens, size), streams_dtype],
         weight: T.Tensor[(num_mixes, size), weight_dtype],
-        norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
-        layer_input: T.Tensor[(tokens, hidden_size), dtype],
+        norm_weight: T.Tensor[norm_shape(size, norm_weight_dtype), norm_weight_dtype or T.float32],
+        layer_input: T.Tensor[(tokens, hidden_size), streams_dtype],
         post_mix: T.Tensor[(tokens, n), T.float32],
         comb_mix: T.Tensor[(tokens, n * n), T.float32],
         mixes: T.Tensor[(tokens, num_mixes), T.float32],
@@ -184,7 +185,7 @@ def fused_pre(
                             x,
                             weight,
                             norm_weight,
-                            norm_dtype,
+                            norm_weight_dtype,
                             splits,
                             t,
                             m,
@@ -220,7 +221,7 @@ def fused_pre(
                     x,
                     weight,
                     norm_weight,
-                    norm_dtype,
+                    norm_weight_dtype,
                     splits,
                     sharing,
                     block - mix_blocks,

@@ -162,10 +162,11 @@ def test_list_of_dtypes(run):
     assert listed["post_fwd"] == [
         [4, 100, *dtypes]
         for streams in ("float16", "float32")
-        for dtypes in ([streams], [streams, "bfloat16"])
+        for dtypes in ([f"streams={streams}"], [f"streams={streams}", "layer_bias=bfloat16"])
     ]
-    assert [24, 400, "float16", "bfloat16", "bfloat16"] in listed["projection_any_fwd"]
-    assert [4, 400, "float32", "bfloat16"] in listed["projection_any_fwd"]
+    projections = listed["projection_any_fwd"]
+    assert [24, 400, "streams=float16", "weight=bfloat16", "norm_weight=bfloat16"] in projections
+    assert [4, 400, "streams=float32", "weight=bfloat16"] in projections
 
 
 def test_list_as_json(run):

@@ -6,10 +6,13 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 import tile_mhc
 from tile_mhc import specs
+from tile_mhc.kernels._dtypes import Dtypes, split_arguments
 from tile_mhc.ops import recompute, sinkhorn
+from tile_mhc.ops._library import dtypes
 
 ROOT = Path(__file__).resolve().parents[2]
 DIRECTED = [specs.Sizes(4, 320, grads=("float32", "bfloat16"))]
@@ -36,7 +39,7 @@ PUBLIC = [op for op in specs.OPS if op != "transformer_engine"]
 def launches():
     """(kernel name, number of arguments) of every jit.kernel("name", ...) in the ops.
 
-    Without `*dtypes`, which is empty for the builder's defaults.
+    Without the words of the dtypes, which come last.
     """
     for path in sorted((ROOT / "tile_mhc" / "ops").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -51,9 +54,7 @@ def test_every_launch_is_in_the_table_and_the_other_way_round():
 
 
 def test_launches_pass_as_many_arguments_as_the_table():
-    table: dict[str, int] = {}
-    for name, args in ONE_OF_EACH:
-        table.setdefault(name, len(args))
+    table = {name: len(split_arguments(args)[0]) for name, args in ONE_OF_EACH}
     for name, count in launches():
         assert count == table[name], name
 
@@ -111,7 +112,11 @@ def test_a_builder_takes_the_arguments_of_the_table(spec):
     assert builder.__module__ == f"tile_mhc.kernels.{spec.stem}"
     for size in SIZES:
         for args in spec.arguments(size):
-            inspect.signature(builder).bind(*args)
+            numbers, words = split_arguments(args)
+            dtypes = {f"{name}_dtype" for name in Dtypes.parse(words).given}
+            parameters = inspect.signature(builder).parameters.values()
+            assert len(numbers) == sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
+            assert dtypes <= {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
             assert isinstance(specs.pass_configs(spec.name, args), dict)
 
 
@@ -147,8 +152,8 @@ def test_the_command_compiles_the_kernel(name, args):
 
 
 def test_the_command_for_parameters_of_two_dtypes():
-    dtypes = specs.pre_dtypes("float16", "bfloat16", "float32", "float32", "bfloat16")
-    command = specs.compile_command("fused_pre", (4, 100, False, *dtypes), "sm_90a")
+    dtypes = Dtypes(streams="float16", weight="bfloat16", norm_weight="float32", bias="bfloat16")
+    command = specs.compile_command("fused_pre", (4, 100, False, *dtypes.words), "sm_90a")
     assert command == (
         "tile-mhc compile --arch sm_90a --hidden 100 --streams 4 --dtype float16 "
         "--param-dtype float32,bfloat16 --ops fused_pre"
@@ -156,11 +161,22 @@ def test_the_command_for_parameters_of_two_dtypes():
 
 
 def test_dtypes_that_are_defaults_are_left_out():
-    assert specs.pre_dtypes("bfloat16", "float32", "", "float32", "float32") == ()
-    assert specs.pre_dtypes("bfloat16", "bfloat16", "", "float32", "float32") == ("bfloat16",)
-    every = ("float32", "", "bfloat16", "float32", "bfloat16")
-    assert specs.pre_dtypes("bfloat16", "float32", "", "float32", "bfloat16") == every
-    assert specs.post_dtypes("float32", "") == ("float32",)
+    assert Dtypes().words == ()
+    assert Dtypes(streams="bfloat16", weight="float32", norm_weight="").words == ()
+    words = ("streams=float16", "layer_bias=bfloat16")
+    assert Dtypes(layer_bias="bfloat16", streams="float16").words == words
+    assert dtypes(layer_bias=torch.bfloat16, streams=torch.float16, held=None) == words
+
+
+def test_dtypes_come_back_from_their_words():
+    for _, args in KERNELS:
+        _, words = split_arguments(args)
+        assert Dtypes.parse(words).words == words
+
+
+def test_a_builder_refuses_the_dtype_of_a_tensor_that_its_kernel_does_not_have():
+    with pytest.raises(TypeError, match="expand_fwd: has no dtype of weight"):
+        specs.builder("expand_fwd")(4, 64, "weight=bfloat16")
 
 
 def test_a_projection_has_one_kind_of_kernels():
@@ -190,8 +206,8 @@ def test_select_takes_only_the_ops_asked_for():
 
 def test_the_gate_of_the_readout_is_an_op_of_its_own():
     assert specs.select([specs.Sizes(4, 64)], ["head_mix"]) == [
-        ("column_sums", (24, 3)),
-        ("column_sums", (4, 1)),
+        ("column_sums", (24, 3, False)),
+        ("column_sums", (4, 1, False)),
         ("head_mix_fwd", (4,)),
         ("head_mix_bwd", (4,)),
     ]
@@ -216,7 +232,16 @@ def test_constants_agree_with_the_ops():
     "path", sorted((ROOT / "kernels" / "mhc").glob("*.py")), ids=lambda p: p.stem
 )
 def test_kernels_import_no_layer_above_them(path):
-    allowed = ("tilelang", "tile_mhc.kernels", "collections.abc", "typing", "math", "functools")
+    allowed = (
+        "tilelang",
+        "tile_mhc.kernels",
+        "collections.abc",
+        "dataclasses",
+        "functools",
+        "inspect",
+        "math",
+        "typing",
+    )
     for node in ast.walk(ast.parse(path.read_text())):
         names = []
         if isinstance(node, ast.Import):

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import errors, jit, reference, specs
+from tile_mhc import errors, jit, reference
 from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.ops import _flops, contract_cluster
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops._destinations import NOWHERE, Destinations, Route, call, moved, register_into
-from tile_mhc.ops._library import dtype_of, empty_gradients, register
+from tile_mhc.ops._library import dtype_of, dtypes, empty_gradients, register
 from tile_mhc.ops.mixes import check_gates, column_sums, gate_dtypes, no_sums, partial_rows
 
 
@@ -139,10 +139,16 @@ def _contract_cuda(
         products, squares = projection_op.split_products(
             residual, weight, norm_weight, num_splits, tf32
         )
-        dtypes = projection_op.pre_dtypes(residual, weight, norm_weight, scale, bias)
+        given = dtypes(
+            streams=residual.dtype,
+            weight=weight.dtype,
+            norm_weight=dtype_of(norm_weight),
+            scale=scale.dtype,
+            bias=bias.dtype,
+        )
         out, mixes, inv_rms = outputs
         many_splits = projection_op.has_many_splits(products)
-        jit.kernel("contract_fwd", n, hidden_size, many_splits, *dtypes)(
+        jit.kernel("contract_fwd", n, hidden_size, many_splits, *given)(
             products,
             squares,
             scale,
@@ -207,7 +213,7 @@ def _contract_backward_cuda(
     gate = _cuda(mixes, scale, bias, pre_eps)
     grad_gate = torch.empty_like(gate)
     if residual.numel():
-        jit.kernel("aggregate_mix_bwd", n, hidden_size, *specs.stream_dtypes(dtype_of(residual)))(
+        jit.kernel("aggregate_mix_bwd", n, hidden_size, *dtypes(streams=residual.dtype))(
             grad.view(-1, hidden_size), residual.view(-1, n, hidden_size), grad_gate.view(-1, n)
         )
     grad_mixes, grad_scale, grad_bias = _backward_cuda(

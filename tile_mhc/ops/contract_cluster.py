@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from tile_mhc import config, jit, specs
+from tile_mhc import config, jit
 from tile_mhc.kernels._shapes import CLUSTER_TOKENS, cluster_size
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops._destinations import NOWHERE, Destinations, moved, room
-from tile_mhc.ops._library import dtype_of
+from tile_mhc.ops._library import dtype_of, dtypes
 from tile_mhc.ops.mixes import column_sums
 
 
@@ -30,9 +30,15 @@ def num_clusters(num_tokens: int, size: int) -> int:
     return max(1, min(-(-num_tokens // CLUSTER_TOKENS), sms // size))
 
 
-def _dtypes(*parameters: Tensor | None) -> tuple[str, ...]:
-    """Those of weight, norm_weight, scale and bias, as the builders take them."""
-    return specs.readout_dtypes(*map(dtype_of, parameters))
+def _dtypes(
+    weight: Tensor, norm_weight: Tensor | None, scale: Tensor, bias: Tensor
+) -> tuple[str, ...]:
+    return dtypes(
+        weight=weight.dtype,
+        norm_weight=dtype_of(norm_weight),
+        scale=scale.dtype,
+        bias=bias.dtype,
+    )
 
 
 def forward(
@@ -50,8 +56,8 @@ def forward(
     n, hidden_size = residual.shape[-2:]
     x = residual.view(-1, n * hidden_size)
     out, mixes, inv_rms = outputs
-    dtypes = _dtypes(weight, norm_weight, scale, bias)
-    jit.kernel("contract_cluster_fwd", n, hidden_size, *dtypes)(
+    given = _dtypes(weight, norm_weight, scale, bias)
+    jit.kernel("contract_cluster_fwd", n, hidden_size, *given)(
         x,
         *projection_op.parameters(weight, norm_weight),
         scale,
@@ -88,8 +94,8 @@ def backward(
     partials = projection_op.partial_sums(clusters, grads[1], norm_weight, of_projection)
     # One row a cluster: the bias gradients, then the scale gradient.
     gate_partials = mixes.new_empty(clusters, n + 1)
-    dtypes = _dtypes(weight, norm_weight, scale, bias)
-    jit.kernel("contract_cluster_bwd", n, hidden_size, *dtypes)(
+    given = _dtypes(weight, norm_weight, scale, bias)
+    jit.kernel("contract_cluster_bwd", n, hidden_size, *given)(
         grad.contiguous().view(-1, hidden_size),
         x,
         *projection_op.parameters(weight, norm_weight),

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import config, errors, jit, reference, specs
+from tile_mhc import config, errors, jit, reference
 from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.kernels._shapes import (
     ANY_K,
@@ -32,7 +32,7 @@ from tile_mhc.ops._destinations import (
     register_into,
     room,
 )
-from tile_mhc.ops._library import absent, dtype_of, empty_gradients, register, temporaries
+from tile_mhc.ops._library import absent, dtype_of, dtypes, empty_gradients, register, temporaries
 
 # What the start of the backward's pipeline costs a CTA, in tiles.
 START_TILES = 3
@@ -136,21 +136,6 @@ def blocks_per_split(num_tokens: int, size: int, num_splits: int | None) -> int:
     )
 
 
-def parameter_dtypes(weight: Tensor, norm_weight: Tensor | None, *into: str) -> tuple[str, ...]:
-    """The trailing arguments of the builders that read the weight; none for their defaults."""
-    return specs.weight_dtypes(dtype_of(weight), dtype_of(norm_weight), *into)
-
-
-def norm_dtypes(*tensors: Tensor | None) -> tuple[str, ...]:
-    """Those of `projection_norm`, of weight, norm_weight and residual."""
-    return specs.norm_dtypes(*map(dtype_of, tensors))
-
-
-def pre_dtypes(*tensors: Tensor | None) -> tuple[str, ...]:
-    """Those of the builders that read residual, weight, norm_weight, scale and bias."""
-    return specs.pre_dtypes(*map(dtype_of, tensors))
-
-
 def is_fast(residual: Tensor) -> bool:
     """Whether the kernels of `projection` take these streams; else those of `projection_any`."""
     return residual.dtype == torch.bfloat16 and residual.shape[-1] % FAST_HIDDEN == 0
@@ -182,15 +167,16 @@ def split_products(
     num_mixes, size = weight.shape
     x = residual.view(-1, size)
     num_tokens = x.shape[0]
-    dtypes = parameter_dtypes(weight, norm_weight)
+    # A fast kernel's streams have the default dtype, which leaves no word.
+    given = dtypes(streams=x.dtype, weight=weight.dtype, norm_weight=dtype_of(norm_weight))
     if is_fast(residual):
         block = blocks_per_split(num_tokens, size, num_splits)
         splits = -(-size // (block * BLOCK_K))
-        kernel = jit.kernel("projection_fwd", num_mixes, size, *dtypes)
+        kernel = jit.kernel("projection_fwd", num_mixes, size, *given)
     else:
         block = projection_any.blocks_per_split(num_tokens, size, num_splits)
         splits = -(-size // (block * ANY_K))
-        kernel = projection_any.forward_kernel(x, num_mixes, dtypes)
+        kernel = jit.kernel("projection_any_fwd", num_mixes, size, *given)
     products = x.new_empty(splits, num_tokens, num_mixes, dtype=torch.float32)
     squares = x.new_empty(splits, num_tokens, dtype=torch.float32)
     kernel(x, *parameters(weight, norm_weight), products, squares, block, tf32)
@@ -210,8 +196,10 @@ def _cuda(
         num_mixes, size = weight.shape
         x = residual.view(-1, size)
         products, squares = split_products(residual, weight, norm_weight, num_splits, tf32)
-        dtypes = norm_dtypes(weight, norm_weight, residual)
-        jit.kernel("projection_norm", num_mixes, size, has_many_splits(products), *dtypes)(
+        given = dtypes(
+            streams=residual.dtype, weight=weight.dtype, norm_weight=dtype_of(norm_weight)
+        )
+        jit.kernel("projection_norm", num_mixes, size, has_many_splits(products), *given)(
             products,
             squares,
             x,
@@ -374,23 +362,28 @@ def launch_matmuls(
     num_mixes, size = weight.shape
     x = residual.view(-1, size)
     num_tokens = x.shape[0]
-    given = parameters(weight, norm_weight)
-    held = "" if accumulated is None else dtype_of(accumulated)
-    dtypes = parameter_dtypes(weight, norm_weight, dtype_into(into, 0))
+    given = dtypes(
+        streams=x.dtype,
+        weight=weight.dtype,
+        norm_weight=dtype_of(norm_weight),
+        held=dtype_of(accumulated),
+        into=dtype_into(into, 0),
+    )
     if is_fast(residual):
-        pieces = backward_pieces(num_mixes, size, streams, held != "" or 0 in into)
+        joins = accumulated is not None or 0 in into
+        pieces = backward_pieces(num_mixes, size, streams, joins)
         slice_tokens = backward_slice(num_tokens, size, num_mixes, pieces * PIECE)
-        kernel = jit.kernel("projection_bwd", num_mixes, size, streams, held, *dtypes)
+        kernel = jit.kernel("projection_bwd", num_mixes, size, streams, *given)
     else:
         slice_tokens = projection_any.backward_slice(num_tokens, size)
-        kernel = projection_any.backward_kernel(x, num_mixes, streams, held, dtypes)
+        kernel = jit.kernel("projection_any_bwd", num_mixes, size, streams, *given)
     slices = -(-num_tokens // slice_tokens)
     partials = partial_sums(slices, grad_weight, norm_weight, into)
     kernel(
         grad_parts,
         factors,
         x,
-        *given,
+        *parameters(weight, norm_weight),
         grad_input,
         absent(x, x.dtype) if accumulated is None else accumulated.view(-1, size),
         grad_residual.view(-1, size),
@@ -429,11 +422,14 @@ def sum_partials(
     """Write the gradients of weight and norm_weight, the second and third of `grads`."""
     _, grad_weight, grad_norm_weight = grads
     _, num_mixes, size = partials.shape
-    dtypes = parameter_dtypes(weight, norm_weight)
-    if 1 in into or 2 in into:
-        norm = "" if norm_weight is None else dtype_of(grad_norm_weight)
-        dtypes = parameter_dtypes(weight, norm_weight, dtype_of(grad_weight), norm)
-    jit.kernel("projection_weight_bwd", num_mixes, size, *dtypes)(
+    directed = 1 in into or 2 in into
+    given = dtypes(
+        weight=weight.dtype,
+        norm_weight=dtype_of(norm_weight),
+        into_weight=grad_weight.dtype if directed else None,
+        into_norm_weight=None if norm_weight is None or not directed else grad_norm_weight.dtype,
+    )
+    jit.kernel("projection_weight_bwd", num_mixes, size, *given)(
         partials,
         *parameters(weight, norm_weight),
         grad_weight,

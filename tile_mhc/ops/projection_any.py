@@ -1,19 +1,12 @@
 """What `projection` launches for streams that its own kernels do not take: any dtype and width."""
 
-from torch import Tensor
-
-from tile_mhc import config, jit
+from tile_mhc import config
 from tile_mhc.kernels._shapes import ANY_COLUMNS, ANY_K, ANY_TOKENS
-from tile_mhc.ops._library import dtype_of
 
 # CTAs of the matmuls on an SM at a time: one waits for its loads while the other multiplies.
 CTAS_PER_SM = 2
 # Blocks of a split in the batch-invariant mode: the columns of the fast kernels'.
 INVARIANT_BLOCKS = 32
-
-
-def forward_kernel(x: Tensor, num_mixes: int, dtypes: tuple[str, ...]) -> jit.Launch:
-    return jit.kernel("projection_any_fwd", num_mixes, x.shape[1], dtype_of(x), *dtypes)
 
 
 def blocks_per_split(num_tokens: int, size: int, num_splits: int | None) -> int:
@@ -35,13 +28,6 @@ def divide_blocks(
     if num_splits is not None:
         wanted = min(wanted, num_splits)
     return max(least, -(-blocks // wanted))
-
-
-def backward_kernel(
-    x: Tensor, num_mixes: int, streams: int, held: str, dtypes: tuple[str, ...]
-) -> jit.Launch:
-    size, dtype = x.shape[1], dtype_of(x)
-    return jit.kernel("projection_any_bwd", num_mixes, size, streams, held, dtype, *dtypes)
 
 
 def backward_slice(num_tokens: int, size: int) -> int:
