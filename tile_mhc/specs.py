@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tile_mhc import errors
+import torch
+
+from tile_mhc import errors, selection
 from tile_mhc.errors import MAX_HIDDEN, SUPPORTED_STREAMS
-from tile_mhc.kernels._dtypes import Dtypes
-from tile_mhc.kernels._shapes import FAST_HIDDEN, HISTORY_STEP, TABLE_SLOTS, cluster_size
+from tile_mhc.kernels._dtypes import Dtypes, split_arguments
+from tile_mhc.kernels._shapes import HISTORY_STEP, TABLE_SLOTS
 
 Arguments = tuple[int | str, ...]
 
@@ -60,7 +62,7 @@ class Sizes(NamedTuple):
 
     @property
     def capacity(self) -> int:
-        return -(-self.repeat // HISTORY_STEP) * HISTORY_STEP
+        return selection.history_capacity(self.repeat)
 
 
 def _kernel(*numbers: int, **dtypes: str) -> Arguments:
@@ -76,6 +78,7 @@ class Spec:
         name: the builder's name, and the kernel's name in messages and tables.
         stem: the builder's module, `tile_mhc.kernels.<stem>`.
         ops: the public functions that launch it.
+        numbers: the names of what its builder takes before the dtypes.
         arguments: the builder's argument tuples for given sizes.
         early: the tensors that it reads beside the kernel before it, which never writes them: see
             `follow_previous` of the kernels.
@@ -84,6 +87,7 @@ class Spec:
     name: str
     stem: str
     ops: tuple[str, ...]
+    numbers: tuple[str, ...]
     arguments: Callable[[Sizes], list[Arguments]]
     early: tuple[str, ...] = ()
 
@@ -177,7 +181,7 @@ def _clusters(backward: bool) -> Callable[[Sizes], list[Arguments]]:
     """The same for the readout in one pass, where it has a kernel."""
 
     def of(s: Sizes) -> list[Arguments]:
-        if s.dtype != DTYPE or not cluster_size(s.n, s.hidden, backward):
+        if not selection.reads_once(getattr(torch, s.dtype), s.n, s.hidden, backward):
             return []
         return [_kernel(s.n, s.hidden, **dtypes) for dtypes in _parameters(s)]
 
@@ -217,7 +221,7 @@ def _has_te(s: Sizes) -> bool:
 
 
 def _has_fast_projection(s: Sizes) -> bool:
-    return s.dtype == DTYPE and s.hidden % FAST_HIDDEN == 0
+    return selection.is_fast(getattr(torch, s.dtype), s.hidden)
 
 
 def _fast(arguments: Callable[[Sizes], list[Arguments]]) -> Callable[[Sizes], list[Arguments]]:
@@ -317,18 +321,31 @@ def _padded_mixes(s: Sizes) -> list[Arguments]:
     return _n_gates(s)
 
 
+# The numbers of builders.
+_N = ("n",)
+_STEPS = ("n", "capacity")
+_STREAMS = ("n", "hidden_size")
+_CHANNELS = ("n", "channels")
+_MATMUL = ("num_mixes", "size")
+_READER = ("num_mixes", "size", "n")
+_NORM = ("num_mixes", "size", "many_splits")
+_PRE = ("n", "hidden_size", "many_splits")
+
 _TE = ("transformer_engine",)
 
 SPECS = (
-    Spec("expand_fwd", "expand", ("expand",), _streams),
-    Spec("expand_bwd", "expand", ("expand",), _streams),
-    Spec("projection_fwd", "projection", (*_PROJECTION, *_TE), _fast(_projection_forwards)),
-    Spec("projection_norm", "projection", ("projection",), _projection_norms),
-    Spec("projection_norm_bwd", "projection", _PROJECTION, _projection_norm_backwards),
+    Spec("expand_fwd", "expand", ("expand",), _STREAMS, _streams),
+    Spec("expand_bwd", "expand", ("expand",), _STREAMS, _streams),
+    Spec(
+        "projection_fwd", "projection", (*_PROJECTION, *_TE), _MATMUL, _fast(_projection_forwards)
+    ),
+    Spec("projection_norm", "projection", ("projection",), _NORM, _projection_norms),
+    Spec("projection_norm_bwd", "projection", _PROJECTION, _READER, _projection_norm_backwards),
     Spec(
         "projection_bwd",
         "projection",
         (*_PROJECTION, *_TE),
+        _READER,
         _fast(_projection_backwards),
         early=("weight", "norm_weight"),
     ),
@@ -336,57 +353,81 @@ SPECS = (
         "projection_weight_bwd",
         "projection",
         (*_PROJECTION, *_TE),
+        _MATMUL,
         _projection_weight_backwards,
     ),
-    Spec("projection_any_fwd", "projection_any", (*_PROJECTION, *_TE), _any(_projection_forwards)),
+    Spec(
+        "projection_any_fwd",
+        "projection_any",
+        (*_PROJECTION, *_TE),
+        _MATMUL,
+        _any(_projection_forwards),
+    ),
     Spec(
         "projection_any_bwd",
         "projection_any",
         (*_PROJECTION, *_TE),
+        _READER,
         _any(_projection_backwards),
         early=("weight", "norm_weight"),
     ),
-    Spec("split_mixes_fwd", "mixes", ("split_mixes", "fused_pre"), _n_gates),
-    Spec("split_mixes_bwd", "mixes", ("split_mixes", "fused_pre"), _n_gates),
+    Spec("split_mixes_fwd", "mixes", ("split_mixes", "fused_pre"), _N, _n_gates),
+    Spec("split_mixes_bwd", "mixes", ("split_mixes", "fused_pre"), _N, _n_gates),
     Spec(
         "column_sums",
         "mixes",
         ("split_mixes", "contract", "head_mix", "fused_pre", *_TE),
+        ("biases", "scales", "directed"),
         _column_sums,
     ),
-    Spec("sinkhorn_fwd", "sinkhorn", ("sinkhorn",), _n),
-    Spec("sinkhorn_bwd", "sinkhorn", ("sinkhorn", "fused_pre"), _steps),
-    Spec("aggregate_fwd", "aggregate", ("aggregate",), _streams),
-    Spec("aggregate_last_fwd", "aggregate", ("aggregate",), _streams),
-    Spec("aggregate_bwd", "aggregate", ("aggregate",), _aggregate_backwards),
+    Spec("sinkhorn_fwd", "sinkhorn", ("sinkhorn",), _N, _n),
+    Spec("sinkhorn_bwd", "sinkhorn", ("sinkhorn", "fused_pre"), _STEPS, _steps),
+    Spec("aggregate_fwd", "aggregate", ("aggregate",), _STREAMS, _streams),
+    Spec("aggregate_last_fwd", "aggregate", ("aggregate",), _STREAMS, _streams),
+    Spec("aggregate_bwd", "aggregate", ("aggregate",), _STREAMS, _aggregate_backwards),
     Spec(
         "aggregate_mix_bwd",
         "aggregate",
         ("fused_pre", "contract"),
+        _STREAMS,
         _streams,
         early=("grad", "residual"),
     ),
-    Spec("post_fwd", "post", ("post",), _posts),
-    Spec("post_bwd", "post", ("post",), _post_backwards),
-    Spec("post_bias_bwd", "post", ("post", *_TE), _post_biases),
-    Spec("head_mix_fwd", "contract", ("head_mix", "contract"), _n_gates),
-    Spec("head_mix_bwd", "contract", ("head_mix", "contract"), _n_gates),
-    Spec("contract_fwd", "contract", ("contract",), _pres),
-    Spec("contract_cluster_fwd", "contract_cluster", ("contract",), _clusters(backward=False)),
-    Spec("contract_cluster_bwd", "contract_cluster", ("contract",), _clusters(backward=True)),
-    Spec("fused_pre", "fused_pre", ("fused_pre",), _pres),
-    Spec("interleaved_aggregate_fwd", "interleaved_aggregate", _TE, _interleaved),
-    Spec("interleaved_aggregate_bwd", "interleaved_aggregate", _TE, _interleaved_backwards),
-    Spec("interleaved_post_fwd", "interleaved_post", _TE, _interleaved_posts),
-    Spec("interleaved_post_bwd", "interleaved_post", _TE, _interleaved_post_backwards),
-    Spec("padded_projection_fwd", "padded_projection", _TE, _padded_projections),
-    Spec("padded_projection_pack", "padded_projection", _TE, _padded_projections),
-    Spec("padded_mixes_fwd", "padded_mixes", _TE, _padded_mixes),
-    Spec("padded_mixes_bwd", "padded_mixes", _TE, _padded_mixes),
-    Spec("log_sinkhorn_fwd", "log_sinkhorn", ("sinkhorn", "fused_pre", *_TE), _n),
-    Spec("log_sinkhorn_bwd", "log_sinkhorn", ("sinkhorn", "fused_pre", *_TE), _steps),
-    Spec("recompute", "recompute", ("recompute",), _streams),
-    Spec("recompute_table", "recompute", ("recompute",), lambda _: [(TABLE_SLOTS,)]),
+    Spec("post_fwd", "post", ("post",), _STREAMS, _posts),
+    Spec("post_bwd", "post", ("post",), _STREAMS, _post_backwards),
+    Spec("post_bias_bwd", "post", ("post", *_TE), ("hidden_size",), _post_biases),
+    Spec("head_mix_fwd", "contract", ("head_mix", "contract"), _N, _n_gates),
+    Spec("head_mix_bwd", "contract", ("head_mix", "contract"), _N, _n_gates),
+    Spec("contract_fwd", "contract", ("contract",), _PRE, _pres),
+    Spec(
+        "contract_cluster_fwd",
+        "contract_cluster",
+        ("contract",),
+        _STREAMS,
+        _clusters(backward=False),
+    ),
+    Spec(
+        "contract_cluster_bwd",
+        "contract_cluster",
+        ("contract",),
+        _STREAMS,
+        _clusters(backward=True),
+    ),
+    Spec("fused_pre", "fused_pre", ("fused_pre",), _PRE, _pres),
+    Spec("interleaved_aggregate_fwd", "interleaved_aggregate", _TE, _CHANNELS, _interleaved),
+    Spec(
+        "interleaved_aggregate_bwd", "interleaved_aggregate", _TE, _CHANNELS, _interleaved_backwards
+    ),
+    Spec("interleaved_post_fwd", "interleaved_post", _TE, _CHANNELS, _interleaved_posts),
+    Spec("interleaved_post_bwd", "interleaved_post", _TE, _CHANNELS, _interleaved_post_backwards),
+    Spec("padded_projection_fwd", "padded_projection", _TE, _MATMUL, _padded_projections),
+    Spec("padded_projection_pack", "padded_projection", _TE, _MATMUL, _padded_projections),
+    Spec("padded_mixes_fwd", "padded_mixes", _TE, _N, _padded_mixes),
+    Spec("padded_mixes_bwd", "padded_mixes", _TE, _N, _padded_mixes),
+    Spec("log_sinkhorn_fwd", "log_sinkhorn", ("sinkhorn", "fused_pre", *_TE), _N, _n),
+    Spec("log_sinkhorn_bwd", "log_sinkhorn", ("sinkhorn", "fused_pre", *_TE), _STEPS, _steps),
+    Spec("recompute", "recompute", ("recompute",), _STREAMS, _streams),
+    Spec("recompute_table", "recompute", ("recompute",), ("slots",), lambda _: [(TABLE_SLOTS,)]),
 )
 
 BY_NAME = {spec.name: spec for spec in SPECS}
@@ -436,7 +477,7 @@ def device_functions() -> set[str]:
 def compile_command(name: str, args: Arguments, arch: str) -> str | None:
     """The command line that puts this kernel into the cache; None where the table has no entry."""
     spec = BY_NAME[name]
-    for size in _sizes_of(name, args):
+    for size in _sizes_of(spec, args):
         if args in spec.arguments(size):
             command = f"tile-mhc compile --arch {arch} --hidden {size.hidden} --streams {size.n}"
             if size.repeat != HISTORY_STEP:
@@ -451,17 +492,23 @@ def compile_command(name: str, args: Arguments, arch: str) -> str | None:
     return None
 
 
-def _sizes_of(name: str, args: Arguments) -> Iterator[Sizes]:
-    """Every choice that may give these arguments, the defaults first."""
-    numbers = [arg for arg in args if type(arg) is int]  # a flag is none
-    words = [word.partition("=")[2] for word in args if isinstance(word, str)]
-    repeats = {HISTORY_STEP, numbers[-1]} if name.endswith("sinkhorn_bwd") else {HISTORY_STEP}
-    streams = [DTYPE, *(word for word in words if word in STREAMS)]
+def _sizes_of(spec: Spec, args: Arguments) -> Iterator[Sizes]:
+    """The choices that these arguments leave open, what is usual first."""
+    numbers, words = split_arguments(args)
+    of, dtypes = dict(zip(spec.numbers, numbers, strict=True)), Dtypes.parse(words).given
+    rows = of.get("num_mixes", of.get("biases"))
+    # A reader of the streams that has no aggregate beside it says n = 0.
+    counts = [
+        n
+        for n in SUPPORTED_STREAMS
+        if of.get("n", 0) in (0, n) and (rows is None or rows in (n, n * (n + 2)))
+    ]
+    streams = [dtypes["streams"]] if "streams" in dtypes else [DTYPE, *STREAMS]
     parameters = [*((dtype,) for dtype in EVERY_PARAMETER), EVERY_PARAMETER]
     grads: list[tuple[str, ...]] = [(), *((word,) for word in STREAMS)]
-    for n in SUPPORTED_STREAMS:
-        # A kernel has H, n*H, or neither.
-        widths = [64, *numbers, *(number // n for number in numbers)]
-        hidden = [width for width in widths if 0 < width <= MAX_HIDDEN]
-        choices = (hidden, repeats, streams, parameters, grads)
-        yield from (Sizes(n, *choice) for choice in itertools.product(*choices))
+    for n in counts:
+        hidden = of.get("hidden_size", of.get("channels", of.get("size", 64 * n) // n))
+        if 0 < hidden <= MAX_HIDDEN:
+            repeat = of.get("capacity", HISTORY_STEP)
+            for choice in itertools.product(streams, parameters, grads):
+                yield Sizes(n, hidden, repeat, *choice)

@@ -171,8 +171,8 @@ def test_list_of_dtypes(run):
 
 def test_list_as_json(run):
     code, out, _ = run("list", "--hidden", "64", "--streams", "2,8", "--ops", "post", "--json")
-    biased = ["bfloat16", "float32"]
-    of_streams = [[2, 64], [2, 64, *biased], [8, 64], [8, 64, *biased]]
+    biased = "layer_bias=float32"
+    of_streams = [[2, 64], [2, 64, biased], [8, 64], [8, 64, biased]]
     assert code == 0
     assert json.loads(out) == [
         {
@@ -184,7 +184,7 @@ def test_list_as_json(run):
         for name, ops, arguments in (
             ("post_fwd", ["post"], of_streams),
             ("post_bwd", ["post"], of_streams),
-            ("post_bias_bwd", ["post", "transformer_engine"], [[64]]),
+            ("post_bias_bwd", ["post", "transformer_engine"], [[64, biased]]),
         )
     ]
 

@@ -1,9 +1,9 @@
 """n -> 1 at the end: a learned readout of the streams.
 
 `contract` makes one pass over bfloat16 streams where clusters of CTAs hold its tokens: where
-`cluster_size` is not 0, for the forward and the backward each; see `contract_cluster`. Elsewhere it
-makes two, the projection's and its own; in the forward also with a given `num_splits`, and in the
-backward for a gradient that goes into an accumulator.
+`selection.reads_once` says so, for the forward and the backward each; see `contract_cluster`.
+Elsewhere it makes two, the projection's and its own; in the forward also with a given `num_splits`,
+and in the backward for a gradient that goes into an accumulator.
 """
 
 from typing import Any
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import errors, jit, reference
+from tile_mhc import errors, jit, reference, selection
 from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.ops import _flops, contract_cluster
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops._destinations import NOWHERE, Destinations, Route, call, moved, register_into
 from tile_mhc.ops._library import dtype_of, dtypes, empty_gradients, register
-from tile_mhc.ops.mixes import check_gates, column_sums, gate_dtypes, no_sums, partial_rows
+from tile_mhc.ops.mixes import check_gates, column_sums, gate_dtypes, no_sums
 
 
 def contract(
@@ -129,7 +129,7 @@ def _contract_cuda(
     outputs = _contract_fake(residual)
     if residual.numel() == 0:
         return outputs
-    if num_splits is None and contract_cluster.takes(residual, backward=False):
+    if num_splits is None and _reads_once(residual, backward=False):
         contract_cluster.forward(
             residual, weight, scale, bias, norm_weight, norm_eps, pre_eps, tf32, outputs
         )
@@ -147,7 +147,7 @@ def _contract_cuda(
             bias=bias.dtype,
         )
         out, mixes, inv_rms = outputs
-        many_splits = projection_op.has_many_splits(products)
+        many_splits = selection.has_many_splits(products.shape[0])
         jit.kernel("contract_fwd", n, hidden_size, many_splits, *given)(
             products,
             squares,
@@ -164,6 +164,11 @@ def _contract_cuda(
             tf32,
         )
     return outputs
+
+
+def _reads_once(residual: Tensor, backward: bool) -> bool:
+    n, hidden_size = residual.shape[-2:]
+    return selection.reads_once(residual.dtype, n, hidden_size, backward)
 
 
 def _contract_cpu(*args: Any) -> tuple[Tensor, ...]:
@@ -194,7 +199,7 @@ def _contract_backward_cuda(
     tf32: bool,
     into: Destinations = NOWHERE,
 ) -> tuple[Tensor, ...]:
-    if residual.numel() and 0 not in into and contract_cluster.takes(residual, backward=True):
+    if residual.numel() and 0 not in into and _reads_once(residual, backward=True):
         return contract_cluster.backward(
             grad,
             residual,
@@ -282,7 +287,7 @@ def _backward_cuda(
     if num_tokens == 0:
         return grad_mixes, *no_sums(scale, bias, into)
     # One row of partial sums a CTA: the bias gradients, then the scale gradient.
-    partials = mixes.new_empty(partial_rows(num_tokens), n + 1)
+    partials = mixes.new_empty(selection.partial_rows(num_tokens), n + 1)
     jit.kernel("head_mix_bwd", n, *gate_dtypes(scale, bias))(
         grad.contiguous().view(-1, n),
         mixes.contiguous().view(-1, n),

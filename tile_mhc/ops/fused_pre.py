@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import errors, jit, reference
+from tile_mhc import errors, jit, reference, selection
 from tile_mhc.kernels._shapes import is_no_eps
 from tile_mhc.ops import _flops
 from tile_mhc.ops import log_sinkhorn as log_sinkhorn_op
@@ -147,7 +147,7 @@ def _cuda(
             bias=bias.dtype,
         )
         layer_input, post_mix, comb_mix, mixes, inv_rms = outputs
-        many_splits = projection_op.has_many_splits(products)
+        many_splits = selection.has_many_splits(products.shape[0])
         jit.kernel("fused_pre", n, hidden_size, many_splits, *given)(
             products,
             squares,

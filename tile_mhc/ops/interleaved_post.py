@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import jit
+from tile_mhc import jit, selection
 from tile_mhc import reference_interleaved as reference
 from tile_mhc.ops import _flops
 from tile_mhc.ops._library import absent, dtype_of, dtypes, empty_gradients, own_dtype, register
-from tile_mhc.ops.post import bias_slices
 
 
 def _cuda(f: Tensor, bias: Tensor | None, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
@@ -51,7 +50,7 @@ def _launch_backward(
         return
     partials = absent(x)
     if bias is not None:
-        partials = post.new_empty(bias_slices(post.numel() // n), channels)
+        partials = post.new_empty(selection.bias_slices(post.numel() // n), channels)
     given = dtypes(
         streams=x.dtype,
         layer_output=f.dtype,

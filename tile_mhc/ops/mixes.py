@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import errors, jit, reference
-from tile_mhc.kernels._shapes import TOKENS_PER_PARTIAL
+from tile_mhc import errors, jit, reference, selection
 from tile_mhc.ops import _flops
 from tile_mhc.ops._destinations import (
     NOWHERE,
@@ -98,10 +97,6 @@ def launch_sums(
     jit.kernel("column_sums", grad_bias.numel(), grad_scale.numel(), directed, *given)(
         partials, grad_bias, grad_scale, adds(into, 2), adds(into, 1)
     )
-
-
-def partial_rows(num_tokens: int) -> int:
-    return -(-num_tokens // TOKENS_PER_PARTIAL)
 
 
 def _fake(
@@ -196,7 +191,7 @@ def launch_backward(
 
 def partial_shape(num_tokens: int, num_mixes: int) -> tuple[int, int]:
     """One row of partial sums a CTA: the bias gradients, then the three scale gradients."""
-    return partial_rows(num_tokens), num_mixes + 3
+    return selection.partial_rows(num_tokens), num_mixes + 3
 
 
 def launch_backward_rows(

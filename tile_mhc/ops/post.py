@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import config, errors, jit, reference
+from tile_mhc import errors, jit, reference, selection
 from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.ops import _flops
 from tile_mhc.ops._destinations import (
@@ -20,9 +20,6 @@ from tile_mhc.ops._destinations import (
 )
 from tile_mhc.ops._library import dtype_of, dtypes, empty_gradients, empty_like, register
 from tile_mhc.ops.aggregate import check_mix
-
-# CTAs of the backward that fit an SM, by their registers.
-CTAS_PER_SM = 4
 
 
 def post(
@@ -151,7 +148,7 @@ def _backward_cuda(
     of_bias = []
     if bias is not None:
         num_tokens = residual.numel() // (n * hidden_size)
-        partials = post_mix.new_empty(bias_slices(num_tokens), hidden_size)
+        partials = post_mix.new_empty(selection.bias_slices(num_tokens), hidden_size)
         of_bias = [bias.contiguous(), partials]
     given = dtypes(streams=residual.dtype, layer_bias=dtype_of(bias), into=dtype_into(into, 1))
     jit.kernel("post_bwd", n, hidden_size, *given)(
@@ -172,11 +169,6 @@ def _backward_cuda(
             partials, grad_bias
         )
     return grads
-
-
-def bias_slices(num_tokens: int) -> int:
-    """CTAs of the backward with a bias, each with a sum of its own: as many as run at one time."""
-    return min(num_tokens, CTAS_PER_SM * config.get_num_sms())
 
 
 def _backward_cpu(
