@@ -7,6 +7,7 @@ of several CTAs that share a sum, so what is decided here decides its last bits.
 import torch
 
 from tile_mhc import config
+from tile_mhc.kernels._arch import ARCHITECTURES, DEFAULT
 from tile_mhc.kernels._shapes import (
     ANY_COLUMNS,
     ANY_K,
@@ -22,26 +23,24 @@ from tile_mhc.kernels._shapes import (
     cluster_size,
 )
 
+# What a launch is sized by; every architecture agrees in it, but for L2.
+LIMITS = ARCHITECTURES[DEFAULT]
+
 # Streams of more bytes than the first are read as if for the last time, which leaves L2 to what it
 # holds of them; of more than the second, about five times L2, as usual again. H100, 2026-11, us of
 # such loads and of usual ones: 39.2 and 41.8 at 84 MB, 78.5 and 79.3 at 176, 102.8 and 102.7 at
 # 235, 151.6 and 149.1 at 352. H200, 2026-11, of projection, aggregate and post, which reads the
 # streams once more: 27.9 and 26.3 at 15 MB, 31.6 and 29.9 at 21, 50.2 and 49.7 at 37, 57.6 and 58.6
 # at 44.
-KEPT_BYTES = 40 << 20
-LAST_READ_BYTES = 256 << 20
+KEPT_BYTES = LIMITS.kept_bytes
+LAST_READ_BYTES = LIMITS.last_read_bytes
 # What the start of the backward's pipeline costs a CTA, in tiles.
 START_TILES = 3
 # Blocks of a split in the batch-invariant mode: more of them leave a GPU with few tokens idle,
 # fewer make more partial sums where there are many.
 INVARIANT_BLOCKS = 16
-# projection_any: CTAs of the matmuls on an SM at a time: one waits for its loads while the other
-# multiplies.
-ANY_CTAS_PER_SM = 2
-# And blocks of a split in the batch-invariant mode: the columns of the fast kernels'.
+# projection_any: blocks of a split in the batch-invariant mode: the columns of the fast kernels'.
 ANY_INVARIANT_BLOCKS = 32
-# post: CTAs of the backward that fit an SM, by their registers.
-POST_CTAS_PER_SM = 4
 
 
 def reads_last(nbytes: int) -> bool:
@@ -75,7 +74,7 @@ def partial_rows(num_tokens: int) -> int:
 
 def bias_slices(num_tokens: int) -> int:
     """post: CTAs of the backward with a bias, each with a sum of its own: all run at once."""
-    return min(num_tokens, POST_CTAS_PER_SM * config.get_num_sms())
+    return min(num_tokens, LIMITS.post_slices * config.get_num_sms())
 
 
 def num_clusters(num_tokens: int, size: int) -> int:
@@ -122,7 +121,7 @@ def any_blocks_per_split(num_tokens: int, size: int, num_splits: int | None) -> 
         blocks,
         tiles,
         num_splits,
-        ctas_per_sm=ANY_CTAS_PER_SM,
+        ctas_per_sm=LIMITS.any_ctas,
         least=8,
         invariant=ANY_INVARIANT_BLOCKS,
     )
@@ -153,5 +152,5 @@ def any_backward_slice(num_tokens: int, size: int) -> int:
     and at most 16 slices, as each writes a partial gradient of the weight."""
     tiles = -(-num_tokens // ANY_TOKENS)
     blocks = -(-size // ANY_COLUMNS)
-    slices = min(tiles, 16, max(1, ANY_CTAS_PER_SM * config.get_num_sms() // blocks))
+    slices = min(tiles, 16, max(1, LIMITS.any_ctas * config.get_num_sms() // blocks))
     return -(-tiles // slices) * ANY_TOKENS

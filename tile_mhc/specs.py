@@ -17,6 +17,7 @@ import torch
 
 from tile_mhc import errors, selection
 from tile_mhc.errors import MAX_HIDDEN, SUPPORTED_STREAMS
+from tile_mhc.kernels._arch import ARCHITECTURES
 from tile_mhc.kernels._dtypes import Dtypes, split_arguments
 from tile_mhc.kernels._shapes import HISTORY_STEP, TABLE_SLOTS
 
@@ -25,7 +26,7 @@ Arguments = tuple[int | str, ...]
 # What `tile-mhc compile` takes; sm_90a and sm_100a are the ones compiled in CI. Not sm_80 to
 # sm_89, where TileLang 0.1.15 does not lower the projection's pipelines, nor sm_120a, where its
 # 217 KiB of shared memory exceed a CTA's 99.
-ARCHS = ("sm_90a", "sm_100a", "sm_103a")
+ARCHS = tuple(ARCHITECTURES)
 
 
 # The dtypes of streams and parameters where nothing else is asked for.

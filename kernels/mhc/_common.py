@@ -8,6 +8,7 @@ from typing import Any
 import tilelang.language as T
 from tilelang import PassConfigKey
 
+from tile_mhc.kernels._arch import ARCHITECTURES, DEFAULT
 from tile_mhc.kernels._dtypes import Dtypes, split_arguments
 
 # Bytes of the widest access a thread can make, and bfloat16 values in one.
@@ -38,7 +39,8 @@ def builder(
     """Make a builder of a function of numbers and, by keyword, of the dtypes that its kernel has.
 
     It is called with a kernel's arguments: the numbers, then the words of `Dtypes`. A word for a
-    tensor that the kernel does not have is a TypeError: it would be a second key of one kernel.
+    tensor that the kernel does not have is a TypeError: it would be a second key of one kernel. A
+    function that asks for `limits` gets the `Architecture` that the kernel is compiled for.
 
     Args:
         pass_configs: what the kernel is compiled with, or a function of the arguments that tells
@@ -46,19 +48,19 @@ def builder(
     """
 
     def attach(function: Callable[..., Any]) -> Callable[..., Any]:
-        keywords = {
-            name.removesuffix("_dtype")
-            for name, parameter in inspect.signature(function).parameters.items()
-            if parameter.kind is parameter.KEYWORD_ONLY
-        }
+        parameters = inspect.signature(function).parameters
+        keywords = {name[: -len("_dtype")] for name in parameters if name.endswith("_dtype")}
 
         @functools.wraps(function)
-        def build(*args: int | str) -> Any:
+        def build(*args: int | str, arch: str = DEFAULT) -> Any:
             numbers, words = split_arguments(args)
             dtypes = Dtypes.parse(words)
             if unknown := dtypes.given.keys() - keywords:
                 raise TypeError(f"{function.__name__}: has no dtype of {', '.join(unknown)}")
-            return function(*numbers, **{f"{k}_dtype": getattr(dtypes, k) for k in keywords})
+            given = {f"{name}_dtype": getattr(dtypes, name) for name in keywords}
+            if "limits" in parameters:
+                given["limits"] = ARCHITECTURES[arch]
+            return function(*numbers, **given)
 
         build.pass_configs = pass_configs  # type: ignore[attr-defined]
         return build

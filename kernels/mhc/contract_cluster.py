@@ -15,6 +15,7 @@ see what the other wrote. TileLang adds none but that after the setup of the mba
 import tilelang.language as T
 from tilelang import PassConfigKey, tvm
 
+from tile_mhc.kernels._arch import Architecture
 from tile_mhc.kernels._common import SIMT, VECTOR, builder, follow_previous, weighted_sum
 from tile_mhc.kernels._shapes import (
     CLUSTER_COLUMNS,
@@ -187,6 +188,7 @@ def contract_cluster_fwd(
     norm_weight_dtype: str,
     scale_dtype: str,
     bias_dtype: str,
+    limits: Architecture,
 ):
     tokens = T.dynamic("num_tokens")
     size = n * hidden_size
@@ -194,7 +196,7 @@ def contract_cluster_fwd(
     width = hidden_size // cluster
     warps = width // CLUSTER_COLUMNS
     threads = warps * 32 + 32
-    stages = cluster_stages(n, width, False)
+    stages = cluster_stages(n, width, False, limits)
     ahead = stages - 2
     products = GROUP * n
     # Products, then squares; a push moves multiples of 16 bytes.
@@ -406,6 +408,7 @@ def contract_cluster_bwd(
     norm_weight_dtype: str,
     scale_dtype: str,
     bias_dtype: str,
+    limits: Architecture,
 ):
     """Gradient of x, and of weight, bias and scale a row of partial sums a cluster.
 
@@ -419,7 +422,7 @@ def contract_cluster_bwd(
     width = hidden_size // cluster
     warps = width // CLUSTER_COLUMNS
     threads = warps * 32 + 32
-    stages = cluster_stages(n, width, True)
+    stages = cluster_stages(n, width, True, limits)
     ahead = stages - 2
     products = GROUP * n
     # A thread keeps the weight, and its gradient, of columns of one stream.

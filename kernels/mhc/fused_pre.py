@@ -10,6 +10,7 @@ from typing import Any
 import tilelang.language as T
 from tilelang import PassConfigKey
 
+from tile_mhc.kernels._arch import Architecture
 from tile_mhc.kernels._common import (
     READS_LAST,
     SIMT,
@@ -24,11 +25,6 @@ from tile_mhc.kernels._shapes import SUM_LANES
 from tile_mhc.kernels.mixes import logit, sigmoid
 from tile_mhc.kernels.projection import norm_shape, token_mix
 from tile_mhc.kernels.sinkhorn import sinkhorn_token
-
-# What Sinkhorn's CTAs need at n = 4; the others need less, and more of them hide latency better. So
-# many warps fit an SM then, each of whose four parts has its own 16384 registers.
-REGISTERS = 48
-WARPS = 4 * (16384 // (32 * REGISTERS))
 
 
 @T.macro
@@ -127,6 +123,7 @@ def fused_pre(
     streams_dtype: str,
     scale_dtype: str,
     bias_dtype: str,
+    limits: Architecture,
 ):
     tokens = T.dynamic("num_tokens")
     splits = T.dynamic("num_splits")
@@ -134,6 +131,7 @@ def fused_pre(
     size = n * hidden_size
     vector = row_vector(hidden_size, streams_dtype)
     threads = max(row_threads(hidden_size, vector), -(-num_mixes // 32) * 32, n * SUM_LANES)
+    ctas = limits.warps(limits.sinkhorn_registers) // (threads // 32)
     # Tokens whose mixes one CTA sums, a thread a mix; with many splits one token, in turns.
     sharing = SUM_LANES if many_splits else 1
     group = 1 if many_splits else threads // num_mixes
@@ -165,7 +163,7 @@ def fused_pre(
         with T.Kernel(mix_blocks + tokens, threads=threads) as block:
             follow_previous()
             if n < 8:
-                T.annotate_min_blocks_per_sm(WARPS // (threads // 32))
+                T.annotate_min_blocks_per_sm(ctas)
             tid = T.get_thread_binding()
             z = T.alloc_local((1,), T.float32)
             mixed = T.alloc_local((2,), T.float32)

@@ -11,6 +11,7 @@ grad_comb[t, i, j] = sum_c x[t, c, i] * grad[t, c, j]
 
 import tilelang.language as T
 
+from tile_mhc.kernels._arch import Architecture
 from tile_mhc.kernels._common import (
     SIMT,
     block_sums,
@@ -108,6 +109,7 @@ def interleaved_post_bwd(
     layer_output_dtype: str,
     layer_bias_dtype: str,
     into_dtype: str,
+    limits: Architecture,
 ):
     """All gradients of a token; with a bias of a slice of tokens, and their sum for the bias.
 
@@ -125,6 +127,7 @@ def interleaved_post_bwd(
     num_sums = n * (n + 1)
     lanes = sum_lanes(num_sums, threads)
     has_buffer = grad_dtype == "float32"
+    ctas = limits.interleaved_post_ctas
 
     @T.prim_func
     def interleaved_post_bwd_kernel(
@@ -144,7 +147,7 @@ def interleaved_post_bwd(
         with T.Kernel(slices if has_bias else tokens, threads=threads) as block:
             follow_previous()
             # As in post_bwd: more registers would leave too few threads for memory's latency.
-            T.annotate_min_blocks_per_sm(4)
+            T.annotate_min_blocks_per_sm(ctas)
             tid = T.get_thread_binding()
             wide = T.alloc_local((steps, width * n), streams_dtype)
             streams = T.alloc_local((steps, width * n), streams_dtype)

@@ -12,6 +12,7 @@ grad_bias[h] = sum_t grad_output[t, h], before that is rounded.
 
 import tilelang.language as T
 
+from tile_mhc.kernels._arch import Architecture
 from tile_mhc.kernels._common import (
     SIMT,
     add_streams,
@@ -124,7 +125,13 @@ def post_fwd(n: int, hidden_size: int, *, streams_dtype: str, layer_bias_dtype: 
 
 @builder(SIMT)
 def post_bwd(
-    n: int, hidden_size: int, *, streams_dtype: str, layer_bias_dtype: str, into_dtype: str
+    n: int,
+    hidden_size: int,
+    *,
+    streams_dtype: str,
+    layer_bias_dtype: str,
+    into_dtype: str,
+    limits: Architecture,
 ):
     """All gradients of a token; with a bias of a slice of tokens, and their sum for the bias.
 
@@ -142,7 +149,7 @@ def post_bwd(
     # H200, 2026-11: the sums live in registers, and left alone the compiler takes 134 at n = 4, so
     # that too few threads fit to cover the latency of memory: 535 us at T=8192 H=7168, against 393
     # us with this. 160 threads would have to spill.
-    blocks_per_sm = 4 if n < 8 else 2
+    blocks_per_sm = limits.post_ctas if n < 8 else limits.post_ctas_of_eight
     lanes = sum_lanes(num_sums, threads)
     has_bias = layer_bias_dtype != ""
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
+from tile_mhc.kernels._arch import Architecture
 from tile_mhc.kernels._common import (
     SIMT,
     VECTOR,
@@ -42,7 +43,6 @@ BYTES = {"float32": 4, "bfloat16": 2, "": 0}
 MATMUL_THREADS = 256
 FULL_ROW = T.GemmWarpPolicy.FullRow
 FULL_COLUMN = T.GemmWarpPolicy.FullCol
-SHARED_BYTES = 224 * 1024
 # Of a sum over splits or slices: what a thread loads before it adds the first.
 AT_ONCE = 4
 # projection_norm: mixes of a thread, in one access. H200, 2026-11, us of projection.fwd with one,
@@ -94,7 +94,9 @@ def low_part(value: T.float32):
 
 
 @builder({})
-def projection_fwd(num_mixes: int, size: int, *, weight_dtype: str, norm_weight_dtype: str):
+def projection_fwd(
+    num_mixes: int, size: int, *, weight_dtype: str, norm_weight_dtype: str, limits: Architecture
+):
     """Products and sums of squares, by slices of K: split s takes `blocks` blocks of it."""
     tokens = T.dynamic("num_tokens")
     splits = T.dynamic("num_splits")
@@ -104,7 +106,7 @@ def projection_fwd(num_mixes: int, size: int, *, weight_dtype: str, norm_weight_
     has_norm = norm_weight_dtype != ""
     weight_bytes = num_mixes * BYTES[weight_dtype] + BYTES[norm_weight_dtype]
     stage = (BLOCK_TOKENS * 2 + weight_bytes) * BLOCK_K
-    stages = min(6, (SHARED_BYTES - 4 * part_rows * BLOCK_K) // stage)
+    stages = min(6, (limits.matmul_bytes - 4 * part_rows * BLOCK_K) // stage)
 
     @T.prim_func
     def projection_fwd_kernel(
@@ -502,6 +504,7 @@ def projection_bwd(
     weight_dtype: str,
     norm_weight_dtype: str,
     into_dtype: str,
+    limits: Architecture,
 ):
     """Gradients of x and, per slice of tokens, of the weight, in one pass over x.
 
@@ -534,7 +537,7 @@ def projection_bwd(
     stage = block * (
         columns * (2 + BYTES[held_dtype]) + both * 2 + width * 4 + (PIECE * 2 if n else 0)
     )
-    stages = min(4, (SHARED_BYTES - fixed) // stage)
+    stages = min(4, (limits.matmul_bytes - fixed) // stage)
 
     def start(column: T.int32, piece: int):
         """The column of x at which a piece of a CTA's columns starts."""

@@ -9,6 +9,7 @@ one element of a mix is as near to float64 as with bfloat16 streams.
 import tilelang.language as T
 from tilelang import PassConfigKey
 
+from tile_mhc.kernels._arch import Architecture
 from tile_mhc.kernels._common import SIMT, builder, follow_previous
 from tile_mhc.kernels._shapes import ANY_COLUMNS, ANY_K, ANY_TOKENS, factors_width, padded
 from tile_mhc.kernels.projection import (
@@ -47,13 +48,20 @@ def split_streams(x: T.Buffer, high: T.Buffer, low: T.Buffer):
 
 @builder(MATMUL)
 def projection_any_fwd(
-    num_mixes: int, size: int, *, streams_dtype: str, weight_dtype: str, norm_weight_dtype: str
+    num_mixes: int,
+    size: int,
+    *,
+    streams_dtype: str,
+    weight_dtype: str,
+    norm_weight_dtype: str,
+    limits: Architecture,
 ):
     """Products and sums of squares, by slices of K: split s takes `blocks` blocks of it."""
     tokens = T.dynamic("num_tokens")
     splits = T.dynamic("num_splits")
     part_rows = padded(num_mixes)
     num_blocks = -(-size // ANY_K)
+    ctas = limits.any_ctas
     has_low = streams_dtype != "bfloat16"
 
     @T.prim_func
@@ -70,7 +78,7 @@ def projection_any_fwd(
         with T.Kernel(tiles, splits, threads=MATMUL_THREADS) as (tile, s):
             follow_previous()
             if num_mixes <= 24:
-                T.annotate_min_blocks_per_sm(2)
+                T.annotate_min_blocks_per_sm(ctas)
             x_local = T.alloc_fragment((ANY_TOKENS, ANY_K), streams_dtype)
             x_high = T.alloc_shared((ANY_TOKENS, ANY_K), T.bfloat16)
             x_low = T.alloc_shared((ANY_TOKENS, ANY_K), T.bfloat16) if has_low else None

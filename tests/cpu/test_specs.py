@@ -2,7 +2,9 @@
 
 import ast
 import inspect
+import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 import tile_mhc
 from tile_mhc import specs
+from tile_mhc.kernels._arch import ARCHITECTURES, HOPPER
 from tile_mhc.kernels._dtypes import Dtypes, split_arguments
 from tile_mhc.ops import recompute
 from tile_mhc.ops._library import dtypes
@@ -84,6 +87,32 @@ def test_every_kernel_first_waits_for_the_one_before(stem):
         tensors = {a.arg for a in function.args.args if "T.Tensor" in ast.unparse(a.annotation)}
         spec = specs.BY_NAME.get(function.name.removesuffix("_kernel"))
         assert before & tensors == set(spec.early if spec else ()), function.name
+
+
+def test_what_kernels_take_is_within_the_limits_of_the_architecture():
+    for limits in ARCHITECTURES.values():
+        for taken in (limits.matmul_bytes, limits.history_bytes, limits.ring_bytes):
+            assert taken <= limits.shared_bytes < limits.shared_bytes_per_sm
+        assert limits.kept_bytes < limits.l2_bytes < limits.last_read_bytes
+        for ctas in (limits.post_ctas, limits.interleaved_post_ctas, limits.any_ctas):
+            assert limits.post_ctas_of_eight <= ctas <= limits.ctas
+
+
+def test_launchers_know_one_architecture():
+    """`selection` and `cluster_stages` are not told for which one: there must be no choice."""
+    same = {replace(limits, l2_bytes=0) for limits in ARCHITECTURES.values()}
+    assert len(same) == 1
+
+
+def test_a_builder_is_told_the_limits_of_the_architecture(monkeypatch):
+    assert (HOPPER.warps(48), HOPPER.warps(255)) == (40, 8)
+    few = replace(HOPPER, matmul_bytes=HOPPER.matmul_bytes // 2)
+    monkeypatch.setitem(ARCHITECTURES, "sm_few", few)
+    texts = [
+        specs.builder("projection_fwd")(24, 256, arch=a).script() for a in ("sm_90a", "sm_few")
+    ]
+    stages = [int(re.search(r"num_stages\W+(\d+)", text)[1]) for text in texts]
+    assert stages[0] > stages[1] > 0
 
 
 def test_names_are_unique():
