@@ -397,8 +397,8 @@ SPECS = (
     Spec("post_fwd", "post", ("post",), _STREAMS, _posts),
     Spec("post_bwd", "post", ("post",), _STREAMS, _post_backwards),
     Spec("post_bias_bwd", "post", ("post", *_TE), ("hidden_size",), _post_biases),
-    Spec("head_mix_fwd", "contract", ("head_mix", "contract"), _N, _n_gates),
-    Spec("head_mix_bwd", "contract", ("head_mix", "contract"), _N, _n_gates),
+    Spec("head_mix_fwd", "head_mix", ("head_mix", "contract"), _N, _n_gates),
+    Spec("head_mix_bwd", "head_mix", ("head_mix", "contract"), _N, _n_gates),
     Spec("contract_fwd", "contract", ("contract",), _PRE, _pres),
     Spec(
         "contract_cluster_fwd",
