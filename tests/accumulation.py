@@ -19,8 +19,7 @@ from cases import (
     Op,
     norm_weight,
 )
-from tile_mhc import GradAccumulator, aggregate, post, without_main_grad
-from tile_mhc.ops import contract_cluster
+from tile_mhc import GradAccumulator, aggregate, post, selection, without_main_grad
 
 # Two of each kind where it matters: two heads may read one residual.
 READERS: dict[str, Op] = {
@@ -150,7 +149,8 @@ def check_parameters(case: Readers, plain: oracle.Named, found: oracle.Named) ->
     one, and sum in another order.
     """
     others = [name for name in plain if name != "residual"]
-    if contract_cluster.takes(case.residual, backward=True):
+    residual = case.residual
+    if selection.reads_once(residual.dtype, *residual.shape[-2:], backward=True):
         for name in [name for name in others if "contract." in name]:
             others.remove(name)
             reader, key = name.split(".")

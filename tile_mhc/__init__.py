@@ -10,9 +10,10 @@ from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.errors import AccumulatorError, ShapeError, UnsupportedError
 from tile_mhc.main_grad import without_main_grad
 from tile_mhc.ops.aggregate import aggregate
-from tile_mhc.ops.contract import contract, head_mix
+from tile_mhc.ops.contract import contract
 from tile_mhc.ops.expand import expand
 from tile_mhc.ops.fused_pre import fused_pre
+from tile_mhc.ops.head_mix import head_mix
 from tile_mhc.ops.mixes import split_mixes
 from tile_mhc.ops.post import post
 from tile_mhc.ops.projection import projection

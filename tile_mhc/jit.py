@@ -317,7 +317,7 @@ def _load_or_build(name: str, args: specs.Arguments, arch: str) -> Compiled:
     tilelang = import_tilelang()
     builder = specs.builder(name)
     try:
-        func = trace(builder, args)
+        func = trace(builder, args, arch)
     except Exception as error:
         raise CompileError(
             f"{_call(name, args)}: the builder failed: {_first_line(error)}"
@@ -359,12 +359,12 @@ def _load_or_build(name: str, args: specs.Arguments, arch: str) -> Compiled:
     )
 
 
-def trace(builder: Callable[..., Any], args: specs.Arguments) -> Any:
-    """The builder's prim_func; one at a time in a process."""
+def trace(builder: Callable[..., Any], args: specs.Arguments, arch: str) -> Any:
+    """The builder's prim_func for an architecture; one at a time in a process."""
 
     def trace_alone() -> Any:
         with _trace_lock:
-            return builder(*args)
+            return builder(*args, arch=arch)
 
     return undisturbed(trace_alone)
 

@@ -4,7 +4,6 @@ Adding a kernel means adding one line to SPECS: `tile-mhc compile`, the CI compi
 check then cover it.
 """
 
-import functools
 import importlib
 import importlib.util
 import itertools
@@ -14,16 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tile_mhc import errors
+import torch
+
+from tile_mhc import errors, selection
 from tile_mhc.errors import MAX_HIDDEN, SUPPORTED_STREAMS
-from tile_mhc.kernels._shapes import FAST_HIDDEN, HISTORY_STEP, TABLE_SLOTS, cluster_size
+from tile_mhc.kernels._arch import ARCHITECTURES
+from tile_mhc.kernels._dtypes import Dtypes, split_arguments
+from tile_mhc.kernels._shapes import HISTORY_STEP, TABLE_SLOTS
 
 Arguments = tuple[int | str, ...]
 
 # What `tile-mhc compile` takes; sm_90a and sm_100a are the ones compiled in CI. Not sm_80 to
 # sm_89, where TileLang 0.1.15 does not lower the projection's pipelines, nor sm_120a, where its
 # 217 KiB of shared memory exceed a CTA's 99.
-ARCHS = ("sm_90a", "sm_100a", "sm_103a")
+ARCHS = tuple(ARCHITECTURES)
 
 
 # The dtypes of streams and parameters where nothing else is asked for.
@@ -60,72 +63,12 @@ class Sizes(NamedTuple):
 
     @property
     def capacity(self) -> int:
-        return -(-self.repeat // HISTORY_STEP) * HISTORY_STEP
+        return selection.history_capacity(self.repeat)
 
 
-def dtypes(*given: tuple[str, str]) -> tuple[str, ...]:
-    """The trailing arguments of a builder from (dtype, the builder's default) of each.
-
-    Those up to the last that is no default: a kernel has one key.
-    """
-    count = max((i + 1 for i, (dtype, default) in enumerate(given) if dtype != default), default=0)
-    return tuple(dtype for dtype, _ in given[:count])
-
-
-@functools.cache
-def stream_dtypes(dtype: str) -> tuple[str, ...]:
-    return dtypes((dtype, DTYPE))
-
-
-@functools.cache
-def parameter_dtypes(dtype: str) -> tuple[str, ...]:
-    return dtypes((dtype, PARAMETER))
-
-
-@functools.cache
-def directed_dtypes(dtype: str, into: str) -> tuple[str, ...]:
-    return dtypes((dtype, DTYPE), (into, ""))
-
-
-@functools.cache
-def post_dtypes(dtype: str, bias: str, into: str = "") -> tuple[str, ...]:
-    return dtypes((dtype, DTYPE), (bias, ""), (into, ""))
-
-
-@functools.cache
-def gate_dtypes(scale: str, bias: str) -> tuple[str, ...]:
-    return dtypes((scale, PARAMETER), (bias, PARAMETER))
-
-
-@functools.cache
-def sums_dtypes(scale: str, bias: str, directed: bool) -> Arguments:
-    return (scale, bias, directed) if directed else gate_dtypes(scale, bias)
-
-
-@functools.cache
-def weight_dtypes(weight: str, norm_weight: str, *into: str) -> tuple[str, ...]:
-    return dtypes((weight, PARAMETER), (norm_weight, ""), *((dtype, "") for dtype in into))
-
-
-@functools.cache
-def norm_dtypes(weight: str, norm_weight: str, dtype: str) -> tuple[str, ...]:
-    return dtypes((weight, PARAMETER), (norm_weight, ""), (dtype, DTYPE))
-
-
-@functools.cache
-def pre_dtypes(dtype: str, weight: str, norm_weight: str, scale: str, bias: str) -> tuple[str, ...]:
-    return dtypes(
-        (weight, PARAMETER),
-        (norm_weight, ""),
-        (dtype, DTYPE),
-        (scale, PARAMETER),
-        (bias, PARAMETER),
-    )
-
-
-@functools.cache
-def readout_dtypes(weight: str, norm_weight: str, scale: str, bias: str) -> tuple[str, ...]:
-    return dtypes((weight, PARAMETER), (norm_weight, ""), (scale, PARAMETER), (bias, PARAMETER))
+def _kernel(*numbers: int, **dtypes: str) -> Arguments:
+    """A builder's arguments, with its dtypes by the names of `Dtypes`."""
+    return (*numbers, *Dtypes(**dtypes).words)
 
 
 @dataclass(frozen=True)
@@ -136,6 +79,7 @@ class Spec:
         name: the builder's name, and the kernel's name in messages and tables.
         stem: the builder's module, `tile_mhc.kernels.<stem>`.
         ops: the public functions that launch it.
+        numbers: the names of what its builder takes before the dtypes.
         arguments: the builder's argument tuples for given sizes.
         early: the tensors that it reads beside the kernel before it, which never writes them: see
             `follow_previous` of the kernels.
@@ -144,6 +88,7 @@ class Spec:
     name: str
     stem: str
     ops: tuple[str, ...]
+    numbers: tuple[str, ...]
     arguments: Callable[[Sizes], list[Arguments]]
     early: tuple[str, ...] = ()
 
@@ -157,24 +102,26 @@ def _steps(s: Sizes) -> list[Arguments]:
 
 
 def _streams(s: Sizes) -> list[Arguments]:
-    return [(s.n, s.hidden, *stream_dtypes(s.dtype))]
+    return [_kernel(s.n, s.hidden, streams=s.dtype)]
 
 
-def _gated(sizes: Arguments, s: Sizes) -> list[Arguments]:
+def _gates(s: Sizes, *numbers: int) -> list[Arguments]:
     """With the dtypes of scale and bias, each on its own."""
-    return [(*sizes, *gate_dtypes(*gates)) for gates in itertools.product(s.parameters, repeat=2)]
+    choices = itertools.product(s.parameters, repeat=2)
+    return [_kernel(*numbers, scale=scale, bias=bias) for scale, bias in choices]
 
 
 def _n_gates(s: Sizes) -> list[Arguments]:
-    return _gated((s.n,), s)
+    return _gates(s, s.n)
 
 
 def _column_sums(s: Sizes) -> list[Arguments]:
     # One column a bias and a scale.
     counts = ((s.mixes, 3), (s.n, 1))
-    grads = _main_grads(s)
-    directed = [(*count, *sums_dtypes(grad, grad, True)) for count in counts for grad in grads]
-    return [*(args for count in counts for args in _gated(count, s)), *directed]
+    directed = [
+        _kernel(*count, True, scale=grad, bias=grad) for count in counts for grad in _main_grads(s)
+    ]
+    return [*(args for count in counts for args in _gates(s, *count, False)), *directed]
 
 
 def _main_grads(s: Sizes) -> list[str]:
@@ -187,64 +134,79 @@ def _accumulators(s: Sizes) -> list[str]:
 
 def _aggregate_backwards(s: Sizes) -> list[Arguments]:
     # To autograd, and into an accumulator.
-    return [(s.n, s.hidden, *directed_dtypes(s.dtype, into)) for into in ("", *_accumulators(s))]
+    targets = ("", *_accumulators(s))
+    return [_kernel(s.n, s.hidden, streams=s.dtype, into=into) for into in targets]
 
 
 def _posts(s: Sizes) -> list[Arguments]:
     # Without a bias, and with one.
-    return [(s.n, s.hidden, *post_dtypes(s.dtype, bias)) for bias in ("", *s.parameters)]
+    biases = ("", *s.parameters)
+    return [_kernel(s.n, s.hidden, streams=s.dtype, layer_bias=bias) for bias in biases]
 
 
 def _post_backwards(s: Sizes) -> list[Arguments]:
     choices = itertools.product(("", *s.parameters), ("", *_accumulators(s)))
-    return [(s.n, s.hidden, *post_dtypes(s.dtype, *choice)) for choice in choices]
+    return [
+        _kernel(s.n, s.hidden, streams=s.dtype, layer_bias=bias, into=into)
+        for bias, into in choices
+    ]
 
 
 def _post_biases(s: Sizes) -> list[Arguments]:
-    return [(s.hidden, *parameter_dtypes(bias)) for bias in s.parameters]
+    return [_kernel(s.hidden, layer_bias=bias) for bias in s.parameters]
 
 
-def _parameters(s: Sizes) -> list[tuple[str, ...]]:
-    """The dtypes of the weight, without and with a norm weight, scale and bias."""
-    return list(itertools.product(s.parameters, ("", *s.parameters), s.parameters, s.parameters))
+def _weights(s: Sizes) -> list[dict[str, str]]:
+    """The dtypes of the weight, without and with a norm weight."""
+    choices = itertools.product(s.parameters, ("", *s.parameters))
+    return [{"weight": weight, "norm_weight": norm} for weight, norm in choices]
+
+
+def _parameters(s: Sizes) -> list[dict[str, str]]:
+    """The same with those of scale and bias."""
+    gates = itertools.product(s.parameters, repeat=2)
+    choices = itertools.product(_weights(s), gates)
+    return [{**weights, "scale": scale, "bias": bias} for weights, (scale, bias) in choices]
 
 
 def _pres(s: Sizes) -> list[Arguments]:
-    """What reads the streams and all parameters."""
-    sizes = [(s.n, s.hidden, many_splits) for many_splits in (False, True)]
-    dtypes_of = [pre_dtypes(s.dtype, *choice) for choice in _parameters(s)]
-    return [(*size, *given) for size in sizes for given in dtypes_of]
+    """What reads the streams and all parameters, with few splits of K and with many."""
+    return [
+        _kernel(s.n, s.hidden, many_splits, streams=s.dtype, **dtypes)
+        for many_splits in (False, True)
+        for dtypes in _parameters(s)
+    ]
 
 
 def _clusters(backward: bool) -> Callable[[Sizes], list[Arguments]]:
     """The same for the readout in one pass, where it has a kernel."""
 
     def of(s: Sizes) -> list[Arguments]:
-        if s.dtype != DTYPE or not cluster_size(s.n, s.hidden, backward):
+        if not selection.reads_once(getattr(torch, s.dtype), s.n, s.hidden, backward):
             return []
-        return [(s.n, s.hidden, *readout_dtypes(*choice)) for choice in _parameters(s)]
+        return [_kernel(s.n, s.hidden, **dtypes) for dtypes in _parameters(s)]
 
     return of
 
 
-def _projections(s: Sizes) -> list[Arguments]:
+def _projections(s: Sizes) -> list[tuple[int, ...]]:
     # n(n+2) mixes before a sub-layer, and the n mixes of the readout.
     return [(s.mixes, s.n * s.hidden), (s.n, s.n * s.hidden)]
 
 
 def _projection_norms(s: Sizes) -> list[Arguments]:
     """With few splits of K, and with so many that threads share the sum over them."""
-    choices = itertools.product(_projections(s), (False, True), s.parameters, ("", *s.parameters))
+    choices = itertools.product(_projections(s), (False, True), _weights(s))
     return [
-        (*sizes, many_splits, *norm_dtypes(weight, norm, s.dtype))
-        for sizes, many_splits, weight, norm in choices
+        _kernel(*numbers, many_splits, streams=s.dtype, **weights)
+        for numbers, many_splits, weights in choices
     ]
 
 
-def _projection_readers(s: Sizes) -> list[Arguments]:
+def _projection_readers(s: Sizes) -> list[tuple[int, ...]]:
     # Alone, and with the aggregate of the same streams: contract's where it makes two passes.
     size = s.n * s.hidden
-    readers: list[Arguments] = [(s.mixes, size, 0), (s.n, size, 0), (s.mixes, size, s.n)]
+    readers: list[tuple[int, ...]] = [(s.mixes, size, 0), (s.n, size, 0), (s.mixes, size, s.n)]
     return readers if _clusters(backward=True)(s) else [*readers, (s.n, size, s.n)]
 
 
@@ -259,101 +221,95 @@ def _has_te(s: Sizes) -> bool:
     return s.n == 4 and s.dtype != "float16"
 
 
+def _has_fast_projection(s: Sizes) -> bool:
+    return selection.is_fast(getattr(torch, s.dtype), s.hidden)
+
+
+def _fast(arguments: Callable[[Sizes], list[Arguments]]) -> Callable[[Sizes], list[Arguments]]:
+    """For the kernels of `projection` alone, which take bfloat16 streams in whole pieces."""
+    return lambda s: arguments(s) if _has_fast_projection(s) else []
+
+
+def _any(arguments: Callable[[Sizes], list[Arguments]]) -> Callable[[Sizes], list[Arguments]]:
+    """For those of `projection_any`, which take what the others do not."""
+    return lambda s: [] if _has_fast_projection(s) else arguments(s)
+
+
+def _projection_forwards(s: Sizes) -> list[Arguments]:
+    choices = itertools.product(_projections(s), _weights(s))
+    return [_kernel(*numbers, streams=s.dtype, **weights) for numbers, weights in choices]
+
+
 def _projection_backwards(s: Sizes) -> list[Arguments]:
     # With the aggregate also on top of a gradient that the streams have; alone on top of a buffer.
     size = s.n * s.hidden
-    plain = [(*sizes, "") for sizes in _projection_readers(s)]
-    buffered = [(s.mixes, size, 0, "float32")] if _has_te(s) else []
-    return [*plain, (s.mixes, size, s.n, s.dtype), *buffered]
-
-
-def _directed_projection_backwards(s: Sizes, into: str) -> list[Arguments]:
-    # projection and contract: the first writes to an accumulator, others add.
-    size = s.n * s.hidden
-    readers = ((s.mixes, size, 0), (s.n, size, s.n))
-    return [(*reader, held) for reader in readers for held in ("", into)]
-
-
-def _has_fast_projection(s: Sizes) -> bool:
-    return s.dtype == DTYPE and s.hidden % FAST_HIDDEN == 0
-
-
-Choice = Callable[[Sizes], list[Arguments]]
-
-
-def _fast(arguments: Choice) -> Choice:
-    """For kernels that read the weight of a fast projection: it alone, and with a norm weight."""
-    return lambda s: _with_weights(arguments(s), s) if _has_fast_projection(s) else []
-
-
-def _into_accumulator(arguments: Choice) -> Choice:
-    """Also those that leave the gradient of the streams in an accumulator."""
-
-    def of(s: Sizes) -> list[Arguments]:
-        plain = arguments(s)
-        dtypes = _accumulators(s) if plain else []
-        streams = () if _has_fast_projection(s) else (s.dtype,)
-        for into in dtypes:
-            sizes = [(*size, *streams) for size in _directed_projection_backwards(s, into)]
-            plain = plain + _with_weights(sizes, s, into)
-        return plain
-
-    return of
-
-
-def _into_main_grad(arguments: Choice) -> Choice:
-    """Also those that leave the gradient of the weight, and of a norm weight, in main_grad."""
-
-    def of(s: Sizes) -> list[Arguments]:
-        plain = arguments(s)
-        grads = _main_grads(s) if plain else []
-        return plain + [args for g in grads for args in _with_weights(_projections(s), s, g, g)]
-
-    return of
-
-
-def _any(arguments: Choice) -> Choice:
-    """The same for those that take any dtype of streams, which comes first, and any width."""
-
-    def of(s: Sizes) -> list[Arguments]:
-        sizes = [(*size, s.dtype) for size in arguments(s)]
-        return [] if _has_fast_projection(s) else _with_weights(sizes, s)
-
-    return of
-
-
-def _with_weights(sizes: list[Arguments], s: Sizes, *into: str) -> list[Arguments]:
-    kinds = list(itertools.product(s.parameters, ("", *s.parameters)))
-    # The second destination is that of the norm weight.
+    choices = [(numbers, "", "") for numbers in _projection_readers(s)]
+    choices.append(((s.mixes, size, s.n), s.dtype, ""))
+    if _has_te(s):
+        choices.append(((s.mixes, size, 0), "float32", ""))
+    # Into an accumulator projection and contract: the first writes to it, others add.
+    for into in _accumulators(s):
+        readers = ((s.mixes, size, 0), (s.n, size, s.n))
+        choices += [(numbers, held, into) for numbers in readers for held in ("", into)]
     return [
-        (*size, *weight_dtypes(*kind, *(into if kind[1] else into[:1])))
-        for size in sizes
-        for kind in kinds
+        _kernel(*numbers, streams=s.dtype, **weights, held=held, into=into)
+        for numbers, held, into in choices
+        for weights in _weights(s)
+    ]
+
+
+def _projection_weight_backwards(s: Sizes) -> list[Arguments]:
+    # To autograd, and into main_grad, also that of a norm weight.
+    choices = itertools.product(("", *_main_grads(s)), _projections(s), _weights(s))
+    return [
+        _kernel(
+            *numbers,
+            **weights,
+            into_weight=into,
+            into_norm_weight=into if weights["norm_weight"] else "",
+        )
+        for into, numbers, weights in choices
     ]
 
 
 _PROJECTION = ("projection", "contract", "fused_pre")
 
 
-def _of_te(arguments: Callable[[Sizes], list[Arguments]]) -> Callable[..., Any]:
+def _of_te(arguments: Callable[[Sizes], list[Arguments]]) -> Callable[[Sizes], list[Arguments]]:
     """For kernels behind compat.transformer_engine alone."""
     return lambda s: arguments(s) if _has_te(s) else []
 
 
+# Of TransformerEngine's kernels: the gradient of the streams in their dtype, and in its buffer.
+def _buffers(s: Sizes) -> list[str]:
+    return [""] if s.dtype == "float32" else ["", "float32"]
+
+
 @_of_te
 def _interleaved(s: Sizes) -> list[Arguments]:
-    return [(s.n, s.hidden, s.dtype)]
+    return _streams(s)
+
+
+@_of_te
+def _interleaved_backwards(s: Sizes) -> list[Arguments]:
+    return [_kernel(s.n, s.hidden, streams=s.dtype, into=into) for into in _buffers(s)]
+
+
+def _interleaved_layers(s: Sizes) -> list[dict[str, str]]:
+    # The layer's output in the dtype of the streams; without a bias, and with one.
+    biases = ("", *s.parameters)
+    return [{"streams": s.dtype, "layer_output": s.dtype, "layer_bias": bias} for bias in biases]
 
 
 @_of_te
 def _interleaved_posts(s: Sizes) -> list[Arguments]:
-    # The layer's output in the dtype of the streams; without a bias, and with one.
-    return [(*sizes, s.dtype, bias) for sizes in _interleaved(s) for bias in ("", *s.parameters)]
+    return [_kernel(s.n, s.hidden, **dtypes) for dtypes in _interleaved_layers(s)]
 
 
-def _with_buffer(arguments: Callable[[Sizes], list[Arguments]]) -> Callable[..., Any]:
-    """The gradient of the streams in their dtype, and in a float32 buffer."""
-    return lambda s: [(*a, g) for a in arguments(s) for g in dict.fromkeys((s.dtype, "float32"))]
+@_of_te
+def _interleaved_post_backwards(s: Sizes) -> list[Arguments]:
+    choices = itertools.product(_interleaved_layers(s), _buffers(s))
+    return [_kernel(s.n, s.hidden, **dtypes, into=into) for dtypes, into in choices]
 
 
 @_of_te
@@ -363,79 +319,116 @@ def _padded_projections(s: Sizes) -> list[Arguments]:
 
 @_of_te
 def _padded_mixes(s: Sizes) -> list[Arguments]:
-    return [(s.n, *gates) for gates in itertools.product(s.parameters, repeat=2)]
+    return _n_gates(s)
 
+
+# The numbers of builders.
+_N = ("n",)
+_STEPS = ("n", "capacity")
+_STREAMS = ("n", "hidden_size")
+_CHANNELS = ("n", "channels")
+_MATMUL = ("num_mixes", "size")
+_READER = ("num_mixes", "size", "n")
+_NORM = ("num_mixes", "size", "many_splits")
+_PRE = ("n", "hidden_size", "many_splits")
 
 _TE = ("transformer_engine",)
 
 SPECS = (
-    Spec("expand_fwd", "expand", ("expand",), _streams),
-    Spec("expand_bwd", "expand", ("expand",), _streams),
-    Spec("projection_fwd", "projection", (*_PROJECTION, *_TE), _fast(_projections)),
-    Spec("projection_norm", "projection", ("projection",), _projection_norms),
-    Spec("projection_norm_bwd", "projection", _PROJECTION, _projection_norm_backwards),
+    Spec("expand_fwd", "expand", ("expand",), _STREAMS, _streams),
+    Spec("expand_bwd", "expand", ("expand",), _STREAMS, _streams),
+    Spec(
+        "projection_fwd", "projection", (*_PROJECTION, *_TE), _MATMUL, _fast(_projection_forwards)
+    ),
+    Spec("projection_norm", "projection", ("projection",), _NORM, _projection_norms),
+    Spec("projection_norm_bwd", "projection", _PROJECTION, _READER, _projection_norm_backwards),
     Spec(
         "projection_bwd",
         "projection",
         (*_PROJECTION, *_TE),
-        _into_accumulator(_fast(_projection_backwards)),
+        _READER,
+        _fast(_projection_backwards),
         early=("weight", "norm_weight"),
     ),
     Spec(
         "projection_weight_bwd",
         "projection",
         (*_PROJECTION, *_TE),
-        _into_main_grad(lambda s: _with_weights(_projections(s), s)),
+        _MATMUL,
+        _projection_weight_backwards,
     ),
-    Spec("projection_any_fwd", "projection_any", (*_PROJECTION, *_TE), _any(_projections)),
+    Spec(
+        "projection_any_fwd",
+        "projection_any",
+        (*_PROJECTION, *_TE),
+        _MATMUL,
+        _any(_projection_forwards),
+    ),
     Spec(
         "projection_any_bwd",
         "projection_any",
         (*_PROJECTION, *_TE),
-        _into_accumulator(_any(_projection_backwards)),
+        _READER,
+        _any(_projection_backwards),
         early=("weight", "norm_weight"),
     ),
-    Spec("split_mixes_fwd", "mixes", ("split_mixes", "fused_pre"), _n_gates),
-    Spec("split_mixes_bwd", "mixes", ("split_mixes", "fused_pre"), _n_gates),
+    Spec("split_mixes_fwd", "mixes", ("split_mixes", "fused_pre"), _N, _n_gates),
+    Spec("split_mixes_bwd", "mixes", ("split_mixes", "fused_pre"), _N, _n_gates),
     Spec(
         "column_sums",
         "mixes",
         ("split_mixes", "contract", "head_mix", "fused_pre", *_TE),
+        ("biases", "scales", "directed"),
         _column_sums,
     ),
-    Spec("sinkhorn_fwd", "sinkhorn", ("sinkhorn",), _n),
-    Spec("sinkhorn_bwd", "sinkhorn", ("sinkhorn", "fused_pre"), _steps),
-    Spec("aggregate_fwd", "aggregate", ("aggregate",), _streams),
-    Spec("aggregate_last_fwd", "aggregate", ("aggregate",), _streams),
-    Spec("aggregate_bwd", "aggregate", ("aggregate",), _aggregate_backwards),
+    Spec("sinkhorn_fwd", "sinkhorn", ("sinkhorn",), _N, _n),
+    Spec("sinkhorn_bwd", "sinkhorn", ("sinkhorn", "fused_pre"), _STEPS, _steps),
+    Spec("aggregate_fwd", "aggregate", ("aggregate",), _STREAMS, _streams),
+    Spec("aggregate_last_fwd", "aggregate", ("aggregate",), _STREAMS, _streams),
+    Spec("aggregate_bwd", "aggregate", ("aggregate",), _STREAMS, _aggregate_backwards),
     Spec(
         "aggregate_mix_bwd",
         "aggregate",
         ("fused_pre", "contract"),
+        _STREAMS,
         _streams,
         early=("grad", "residual"),
     ),
-    Spec("post_fwd", "post", ("post",), _posts),
-    Spec("post_bwd", "post", ("post",), _post_backwards),
-    Spec("post_bias_bwd", "post", ("post", *_TE), _post_biases),
-    Spec("head_mix_fwd", "contract", ("head_mix", "contract"), _n_gates),
-    Spec("head_mix_bwd", "contract", ("head_mix", "contract"), _n_gates),
-    Spec("contract_fwd", "contract", ("contract",), _pres),
-    Spec("contract_cluster_fwd", "contract_cluster", ("contract",), _clusters(backward=False)),
-    Spec("contract_cluster_bwd", "contract_cluster", ("contract",), _clusters(backward=True)),
-    Spec("fused_pre", "fused_pre", ("fused_pre",), _pres),
-    Spec("interleaved_aggregate_fwd", "interleaved_aggregate", _TE, _interleaved),
-    Spec("interleaved_aggregate_bwd", "interleaved_aggregate", _TE, _with_buffer(_interleaved)),
-    Spec("interleaved_post_fwd", "interleaved_post", _TE, _interleaved_posts),
-    Spec("interleaved_post_bwd", "interleaved_post", _TE, _with_buffer(_interleaved_posts)),
-    Spec("padded_projection_fwd", "padded_projection", _TE, _padded_projections),
-    Spec("padded_projection_pack", "padded_projection", _TE, _padded_projections),
-    Spec("padded_mixes_fwd", "padded_mixes", _TE, _padded_mixes),
-    Spec("padded_mixes_bwd", "padded_mixes", _TE, _padded_mixes),
-    Spec("log_sinkhorn_fwd", "log_sinkhorn", ("sinkhorn", "fused_pre", *_TE), _n),
-    Spec("log_sinkhorn_bwd", "log_sinkhorn", ("sinkhorn", "fused_pre", *_TE), _steps),
-    Spec("recompute", "recompute", ("recompute",), _streams),
-    Spec("recompute_table", "recompute", ("recompute",), lambda _: [(TABLE_SLOTS,)]),
+    Spec("post_fwd", "post", ("post",), _STREAMS, _posts),
+    Spec("post_bwd", "post", ("post",), _STREAMS, _post_backwards),
+    Spec("post_bias_bwd", "post", ("post", *_TE), ("hidden_size",), _post_biases),
+    Spec("head_mix_fwd", "head_mix", ("head_mix", "contract"), _N, _n_gates),
+    Spec("head_mix_bwd", "head_mix", ("head_mix", "contract"), _N, _n_gates),
+    Spec("contract_fwd", "contract", ("contract",), _PRE, _pres),
+    Spec(
+        "contract_cluster_fwd",
+        "contract_cluster",
+        ("contract",),
+        _STREAMS,
+        _clusters(backward=False),
+    ),
+    Spec(
+        "contract_cluster_bwd",
+        "contract_cluster",
+        ("contract",),
+        _STREAMS,
+        _clusters(backward=True),
+    ),
+    Spec("fused_pre", "fused_pre", ("fused_pre",), _PRE, _pres),
+    Spec("interleaved_aggregate_fwd", "interleaved_aggregate", _TE, _CHANNELS, _interleaved),
+    Spec(
+        "interleaved_aggregate_bwd", "interleaved_aggregate", _TE, _CHANNELS, _interleaved_backwards
+    ),
+    Spec("interleaved_post_fwd", "interleaved_post", _TE, _CHANNELS, _interleaved_posts),
+    Spec("interleaved_post_bwd", "interleaved_post", _TE, _CHANNELS, _interleaved_post_backwards),
+    Spec("padded_projection_fwd", "padded_projection", _TE, _MATMUL, _padded_projections),
+    Spec("padded_projection_pack", "padded_projection", _TE, _MATMUL, _padded_projections),
+    Spec("padded_mixes_fwd", "padded_mixes", _TE, _N, _padded_mixes),
+    Spec("padded_mixes_bwd", "padded_mixes", _TE, _N, _padded_mixes),
+    Spec("log_sinkhorn_fwd", "log_sinkhorn", ("sinkhorn", "fused_pre", *_TE), _N, _n),
+    Spec("log_sinkhorn_bwd", "log_sinkhorn", ("sinkhorn", "fused_pre", *_TE), _STEPS, _steps),
+    Spec("recompute", "recompute", ("recompute",), _STREAMS, _streams),
+    Spec("recompute_table", "recompute", ("recompute",), ("slots",), lambda _: [(TABLE_SLOTS,)]),
 )
 
 BY_NAME = {spec.name: spec for spec in SPECS}
@@ -485,7 +478,7 @@ def device_functions() -> set[str]:
 def compile_command(name: str, args: Arguments, arch: str) -> str | None:
     """The command line that puts this kernel into the cache; None where the table has no entry."""
     spec = BY_NAME[name]
-    for size in _sizes_of(name, args):
+    for size in _sizes_of(spec, args):
         if args in spec.arguments(size):
             command = f"tile-mhc compile --arch {arch} --hidden {size.hidden} --streams {size.n}"
             if size.repeat != HISTORY_STEP:
@@ -500,17 +493,23 @@ def compile_command(name: str, args: Arguments, arch: str) -> str | None:
     return None
 
 
-def _sizes_of(name: str, args: Arguments) -> Iterator[Sizes]:
-    """Every choice that may give these arguments, the defaults first."""
-    numbers = [arg for arg in args if type(arg) is int]  # a flag is none
-    words = [arg for arg in args if isinstance(arg, str)]
-    repeats = {HISTORY_STEP, numbers[-1]} if name.endswith("sinkhorn_bwd") else {HISTORY_STEP}
-    streams = [DTYPE, *(word for word in words if word in STREAMS)]
+def _sizes_of(spec: Spec, args: Arguments) -> Iterator[Sizes]:
+    """The choices that these arguments leave open, what is usual first."""
+    numbers, words = split_arguments(args)
+    of, dtypes = dict(zip(spec.numbers, numbers, strict=True)), Dtypes.parse(words).given
+    rows = of.get("num_mixes", of.get("biases"))
+    # A reader of the streams that has no aggregate beside it says n = 0.
+    counts = [
+        n
+        for n in SUPPORTED_STREAMS
+        if of.get("n", 0) in (0, n) and (rows is None or rows in (n, n * (n + 2)))
+    ]
+    streams = [dtypes["streams"]] if "streams" in dtypes else [DTYPE, *STREAMS]
     parameters = [*((dtype,) for dtype in EVERY_PARAMETER), EVERY_PARAMETER]
     grads: list[tuple[str, ...]] = [(), *((word,) for word in STREAMS)]
-    for n in SUPPORTED_STREAMS:
-        # A kernel has H, n*H, or neither.
-        widths = [64, *numbers, *(number // n for number in numbers)]
-        hidden = [width for width in widths if 0 < width <= MAX_HIDDEN]
-        choices = (hidden, repeats, streams, parameters, grads)
-        yield from (Sizes(n, *choice) for choice in itertools.product(*choices))
+    for n in counts:
+        hidden = of.get("hidden_size", of.get("channels", of.get("size", 64 * n) // n))
+        if 0 < hidden <= MAX_HIDDEN:
+            repeat = of.get("capacity", HISTORY_STEP)
+            for choice in itertools.product(streams, parameters, grads):
+                yield Sizes(n, hidden, repeat, *choice)

@@ -1,12 +1,15 @@
 """What the kernels share: pass configurations, block shapes, and macros used by two ops or more."""
 
+import functools
+import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import tilelang.language as T
 from tilelang import PassConfigKey
 
-Builder = TypeVar("Builder", bound=Callable[..., Any])
+from tile_mhc.kernels._arch import ARCHITECTURES, DEFAULT
+from tile_mhc.kernels._dtypes import Dtypes, split_arguments
 
 # Bytes of the widest access a thread can make, and bfloat16 values in one.
 ACCESS = 16
@@ -32,15 +35,35 @@ READS_LAST = SIMT | {PassConfigKey.TL_DEVICE_COMPILE_FLAGS: ["-Xptxas", "-dlcm=c
 
 def builder(
     pass_configs: dict[Any, Any] | Callable[..., dict[Any, Any]],
-) -> Callable[[Builder], Builder]:
-    """Attach the pass configuration that a builder's kernel is compiled with.
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a builder of a function of numbers and, by keyword, of the dtypes that its kernel has.
 
-    Or a function of the builder's arguments that tells it: see `tile_mhc.specs.pass_configs`.
+    It is called with a kernel's arguments: the numbers, then the words of `Dtypes`. A word for a
+    tensor that the kernel does not have is a TypeError: it would be a second key of one kernel. A
+    function that asks for `limits` gets the `Architecture` that the kernel is compiled for.
+
+    Args:
+        pass_configs: what the kernel is compiled with, or a function of the arguments that tells
+            it: see `tile_mhc.specs.pass_configs`.
     """
 
-    def attach(function: Builder) -> Builder:
-        function.pass_configs = pass_configs  # type: ignore[attr-defined]
-        return function
+    def attach(function: Callable[..., Any]) -> Callable[..., Any]:
+        parameters = inspect.signature(function).parameters
+        keywords = {name[: -len("_dtype")] for name in parameters if name.endswith("_dtype")}
+
+        @functools.wraps(function)
+        def build(*args: int | str, arch: str = DEFAULT) -> Any:
+            numbers, words = split_arguments(args)
+            dtypes = Dtypes.parse(words)
+            if unknown := dtypes.given.keys() - keywords:
+                raise TypeError(f"{function.__name__}: has no dtype of {', '.join(unknown)}")
+            given = {f"{name}_dtype": getattr(dtypes, name) for name in keywords}
+            if "limits" in parameters:
+                given["limits"] = ARCHITECTURES[arch]
+            return function(*numbers, **given)
+
+        build.pass_configs = pass_configs  # type: ignore[attr-defined]
+        return build
 
     return attach
 

@@ -1,6 +1,8 @@
-"""Numbers on which a kernel and its launcher must agree. Imports no other module of ours."""
+"""Numbers on which a kernel and its launcher must agree."""
 
 import functools
+
+from tile_mhc.kernels._arch import ARCHITECTURES, DEFAULT, Architecture
 
 # projection: the tile of x that one CTA takes at a time.
 BLOCK_TOKENS = 128
@@ -66,8 +68,6 @@ def padded(num_mixes: int) -> int:
 # contract_cluster: tokens that a cluster of CTAs takes at a time, and columns of H a warp has.
 CLUSTER_TOKENS = 8
 CLUSTER_COLUMNS = 64
-# What its rings of tokens may take of shared memory, in bytes; the rest is for sums.
-CLUSTER_RING = 214 * 1024
 # More groups than this in a ring gain nothing.
 CLUSTER_STAGES = 6
 # The widest part of H of a CTA: with 16 warps and the one for sums, 96 registers a thread.
@@ -82,10 +82,12 @@ def cluster_row(rows: int, width: int) -> int:
     return rows * width + 32
 
 
-def cluster_stages(n: int, width: int, backward: bool) -> int:
+def cluster_stages(
+    n: int, width: int, backward: bool, limits: Architecture = ARCHITECTURES[DEFAULT]
+) -> int:
     """contract_cluster: groups of tokens that fit: n streams and, in the backward, a gradient."""
     row = cluster_row(n, width) + (cluster_row(1, width) if backward else 0)
-    return min(CLUSTER_RING // (CLUSTER_TOKENS * row * 2), CLUSTER_STAGES)
+    return min(limits.ring_bytes // (CLUSTER_TOKENS * row * 2), CLUSTER_STAGES)
 
 
 @functools.cache

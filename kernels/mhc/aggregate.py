@@ -26,23 +26,23 @@ from tile_mhc.kernels._common import (
 )
 
 
-def _forward(n: int, hidden_size: int, dtype: str) -> Any:
+def _forward(n: int, hidden_size: int, streams_dtype: str) -> Any:
     tokens = T.dynamic("num_tokens")
-    vector = row_vector(hidden_size, dtype)
+    vector = row_vector(hidden_size, streams_dtype)
     threads = row_threads(hidden_size, vector)
     chunks = row_chunks(hidden_size, threads, vector)
 
     @T.prim_func
     def aggregate_fwd_kernel(
-        residual: T.Tensor[(tokens, n, hidden_size), dtype],
+        residual: T.Tensor[(tokens, n, hidden_size), streams_dtype],
         pre_mix: T.Tensor[(tokens, n), T.float32],
-        out: T.Tensor[(tokens, hidden_size), dtype],
+        out: T.Tensor[(tokens, hidden_size), streams_dtype],
     ):
         with T.Kernel(tokens * chunks, threads=threads) as block:
             follow_previous()
             t = block // chunks
             h = (block % chunks * threads + T.get_thread_binding()) * vector
-            streams = T.alloc_local((n, vector), dtype)
+            streams = T.alloc_local((n, vector), streams_dtype)
             mix = T.alloc_local((n,), T.float32)
             total = T.alloc_local((vector,), T.float32)
             if h < hidden_size:
@@ -51,20 +51,20 @@ def _forward(n: int, hidden_size: int, dtype: str) -> Any:
                     mix[i] = pre_mix[t, i]
                 weighted_sum(mix, streams, n, total)
                 for v in T.vectorized(vector):
-                    out[t, h + v] = T.cast(total[v], dtype)
+                    out[t, h + v] = T.cast(total[v], streams_dtype)
 
     return aggregate_fwd_kernel
 
 
 @builder(SIMT)
-def aggregate_fwd(n: int, hidden_size: int, dtype: str = "bfloat16"):
-    return _forward(n, hidden_size, dtype)
+def aggregate_fwd(n: int, hidden_size: int, *, streams_dtype: str):
+    return _forward(n, hidden_size, streams_dtype)
 
 
 @builder(READS_LAST)
-def aggregate_last_fwd(n: int, hidden_size: int, dtype: str = "bfloat16"):
+def aggregate_last_fwd(n: int, hidden_size: int, *, streams_dtype: str):
     """The same kernel for streams of which L2 holds a good part: it gives up what has been read."""
-    return _forward(n, hidden_size, dtype)
+    return _forward(n, hidden_size, streams_dtype)
 
 
 @T.macro
@@ -82,19 +82,19 @@ def row_products(wide: T.Buffer, streams: T.Buffer, n: int, sums: T.Buffer):
 
 
 @builder(SIMT)
-def aggregate_bwd(n: int, hidden_size: int, dtype: str = "bfloat16", into: str = ""):
-    """Both gradients; with `into`, its dtype, the residual's may be added to what is there."""
+def aggregate_bwd(n: int, hidden_size: int, *, streams_dtype: str, into_dtype: str):
+    """Both gradients; with `into_dtype` the residual's may be added to what is there."""
     tokens = T.dynamic("num_tokens")
-    directed = into != ""
-    target = into or dtype
-    vector = row_vector(hidden_size, dtype)
+    directed = into_dtype != ""
+    target = into_dtype or streams_dtype
+    vector = row_vector(hidden_size, streams_dtype)
     threads = row_threads(hidden_size, vector)
     lanes = sum_lanes(n, threads)
 
     @T.prim_func
     def aggregate_bwd_kernel(
-        grad: T.Tensor[(tokens, hidden_size), dtype],
-        residual: T.Tensor[(tokens, n, hidden_size), dtype],
+        grad: T.Tensor[(tokens, hidden_size), streams_dtype],
+        residual: T.Tensor[(tokens, n, hidden_size), streams_dtype],
         pre_mix: T.Tensor[(tokens, n), T.float32],
         grad_residual: T.Tensor[(tokens, n, hidden_size), target],
         grad_mix: T.Tensor[(tokens, n), T.float32],
@@ -103,8 +103,8 @@ def aggregate_bwd(n: int, hidden_size: int, dtype: str = "bfloat16", into: str =
         with T.Kernel(tokens, threads=threads) as t:
             follow_previous()
             tid = T.get_thread_binding()
-            streams = T.alloc_local((n, vector), dtype)
-            wide = T.alloc_local((vector,), dtype)
+            streams = T.alloc_local((n, vector), streams_dtype)
+            wide = T.alloc_local((vector,), streams_dtype)
             mix = T.alloc_local((n,), T.float32)
             sums = T.alloc_local((n,), T.float32)
             total = T.alloc_local((1,), T.float32)
@@ -131,7 +131,7 @@ def aggregate_bwd(n: int, hidden_size: int, dtype: str = "bfloat16", into: str =
                         else:
                             for v in T.vectorized(vector):
                                 grad_residual[t, i, h + v] = T.cast(
-                                    mix[i] * T.cast(wide[v], T.float32), dtype
+                                    mix[i] * T.cast(wide[v], T.float32), streams_dtype
                                 )
             block_sums(sums, n, threads, shared, total)
             if tid % lanes == 0 and tid < n * lanes:
@@ -141,28 +141,28 @@ def aggregate_bwd(n: int, hidden_size: int, dtype: str = "bfloat16", into: str =
 
 
 @builder(SIMT)
-def aggregate_mix_bwd(n: int, hidden_size: int, dtype: str = "bfloat16"):
+def aggregate_mix_bwd(n: int, hidden_size: int, *, streams_dtype: str):
     """The gradient of pre_mix alone: the projection's backward takes the rest along.
 
     It reads beside the kernel before it, one of the mixes', and waits for that before it writes.
     """
     tokens = T.dynamic("num_tokens")
-    vector = row_vector(hidden_size, dtype)
+    vector = row_vector(hidden_size, streams_dtype)
     threads = row_threads(hidden_size, vector)
     lanes = sum_lanes(n, threads)
 
     @T.prim_func
     def aggregate_mix_bwd_kernel(
-        grad: T.Tensor[(tokens, hidden_size), dtype],
-        residual: T.Tensor[(tokens, n, hidden_size), dtype],
+        grad: T.Tensor[(tokens, hidden_size), streams_dtype],
+        residual: T.Tensor[(tokens, n, hidden_size), streams_dtype],
         grad_mix: T.Tensor[(tokens, n), T.float32],
     ):
         with T.Kernel(tokens, threads=threads) as block:
             # The last tokens first: the projection's backward then finds its first in L2.
             t = tokens - 1 - block
             tid = T.get_thread_binding()
-            streams = T.alloc_local((n, vector), dtype)
-            wide = T.alloc_local((vector,), dtype)
+            streams = T.alloc_local((n, vector), streams_dtype)
+            wide = T.alloc_local((vector,), streams_dtype)
             sums = T.alloc_local((n,), T.float32)
             total = T.alloc_local((1,), T.float32)
             shared = T.alloc_shared(sums_shape(n, threads), T.float32)

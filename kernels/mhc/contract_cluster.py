@@ -15,6 +15,7 @@ see what the other wrote. TileLang adds none but that after the setup of the mba
 import tilelang.language as T
 from tilelang import PassConfigKey, tvm
 
+from tile_mhc.kernels._arch import Architecture
 from tile_mhc.kernels._common import SIMT, VECTOR, builder, follow_previous, weighted_sum
 from tile_mhc.kernels._shapes import (
     CLUSTER_COLUMNS,
@@ -182,10 +183,12 @@ def push_sums(
 def contract_cluster_fwd(
     n: int,
     hidden_size: int,
-    weight_dtype: str = "float32",
-    norm_dtype: str = "",
-    scale_dtype: str = "float32",
-    bias_dtype: str = "float32",
+    *,
+    weight_dtype: str,
+    norm_weight_dtype: str,
+    scale_dtype: str,
+    bias_dtype: str,
+    limits: Architecture,
 ):
     tokens = T.dynamic("num_tokens")
     size = n * hidden_size
@@ -193,19 +196,19 @@ def contract_cluster_fwd(
     width = hidden_size // cluster
     warps = width // CLUSTER_COLUMNS
     threads = warps * 32 + 32
-    stages = cluster_stages(n, width, False)
+    stages = cluster_stages(n, width, False, limits)
     ahead = stages - 2
     products = GROUP * n
     # Products, then squares; a push moves multiples of 16 bytes.
     count = products + GROUP
     chains = -(-n * CLUSTER_COLUMNS // CHAIN)
-    has_norm = norm_dtype != ""
+    has_norm = norm_weight_dtype != ""
 
     @T.prim_func
     def contract_cluster_fwd_kernel(
         x: T.Tensor[(tokens, size), T.bfloat16],
         weight: T.Tensor[(n, size), weight_dtype],
-        norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
+        norm_weight: T.Tensor[norm_shape(size, norm_weight_dtype), norm_weight_dtype or T.float32],
         scale: T.Tensor[(1,), scale_dtype],
         bias: T.Tensor[(n,), bias_dtype],
         out: T.Tensor[(tokens, hidden_size), T.bfloat16],
@@ -357,7 +360,9 @@ def contract_cluster_fwd(
                                 z[0] = T.cast(x[t0[0], k], T.float32) * RESCUE_SCALE
                                 exact[0] += T.cast(z[0] * z[0], T.float64)
                                 exact[1] += T.cast(z[0], T.float64) * T.cast(
-                                    weight_value(weight, norm_weight, norm_dtype, m, k, tf32),
+                                    weight_value(
+                                        weight, norm_weight, norm_weight_dtype, m, k, tf32
+                                    ),
                                     T.float64,
                                 )
                             z[0] = T.rsqrt(T.cast(exact[0], T.float32) / size)
@@ -398,10 +403,12 @@ def contract_cluster_fwd(
 def contract_cluster_bwd(
     n: int,
     hidden_size: int,
-    weight_dtype: str = "float32",
-    norm_dtype: str = "",
-    scale_dtype: str = "float32",
-    bias_dtype: str = "float32",
+    *,
+    weight_dtype: str,
+    norm_weight_dtype: str,
+    scale_dtype: str,
+    bias_dtype: str,
+    limits: Architecture,
 ):
     """Gradient of x, and of weight, bias and scale a row of partial sums a cluster.
 
@@ -415,7 +422,7 @@ def contract_cluster_bwd(
     width = hidden_size // cluster
     warps = width // CLUSTER_COLUMNS
     threads = warps * 32 + 32
-    stages = cluster_stages(n, width, True)
+    stages = cluster_stages(n, width, True, limits)
     ahead = stages - 2
     products = GROUP * n
     # A thread keeps the weight, and its gradient, of columns of one stream.
@@ -423,14 +430,14 @@ def contract_cluster_bwd(
     owners = CLUSTER_COLUMNS // vector
     # Of a token: its gates, d mix * r, r, and the factor of x * r.
     factors = -(-(2 * n + 2) // 4) * 4
-    has_norm = norm_dtype != ""
+    has_norm = norm_weight_dtype != ""
 
     @T.prim_func
     def contract_cluster_bwd_kernel(
         grad: T.Tensor[(tokens, hidden_size), T.bfloat16],
         x: T.Tensor[(tokens, size), T.bfloat16],
         weight: T.Tensor[(n, size), weight_dtype],
-        norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
+        norm_weight: T.Tensor[norm_shape(size, norm_weight_dtype), norm_weight_dtype or T.float32],
         scale: T.Tensor[(1,), scale_dtype],
         bias: T.Tensor[(n,), bias_dtype],
         mixes: T.Tensor[(tokens, n), T.float32],

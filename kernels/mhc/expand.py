@@ -24,24 +24,24 @@ COPIES = 2
 
 
 @builder(SIMT)
-def expand_fwd(n: int, hidden_size: int, dtype: str = "bfloat16"):
+def expand_fwd(n: int, hidden_size: int, *, streams_dtype: str):
     tokens = T.dynamic("num_tokens")
-    vector = row_vector(hidden_size, dtype)
+    vector = row_vector(hidden_size, streams_dtype)
     threads = row_threads(hidden_size, vector)
     chunks = row_chunks(hidden_size, threads, vector)
     groups = n // COPIES
 
     @T.prim_func
     def expand_fwd_kernel(
-        hidden: T.Tensor[(tokens, hidden_size), dtype],
-        out: T.Tensor[(tokens, n, hidden_size), dtype],
+        hidden: T.Tensor[(tokens, hidden_size), streams_dtype],
+        out: T.Tensor[(tokens, n, hidden_size), streams_dtype],
     ):
         with T.Kernel(tokens * groups * chunks, threads=threads) as block:
             follow_previous()
             t = block // (groups * chunks)
             i = block // chunks % groups * COPIES
             h = (block % chunks * threads + T.get_thread_binding()) * vector
-            values = T.alloc_local((vector,), dtype)
+            values = T.alloc_local((vector,), streams_dtype)
             if h < hidden_size:
                 for v in T.vectorized(vector):
                     values[v] = hidden[t, h + v]
@@ -53,22 +53,22 @@ def expand_fwd(n: int, hidden_size: int, dtype: str = "bfloat16"):
 
 
 @builder(READS_LAST)
-def expand_bwd(n: int, hidden_size: int, dtype: str = "bfloat16"):
+def expand_bwd(n: int, hidden_size: int, *, streams_dtype: str):
     tokens = T.dynamic("num_tokens")
-    vector = row_vector(hidden_size, dtype)
+    vector = row_vector(hidden_size, streams_dtype)
     threads = row_threads(hidden_size, vector)
     chunks = row_chunks(hidden_size, threads, vector)
 
     @T.prim_func
     def expand_bwd_kernel(
-        grad: T.Tensor[(tokens, n, hidden_size), dtype],
-        grad_hidden: T.Tensor[(tokens, hidden_size), dtype],
+        grad: T.Tensor[(tokens, n, hidden_size), streams_dtype],
+        grad_hidden: T.Tensor[(tokens, hidden_size), streams_dtype],
     ):
         with T.Kernel(tokens * chunks, threads=threads) as block:
             follow_previous()
             t = block // chunks
             h = (block % chunks * threads + T.get_thread_binding()) * vector
-            streams = T.alloc_local((n, vector), dtype)
+            streams = T.alloc_local((n, vector), streams_dtype)
             total = T.alloc_local((vector,), T.float32)
             if h < hidden_size:
                 load_streams(grad, t, h, n, streams)
@@ -78,6 +78,6 @@ def expand_bwd(n: int, hidden_size: int, dtype: str = "bfloat16"):
                     for v in T.unroll(vector):
                         total[v] += T.cast(streams[i, v], T.float32)
                 for v in T.vectorized(vector):
-                    grad_hidden[t, h + v] = T.cast(total[v], dtype)
+                    grad_hidden[t, h + v] = T.cast(total[v], streams_dtype)
 
     return expand_bwd_kernel

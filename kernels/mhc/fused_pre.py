@@ -10,6 +10,7 @@ from typing import Any
 import tilelang.language as T
 from tilelang import PassConfigKey
 
+from tile_mhc.kernels._arch import Architecture
 from tile_mhc.kernels._common import (
     READS_LAST,
     SIMT,
@@ -25,11 +26,6 @@ from tile_mhc.kernels.mixes import logit, sigmoid
 from tile_mhc.kernels.projection import norm_shape, token_mix
 from tile_mhc.kernels.sinkhorn import sinkhorn_token
 
-# What Sinkhorn's CTAs need at n = 4; the others need less, and more of them hide latency better. So
-# many warps fit an SM then, each of whose four parts has its own 16384 registers.
-REGISTERS = 48
-WARPS = 4 * (16384 // (32 * REGISTERS))
-
 
 @T.macro
 def gated_aggregate(
@@ -38,7 +34,7 @@ def gated_aggregate(
     x: T.Tensor,
     weight: T.Tensor,
     norm_weight: T.Tensor,
-    norm_dtype: str,
+    norm_weight_dtype: str,
     splits: T.int32,
     sharing: int,
     t: T.int32,
@@ -77,7 +73,7 @@ def gated_aggregate(
             x,
             weight,
             norm_weight,
-            norm_dtype,
+            norm_weight_dtype,
             splits,
             t,
             m,
@@ -121,18 +117,21 @@ def fused_pre(
     n: int,
     hidden_size: int,
     many_splits: bool,
-    weight_dtype: str = "float32",
-    norm_dtype: str = "",
-    dtype: str = "bfloat16",
-    scale_dtype: str = "float32",
-    bias_dtype: str = "float32",
+    *,
+    weight_dtype: str,
+    norm_weight_dtype: str,
+    streams_dtype: str,
+    scale_dtype: str,
+    bias_dtype: str,
+    limits: Architecture,
 ):
     tokens = T.dynamic("num_tokens")
     splits = T.dynamic("num_splits")
     num_mixes = n * (n + 2)
     size = n * hidden_size
-    vector = row_vector(hidden_size, dtype)
+    vector = row_vector(hidden_size, streams_dtype)
     threads = max(row_threads(hidden_size, vector), -(-num_mixes // 32) * 32, n * SUM_LANES)
+    ctas = limits.warps(limits.sinkhorn_registers) // (threads // 32)
     # Tokens whose mixes one CTA sums, a thread a mix; with many splits one token, in turns.
     sharing = SUM_LANES if many_splits else 1
     group = 1 if many_splits else threads // num_mixes
@@ -144,11 +143,11 @@ def fused_pre(
         squares: T.Tensor[(splits, tokens), T.float32],
         scale: T.Tensor[(3,), scale_dtype],
         bias: T.Tensor[(num_mixes,), bias_dtype],
-        residual: T.Tensor[(tokens, n, hidden_size), dtype],
-        x: T.Tensor[(tokens, size), dtype],
+        residual: T.Tensor[(tokens, n, hidden_size), streams_dtype],
+        x: T.Tensor[(tokens, size), streams_dtype],
         weight: T.Tensor[(num_mixes, size), weight_dtype],
-        norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
-        layer_input: T.Tensor[(tokens, hidden_size), dtype],
+        norm_weight: T.Tensor[norm_shape(size, norm_weight_dtype), norm_weight_dtype or T.float32],
+        layer_input: T.Tensor[(tokens, hidden_size), streams_dtype],
         post_mix: T.Tensor[(tokens, n), T.float32],
         comb_mix: T.Tensor[(tokens, n * n), T.float32],
         mixes: T.Tensor[(tokens, num_mixes), T.float32],
@@ -164,7 +163,7 @@ def fused_pre(
         with T.Kernel(mix_blocks + tokens, threads=threads) as block:
             follow_previous()
             if n < 8:
-                T.annotate_min_blocks_per_sm(WARPS // (threads // 32))
+                T.annotate_min_blocks_per_sm(ctas)
             tid = T.get_thread_binding()
             z = T.alloc_local((1,), T.float32)
             mixed = T.alloc_local((2,), T.float32)
@@ -184,7 +183,7 @@ def fused_pre(
                             x,
                             weight,
                             norm_weight,
-                            norm_dtype,
+                            norm_weight_dtype,
                             splits,
                             t,
                             m,
@@ -220,7 +219,7 @@ def fused_pre(
                     x,
                     weight,
                     norm_weight,
-                    norm_dtype,
+                    norm_weight_dtype,
                     splits,
                     sharing,
                     block - mix_blocks,

@@ -28,24 +28,24 @@ from tile_mhc.kernels._interleaved import (
 
 
 @builder(SIMT)
-def interleaved_aggregate_fwd(n: int, channels: int, dtype: str):
+def interleaved_aggregate_fwd(n: int, channels: int, *, streams_dtype: str):
     tokens = T.dynamic("num_tokens")
-    width = channels_per_access(n, channels, dtype)
+    width = channels_per_access(n, channels, streams_dtype)
     accesses = channels // width
     threads, steps = row_shape(accesses)
     chunks = -(-accesses // (threads * steps))
 
     @T.prim_func
     def interleaved_aggregate_fwd_kernel(
-        x: T.Tensor[(tokens, channels * n), dtype],
+        x: T.Tensor[(tokens, channels * n), streams_dtype],
         mix: T.Tensor[(tokens, n), T.float32],
-        out: T.Tensor[(tokens, channels), dtype],
+        out: T.Tensor[(tokens, channels), streams_dtype],
     ):
         with T.Kernel(tokens * chunks, threads=threads) as block:
             follow_previous()
             t = block // chunks
             first = block % chunks * (threads * steps) + T.get_thread_binding()
-            streams = T.alloc_local((steps, width * n), dtype)
+            streams = T.alloc_local((steps, width * n), streams_dtype)
             weights = T.alloc_local((n,), T.float32)
             total = T.alloc_local((width,), T.float32)
             for s in T.unroll(steps):
@@ -64,10 +64,11 @@ def interleaved_aggregate_fwd(n: int, channels: int, dtype: str):
 
 
 @builder(SIMT)
-def interleaved_aggregate_bwd(n: int, channels: int, dtype: str, grad_dtype: str):
-    """`grad_dtype` is float32 for a buffer of gradients: on top of what it holds, if `adds`."""
+def interleaved_aggregate_bwd(n: int, channels: int, *, streams_dtype: str, into_dtype: str):
+    """`into_dtype` is float32 for a buffer of gradients: on top of what it holds, if `adds`."""
     tokens = T.dynamic("num_tokens")
-    width = channels_per_access(n, channels, wider(dtype, grad_dtype))
+    grad_dtype = into_dtype or streams_dtype
+    width = channels_per_access(n, channels, wider(streams_dtype, grad_dtype))
     accesses = channels // width
     threads, steps = row_shape(accesses)
     has_buffer = grad_dtype == "float32"
@@ -75,8 +76,8 @@ def interleaved_aggregate_bwd(n: int, channels: int, dtype: str, grad_dtype: str
 
     @T.prim_func
     def interleaved_aggregate_bwd_kernel(
-        grad: T.Tensor[(tokens, channels), dtype],
-        x: T.Tensor[(tokens, channels * n), dtype],
+        grad: T.Tensor[(tokens, channels), streams_dtype],
+        x: T.Tensor[(tokens, channels * n), streams_dtype],
         mix: T.Tensor[(tokens, n), T.float32],
         grad_mix: T.Tensor[(tokens, n), T.float32],
         grad_x: T.Tensor[(tokens, channels * n), grad_dtype],
@@ -85,8 +86,8 @@ def interleaved_aggregate_bwd(n: int, channels: int, dtype: str, grad_dtype: str
         with T.Kernel(tokens, threads=threads) as t:
             follow_previous()
             tid = T.get_thread_binding()
-            wide = T.alloc_local((steps, width), dtype)
-            streams = T.alloc_local((steps, width * n), dtype)
+            wide = T.alloc_local((steps, width), streams_dtype)
+            streams = T.alloc_local((steps, width * n), streams_dtype)
             held = T.alloc_local((steps, width * n), T.float32)
             weights = T.alloc_local((n,), T.float32)
             sums = T.alloc_local((n,), T.float32)

@@ -11,6 +11,7 @@ grad_comb[t, i, j] = sum_c x[t, c, i] * grad[t, c, j]
 
 import tilelang.language as T
 
+from tile_mhc.kernels._arch import Architecture
 from tile_mhc.kernels._common import (
     SIMT,
     block_sums,
@@ -32,43 +33,47 @@ from tile_mhc.kernels._interleaved import (
 )
 
 
-def bias_shape(channels: int, bias_dtype: str) -> tuple[int]:
-    return (channels if bias_dtype else 1,)
+def bias_shape(channels: int, layer_bias_dtype: str) -> tuple[int]:
+    return (channels if layer_bias_dtype else 1,)
 
 
 @T.macro
-def layer_values(f: T.Buffer, s: int, bias: T.Tensor, bias_dtype: str, at: T.int32, out: T.Buffer):
+def layer_values(
+    f: T.Buffer, s: int, bias: T.Tensor, layer_bias_dtype: str, at: T.int32, out: T.Buffer
+):
     """out = f[s, :], plus the bias of its channels if there is one, in float32."""
     for c in T.unroll(out.shape[0]):
         out[c] = T.cast(f[s, c], T.float32)
-        if bias_dtype != "":
+        if layer_bias_dtype != "":
             out[c] += T.cast(bias[at + c], T.float32)
 
 
 @builder(SIMT)
-def interleaved_post_fwd(n: int, channels: int, dtype: str, layer_dtype: str, bias_dtype: str):
-    """`bias_dtype` is empty without a bias."""
+def interleaved_post_fwd(
+    n: int, channels: int, *, streams_dtype: str, layer_output_dtype: str, layer_bias_dtype: str
+):
+    """`layer_bias_dtype` is empty without a bias."""
     tokens = T.dynamic("num_tokens")
-    width = channels_per_access(n, channels, dtype)
+    width = channels_per_access(n, channels, streams_dtype)
     accesses = channels // width
     threads, steps = row_shape(accesses)
     chunks = -(-accesses // (threads * steps))
 
     @T.prim_func
     def interleaved_post_fwd_kernel(
-        f: T.Tensor[(tokens, channels), layer_dtype],
-        bias: T.Tensor[bias_shape(channels, bias_dtype), bias_dtype or T.float32],
-        x: T.Tensor[(tokens, channels * n), dtype],
+        f: T.Tensor[(tokens, channels), layer_output_dtype],
+        bias: T.Tensor[bias_shape(channels, layer_bias_dtype), layer_bias_dtype or T.float32],
+        x: T.Tensor[(tokens, channels * n), streams_dtype],
         post: T.Tensor[(tokens, n), T.float32],
         comb: T.Tensor[(tokens, n * n), T.float32],
-        out: T.Tensor[(tokens, channels * n), dtype],
+        out: T.Tensor[(tokens, channels * n), streams_dtype],
     ):
         with T.Kernel(tokens * chunks, threads=threads) as block:
             follow_previous()
             t = block // chunks
             first = block % chunks * (threads * steps) + T.get_thread_binding()
-            streams = T.alloc_local((steps, width * n), dtype)
-            layer = T.alloc_local((steps, width), layer_dtype)
+            streams = T.alloc_local((steps, width * n), streams_dtype)
+            layer = T.alloc_local((steps, width), layer_output_dtype)
             values = T.alloc_local((width,), T.float32)
             posts = T.alloc_local((n,), T.float32)
             combs = T.alloc_local((n * n,), T.float32)
@@ -82,7 +87,7 @@ def interleaved_post_fwd(n: int, channels: int, dtype: str, layer_dtype: str, bi
             for s in T.unroll(steps):
                 if first + s * threads < accesses:
                     at = (first + s * threads) * width
-                    layer_values(layer, s, bias, bias_dtype, at, values)
+                    layer_values(layer, s, bias, layer_bias_dtype, at, values)
                     for c in T.unroll(width):
                         for j in T.unroll(n):
                             result[c * n + j] = posts[j] * values[c]
@@ -97,33 +102,42 @@ def interleaved_post_fwd(n: int, channels: int, dtype: str, layer_dtype: str, bi
 
 @builder(SIMT)
 def interleaved_post_bwd(
-    n: int, channels: int, dtype: str, layer_dtype: str, bias_dtype: str, grad_dtype: str
+    n: int,
+    channels: int,
+    *,
+    streams_dtype: str,
+    layer_output_dtype: str,
+    layer_bias_dtype: str,
+    into_dtype: str,
+    limits: Architecture,
 ):
     """All gradients of a token; with a bias of a slice of tokens, and their sum for the bias.
 
-    `grad_dtype` is float32 for a buffer of gradients: on top of what it holds, if `adds`.
+    `into_dtype` is float32 for a buffer of gradients: on top of what it holds, if `adds`.
     """
     tokens = T.dynamic("num_tokens")
     slices = T.dynamic("num_slices")
-    width = channels_per_access(n, channels, wider(dtype, grad_dtype))
+    grad_dtype = into_dtype or streams_dtype
+    width = channels_per_access(n, channels, wider(streams_dtype, grad_dtype))
     accesses = channels // width
-    has_bias = bias_dtype != ""
+    has_bias = layer_bias_dtype != ""
     # The sums for a bias take registers: with four steps those would spill.
     threads, steps = row_shape(accesses, 128, 2 if has_bias else STEPS)
     tiles = -(-accesses // (threads * steps))
     num_sums = n * (n + 1)
     lanes = sum_lanes(num_sums, threads)
     has_buffer = grad_dtype == "float32"
+    ctas = limits.interleaved_post_ctas
 
     @T.prim_func
     def interleaved_post_bwd_kernel(
-        grad: T.Tensor[(tokens, channels * n), dtype],
-        f: T.Tensor[(tokens, channels), layer_dtype],
-        bias: T.Tensor[bias_shape(channels, bias_dtype), bias_dtype or T.float32],
-        x: T.Tensor[(tokens, channels * n), dtype],
+        grad: T.Tensor[(tokens, channels * n), streams_dtype],
+        f: T.Tensor[(tokens, channels), layer_output_dtype],
+        bias: T.Tensor[bias_shape(channels, layer_bias_dtype), layer_bias_dtype or T.float32],
+        x: T.Tensor[(tokens, channels * n), streams_dtype],
         post: T.Tensor[(tokens, n), T.float32],
         comb: T.Tensor[(tokens, n * n), T.float32],
-        grad_f: T.Tensor[(tokens, channels), layer_dtype],
+        grad_f: T.Tensor[(tokens, channels), layer_output_dtype],
         partials: T.Tensor[(slices, channels) if has_bias else (1,), T.float32],
         grad_post: T.Tensor[(tokens, n), T.float32],
         grad_comb: T.Tensor[(tokens, n * n), T.float32],
@@ -133,11 +147,11 @@ def interleaved_post_bwd(
         with T.Kernel(slices if has_bias else tokens, threads=threads) as block:
             follow_previous()
             # As in post_bwd: more registers would leave too few threads for memory's latency.
-            T.annotate_min_blocks_per_sm(4)
+            T.annotate_min_blocks_per_sm(ctas)
             tid = T.get_thread_binding()
-            wide = T.alloc_local((steps, width * n), dtype)
-            streams = T.alloc_local((steps, width * n), dtype)
-            layer = T.alloc_local((steps, width), layer_dtype)
+            wide = T.alloc_local((steps, width * n), streams_dtype)
+            streams = T.alloc_local((steps, width * n), streams_dtype)
+            layer = T.alloc_local((steps, width), layer_output_dtype)
             held = T.alloc_local((steps, width * n), T.float32)
             values = T.alloc_local((width,), T.float32)
             posts = T.alloc_local((n,), T.float32)
@@ -175,7 +189,7 @@ def interleaved_post_bwd(
                     for s in T.unroll(steps):
                         if first + s * threads < accesses:
                             at = (first + s * threads) * width
-                            layer_values(layer, s, bias, bias_dtype, at, values)
+                            layer_values(layer, s, bias, layer_bias_dtype, at, values)
                             for c in T.unroll(width):
                                 total[c] = 0.0
                             for j in T.unroll(n):

@@ -19,8 +19,9 @@ import math
 import tilelang.language as T
 from tilelang import PassConfigKey
 
+from tile_mhc.kernels._arch import Architecture
 from tile_mhc.kernels._common import SIMT, builder, follow_previous, reciprocal
-from tile_mhc.kernels.sinkhorn import SHARED_BYTES, THREADS, divide
+from tile_mhc.kernels.sinkhorn import THREADS, divide
 
 LOG_2 = math.log(2.0)
 
@@ -160,7 +161,7 @@ def log_sinkhorn_fwd(n: int):
 
 # No barrier where TileLang cannot tell that threads share nothing: it warns of one in a branch.
 @builder(SIMT | {PassConfigKey.TL_DISABLE_THREAD_STORAGE_SYNC: True})
-def log_sinkhorn_bwd(n: int, capacity: int):
+def log_sinkhorn_bwd(n: int, capacity: int, *, limits: Architecture):
     """The gradient of the `repeat`-step map (repeat <= capacity).
 
     With Y the matrix after a step and the gradient kept as that of its logarithm, G = dY * Y,
@@ -172,7 +173,7 @@ def log_sinkhorn_bwd(n: int, capacity: int):
     steps = steps_of_a_group(n)
     groups = -(-capacity // steps)
     threads = THREADS
-    while threads > 1 and groups * (2 * steps + 3) * n * threads * 4 > SHARED_BYTES:
+    while threads > 1 and groups * (2 * steps + 3) * n * threads * 4 > limits.history_bytes:
         threads //= 2
 
     @T.prim_func

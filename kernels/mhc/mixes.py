@@ -54,7 +54,7 @@ def sigmoid_slope(z: T.float32, out: T.Buffer):
 
 
 @builder(SIMT)
-def split_mixes_fwd(n: int, scale_dtype: str = "float32", bias_dtype: str = "float32"):
+def split_mixes_fwd(n: int, *, scale_dtype: str, bias_dtype: str):
     tokens = T.dynamic("num_tokens")
     num_mixes = n * (n + 2)
     rows = n + 2
@@ -100,7 +100,7 @@ def split_mixes_fwd(n: int, scale_dtype: str = "float32", bias_dtype: str = "flo
 
 
 @builder(SIMT)
-def split_mixes_bwd(n: int, scale_dtype: str = "float32", bias_dtype: str = "float32"):
+def split_mixes_bwd(n: int, *, scale_dtype: str, bias_dtype: str):
     tokens = T.dynamic("num_tokens")
     rows = T.dynamic("num_partials")
     num_mixes = n * (n + 2)
@@ -165,16 +165,10 @@ def split_mixes_bwd(n: int, scale_dtype: str = "float32", bias_dtype: str = "flo
 
 
 @builder(SIMT)
-def column_sums(
-    biases: int,
-    scales: int,
-    scale_dtype: str = "float32",
-    bias_dtype: str = "float32",
-    into: bool = False,
-):
+def column_sums(biases: int, scales: int, directed: bool, *, scale_dtype: str, bias_dtype: str):
     """Sums over the rows of partials: the bias gradients, then the scale gradients.
 
-    With `into`, each of the two may be added to what is there.
+    If `directed`, each of the two may be added to what is there.
     """
     rows = T.dynamic("num_partials")
     columns = biases + scales
@@ -200,11 +194,11 @@ def column_sums(
             block_sums(total, 1, THREADS, shared, total)
             if tid == 0:
                 if column < biases:
-                    if into and adds_bias != 0:
+                    if directed and adds_bias != 0:
                         total[0] += T.cast(grad_bias[column], T.float32)
                     grad_bias[column] = T.cast(total[0], bias_dtype)
                 else:
-                    if into and adds_scale != 0:
+                    if directed and adds_scale != 0:
                         total[0] += T.cast(grad_scale[column - biases], T.float32)
                     grad_scale[column - biases] = T.cast(total[0], scale_dtype)
 

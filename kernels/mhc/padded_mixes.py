@@ -29,7 +29,7 @@ POST_MULT = 2.0
 
 
 @builder(SIMT)
-def padded_mixes_fwd(n: int, scale_dtype: str, bias_dtype: str):
+def padded_mixes_fwd(n: int, *, scale_dtype: str, bias_dtype: str):
     tokens = T.dynamic("num_tokens")
     rows = n + 2
 
@@ -73,7 +73,7 @@ def padded_mixes_fwd(n: int, scale_dtype: str, bias_dtype: str):
 
 
 @builder(SIMT)
-def padded_mixes_bwd(n: int, scale_dtype: str, bias_dtype: str):
+def padded_mixes_bwd(n: int, *, scale_dtype: str, bias_dtype: str):
     tokens = T.dynamic("num_tokens")
     rows = T.dynamic("num_partials")
     num_mixes = n * (n + 2)

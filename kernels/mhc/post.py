@@ -12,6 +12,7 @@ grad_bias[h] = sum_t grad_output[t, h], before that is rounded.
 
 import tilelang.language as T
 
+from tile_mhc.kernels._arch import Architecture
 from tile_mhc.kernels._common import (
     SIMT,
     add_streams,
@@ -57,12 +58,12 @@ def load_output(layer_output: T.Tensor, bias: T.Tensor, t: T.int32, h: T.int32, 
 
 
 @builder(SIMT)
-def post_fwd(n: int, hidden_size: int, dtype: str = "bfloat16", bias_dtype: str = ""):
+def post_fwd(n: int, hidden_size: int, *, streams_dtype: str, layer_bias_dtype: str):
     tokens = T.dynamic("num_tokens")
-    vector = row_vector(hidden_size, dtype)
+    vector = row_vector(hidden_size, streams_dtype)
     threads = row_threads(hidden_size, vector)
     chunks = row_chunks(hidden_size, threads, vector)
-    has_bias = bias_dtype != ""
+    has_bias = layer_bias_dtype != ""
 
     @T.macro
     def forward(
@@ -77,8 +78,8 @@ def post_fwd(n: int, hidden_size: int, dtype: str = "bfloat16", bias_dtype: str 
             follow_previous()
             t = block // chunks
             h = (block % chunks * threads + T.get_thread_binding()) * vector
-            streams = T.alloc_local((n, vector), dtype)
-            output = T.alloc_local((vector,), "float32" if has_bias else dtype)
+            streams = T.alloc_local((n, vector), streams_dtype)
+            output = T.alloc_local((vector,), "float32" if has_bias else streams_dtype)
             post = T.alloc_local((n,), T.float32)
             comb = T.alloc_local((n, n), T.float32)
             total = T.alloc_local((vector,), T.float32)
@@ -92,17 +93,17 @@ def post_fwd(n: int, hidden_size: int, dtype: str = "bfloat16", bias_dtype: str 
                 for j in T.unroll(n):
                     combine(post, comb, output, streams, j, n, total)
                     for v in T.vectorized(vector):
-                        out[t, j, h + v] = T.cast(total[v], dtype)
+                        out[t, j, h + v] = T.cast(total[v], streams_dtype)
 
     if not has_bias:
 
         @T.prim_func
         def post_fwd_kernel(
-            layer_output: T.Tensor[(tokens, hidden_size), dtype],
-            residual: T.Tensor[(tokens, n, hidden_size), dtype],
+            layer_output: T.Tensor[(tokens, hidden_size), streams_dtype],
+            residual: T.Tensor[(tokens, n, hidden_size), streams_dtype],
             post_mix: T.Tensor[(tokens, n), T.float32],
             comb_mix: T.Tensor[(tokens, n, n), T.float32],
-            out: T.Tensor[(tokens, n, hidden_size), dtype],
+            out: T.Tensor[(tokens, n, hidden_size), streams_dtype],
         ):
             forward(layer_output, residual, post_mix, comb_mix, out, None)
 
@@ -110,12 +111,12 @@ def post_fwd(n: int, hidden_size: int, dtype: str = "bfloat16", bias_dtype: str 
 
     @T.prim_func
     def post_biased_fwd_kernel(
-        layer_output: T.Tensor[(tokens, hidden_size), dtype],
-        residual: T.Tensor[(tokens, n, hidden_size), dtype],
+        layer_output: T.Tensor[(tokens, hidden_size), streams_dtype],
+        residual: T.Tensor[(tokens, n, hidden_size), streams_dtype],
         post_mix: T.Tensor[(tokens, n), T.float32],
         comb_mix: T.Tensor[(tokens, n, n), T.float32],
-        out: T.Tensor[(tokens, n, hidden_size), dtype],
-        bias: T.Tensor[(hidden_size,), bias_dtype],
+        out: T.Tensor[(tokens, n, hidden_size), streams_dtype],
+        bias: T.Tensor[(hidden_size,), layer_bias_dtype],
     ):
         forward(layer_output, residual, post_mix, comb_mix, out, bias)
 
@@ -126,29 +127,31 @@ def post_fwd(n: int, hidden_size: int, dtype: str = "bfloat16", bias_dtype: str 
 def post_bwd(
     n: int,
     hidden_size: int,
-    dtype: str = "bfloat16",
-    bias_dtype: str = "",
-    into: str = "",
+    *,
+    streams_dtype: str,
+    layer_bias_dtype: str,
+    into_dtype: str,
+    limits: Architecture,
 ):
     """All gradients of a token; with a bias of a slice of tokens, and their sum for the bias.
 
-    With `into`, its dtype, the gradient of the residual may be added to what is there.
+    With `into_dtype` the gradient of the residual may be added to what is there.
     """
     tokens = T.dynamic("num_tokens")
     slices = T.dynamic("num_slices")
     num_sums = n * (n + 1)
-    directed = into != ""
-    target = into or dtype
+    directed = into_dtype != ""
+    target = into_dtype or streams_dtype
     # Eight streams and float32 sums of theirs are too many registers for accesses of eight.
-    vector = row_vector(hidden_size, target if n == 8 else dtype)
+    vector = row_vector(hidden_size, target if n == 8 else streams_dtype)
     # One thread a sum at least, to write them.
     threads = max(row_threads(hidden_size, vector, 128), -(-num_sums // 32) * 32)
     # H200, 2026-11: the sums live in registers, and left alone the compiler takes 134 at n = 4, so
     # that too few threads fit to cover the latency of memory: 535 us at T=8192 H=7168, against 393
     # us with this. 160 threads would have to spill.
-    blocks_per_sm = 4 if n < 8 else 2
+    blocks_per_sm = limits.post_ctas if n < 8 else limits.post_ctas_of_eight
     lanes = sum_lanes(num_sums, threads)
-    has_bias = bias_dtype != ""
+    has_bias = layer_bias_dtype != ""
 
     @T.macro
     def backward(
@@ -169,9 +172,9 @@ def post_bwd(
             follow_previous()
             T.annotate_min_blocks_per_sm(blocks_per_sm)
             tid = T.get_thread_binding()
-            wide = T.alloc_local((n, vector), dtype)
-            streams = T.alloc_local((n, vector), dtype)
-            output = T.alloc_local((vector,), "float32" if has_bias else dtype)
+            wide = T.alloc_local((n, vector), streams_dtype)
+            streams = T.alloc_local((n, vector), streams_dtype)
+            output = T.alloc_local((vector,), "float32" if has_bias else streams_dtype)
             post = T.alloc_local((n,), T.float32)
             comb = T.alloc_local((n, n), T.float32)
             total = T.alloc_local((vector,), T.float32)
@@ -213,7 +216,7 @@ def post_bwd(
                                 )
                             sums[n * n + j] += partial[0]
                         for v in T.vectorized(vector):
-                            grad_output[t, h + v] = T.cast(total[v], dtype)
+                            grad_output[t, h + v] = T.cast(total[v], streams_dtype)
                         if has_bias:
                             for v in T.vectorized(vector):
                                 of_bias[h + v] += total[v]
@@ -249,12 +252,12 @@ def post_bwd(
 
         @T.prim_func
         def post_bwd_kernel(
-            grad: T.Tensor[(tokens, n, hidden_size), dtype],
-            layer_output: T.Tensor[(tokens, hidden_size), dtype],
-            residual: T.Tensor[(tokens, n, hidden_size), dtype],
+            grad: T.Tensor[(tokens, n, hidden_size), streams_dtype],
+            layer_output: T.Tensor[(tokens, hidden_size), streams_dtype],
+            residual: T.Tensor[(tokens, n, hidden_size), streams_dtype],
             post_mix: T.Tensor[(tokens, n), T.float32],
             comb_mix: T.Tensor[(tokens, n, n), T.float32],
-            grad_output: T.Tensor[(tokens, hidden_size), dtype],
+            grad_output: T.Tensor[(tokens, hidden_size), streams_dtype],
             grad_residual: T.Tensor[(tokens, n, hidden_size), target],
             grad_post: T.Tensor[(tokens, n), T.float32],
             grad_comb: T.Tensor[(tokens, n * n), T.float32],
@@ -279,17 +282,17 @@ def post_bwd(
 
     @T.prim_func
     def post_biased_bwd_kernel(
-        grad: T.Tensor[(tokens, n, hidden_size), dtype],
-        layer_output: T.Tensor[(tokens, hidden_size), dtype],
-        residual: T.Tensor[(tokens, n, hidden_size), dtype],
+        grad: T.Tensor[(tokens, n, hidden_size), streams_dtype],
+        layer_output: T.Tensor[(tokens, hidden_size), streams_dtype],
+        residual: T.Tensor[(tokens, n, hidden_size), streams_dtype],
         post_mix: T.Tensor[(tokens, n), T.float32],
         comb_mix: T.Tensor[(tokens, n, n), T.float32],
-        grad_output: T.Tensor[(tokens, hidden_size), dtype],
+        grad_output: T.Tensor[(tokens, hidden_size), streams_dtype],
         grad_residual: T.Tensor[(tokens, n, hidden_size), target],
         grad_post: T.Tensor[(tokens, n), T.float32],
         grad_comb: T.Tensor[(tokens, n * n), T.float32],
         adds: T.int32,
-        bias: T.Tensor[(hidden_size,), bias_dtype],
+        bias: T.Tensor[(hidden_size,), layer_bias_dtype],
         partials: T.Tensor[(slices, hidden_size), T.float32],
     ):
         backward(
@@ -311,7 +314,7 @@ def post_bwd(
 
 
 @builder(SIMT)
-def post_bias_bwd(hidden_size: int, bias_dtype: str = "float32"):
+def post_bias_bwd(hidden_size: int, *, layer_bias_dtype: str):
     """grad_bias: the sum of the slices, each of eight warps a stride of them, then the warps."""
     slices = T.dynamic("num_slices")
     warps = 8
@@ -319,7 +322,7 @@ def post_bias_bwd(hidden_size: int, bias_dtype: str = "float32"):
     @T.prim_func
     def post_bias_bwd_kernel(
         partials: T.Tensor[(slices, hidden_size), T.float32],
-        grad_bias: T.Tensor[(hidden_size,), bias_dtype],
+        grad_bias: T.Tensor[(hidden_size,), layer_bias_dtype],
     ):
         with T.Kernel(T.ceildiv(hidden_size, 32), threads=32 * warps) as block:
             follow_previous()
@@ -338,6 +341,6 @@ def post_bias_bwd(hidden_size: int, bias_dtype: str = "float32"):
                 total[0] = 0.0
                 for warp in T.unroll(warps):
                     total[0] += shared[warp * 32 + tid]
-                grad_bias[h] = T.cast(total[0], bias_dtype)
+                grad_bias[h] = T.cast(total[0], layer_bias_dtype)
 
     return post_bias_bwd_kernel

@@ -7,8 +7,8 @@ high = bf16(w) and low = bf16(w - high), which lie side by side as columns of on
 near-fp32 products at the tensor core cost of TF32, which would keep 11 bits. With a norm weight, w
 is weight * norm_weight in float32, formed wherever a kernel reads the weight.
 
-Builders take the dtypes of the two: `weight_dtype`, and `norm_dtype`, which is empty without a norm
-weight. A kernel gets one element in place of a tensor that it does not read.
+`norm_weight_dtype` is empty without a norm weight. A kernel gets one element in place of a tensor
+that it does not read.
 """
 
 import math
@@ -17,6 +17,7 @@ from collections.abc import Callable
 import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
+from tile_mhc.kernels._arch import Architecture
 from tile_mhc.kernels._common import (
     SIMT,
     VECTOR,
@@ -42,7 +43,6 @@ BYTES = {"float32": 4, "bfloat16": 2, "": 0}
 MATMUL_THREADS = 256
 FULL_ROW = T.GemmWarpPolicy.FullRow
 FULL_COLUMN = T.GemmWarpPolicy.FullCol
-SHARED_BYTES = 224 * 1024
 # Of a sum over splits or slices: what a thread loads before it adds the first.
 AT_ONCE = 4
 # projection_norm: mixes of a thread, in one access. H200, 2026-11, us of projection.fwd with one,
@@ -66,16 +66,21 @@ def rounded_to_tf32(value: T.float32):
     return T.Select(is_nan, value, T.reinterpret((bits + 0x1000) & -0x2000, T.float32))
 
 
-def norm_shape(size: int, norm_dtype: str) -> tuple[int]:
-    return (size if norm_dtype else 1,)
+def norm_shape(size: int, norm_weight_dtype: str) -> tuple[int]:
+    return (size if norm_weight_dtype else 1,)
 
 
 def weight_value(
-    weight: T.Tensor, norm_weight: T.Tensor, norm_dtype: str, m: T.int32, k: T.int32, tf32: T.int32
+    weight: T.Tensor,
+    norm_weight: T.Tensor,
+    norm_weight_dtype: str,
+    m: T.int32,
+    k: T.int32,
+    tf32: T.int32,
 ):
     """The float32 that the two parts of a weight stand for."""
     value = T.cast(weight[m, k], T.float32)
-    if norm_dtype:
+    if norm_weight_dtype:
         value = value * T.cast(norm_weight[k], T.float32)
     return T.Select(tf32 != 0, rounded_to_tf32(value), value)
 
@@ -89,23 +94,25 @@ def low_part(value: T.float32):
 
 
 @builder({})
-def projection_fwd(num_mixes: int, size: int, weight_dtype: str = "float32", norm_dtype: str = ""):
+def projection_fwd(
+    num_mixes: int, size: int, *, weight_dtype: str, norm_weight_dtype: str, limits: Architecture
+):
     """Products and sums of squares, by slices of K: split s takes `blocks` blocks of it."""
     tokens = T.dynamic("num_tokens")
     splits = T.dynamic("num_splits")
     part_rows = padded(num_mixes)
     num_blocks = size // BLOCK_K
     # One CTA an SM (its registers fill it): a deep pipeline keeps the memory busy.
-    has_norm = norm_dtype != ""
-    weight_bytes = num_mixes * BYTES[weight_dtype] + BYTES[norm_dtype]
+    has_norm = norm_weight_dtype != ""
+    weight_bytes = num_mixes * BYTES[weight_dtype] + BYTES[norm_weight_dtype]
     stage = (BLOCK_TOKENS * 2 + weight_bytes) * BLOCK_K
-    stages = min(6, (SHARED_BYTES - 4 * part_rows * BLOCK_K) // stage)
+    stages = min(6, (limits.matmul_bytes - 4 * part_rows * BLOCK_K) // stage)
 
     @T.prim_func
     def projection_fwd_kernel(
         x: T.Tensor[(tokens, size), T.bfloat16],
         weight: T.Tensor[(num_mixes, size), weight_dtype],
-        norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
+        norm_weight: T.Tensor[norm_shape(size, norm_weight_dtype), norm_weight_dtype or T.float32],
         products: T.Tensor[(splits, tokens, num_mixes), T.float32],
         squares: T.Tensor[(splits, tokens), T.float32],
         blocks: T.int32,
@@ -120,7 +127,7 @@ def projection_fwd(num_mixes: int, size: int, weight_dtype: str = "float32", nor
             x_shared = T.alloc_shared((BLOCK_TOKENS, BLOCK_K), T.bfloat16)
             w_shared = T.alloc_shared((num_mixes, BLOCK_K), weight_dtype)
             if has_norm:
-                norm_shared = T.alloc_shared((BLOCK_K,), norm_dtype)
+                norm_shared = T.alloc_shared((BLOCK_K,), norm_weight_dtype)
             w_local = T.alloc_fragment((num_mixes, BLOCK_K), T.float32)
             # Rows [high; low], split as they are read: no pass of its own over the weight. Rows of
             # padding stay unwritten, and make columns of the product that nobody reads.
@@ -240,7 +247,7 @@ def token_mix(
     x: T.Tensor,
     weight: T.Tensor,
     norm_weight: T.Tensor,
-    norm_dtype: str,
+    norm_weight_dtype: str,
     splits: T.int32,
     t: T.int32,
     m: T.int32,
@@ -267,7 +274,7 @@ def token_mix(
             value[0] = T.cast(x[t, k], T.float32) * RESCUE_SCALE
             for v in T.unroll(width):
                 exact[v] += T.cast(value[0], T.float64) * T.cast(
-                    weight_value(weight, norm_weight, norm_dtype, m + v, k, tf32), T.float64
+                    weight_value(weight, norm_weight, norm_weight_dtype, m + v, k, tf32), T.float64
                 )
             exact[width] += T.cast(value[0] * value[0], T.float64)
         # eps is far below the mean square here, and its scaled value below float32.
@@ -286,9 +293,10 @@ def projection_norm(
     num_mixes: int,
     size: int,
     many_splits: bool,
-    weight_dtype: str = "float32",
-    norm_dtype: str = "",
-    dtype: str = "bfloat16",
+    *,
+    weight_dtype: str,
+    norm_weight_dtype: str,
+    streams_dtype: str,
 ):
     """Sum the splits and apply the RMS factor."""
     tokens = T.dynamic("num_tokens")
@@ -301,9 +309,9 @@ def projection_norm(
     def projection_norm_kernel(
         products: T.Tensor[(splits, tokens, num_mixes), T.float32],
         squares: T.Tensor[(splits, tokens), T.float32],
-        x: T.Tensor[(tokens, size), dtype],
+        x: T.Tensor[(tokens, size), streams_dtype],
         weight: T.Tensor[(num_mixes, size), weight_dtype],
-        norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
+        norm_weight: T.Tensor[norm_shape(size, norm_weight_dtype), norm_weight_dtype or T.float32],
         mixes: T.Tensor[(tokens, num_mixes), T.float32],
         inv_rms: T.Tensor[(tokens,), T.float32],
         eps: T.float32,
@@ -325,7 +333,7 @@ def projection_norm(
                 x,
                 weight,
                 norm_weight,
-                norm_dtype,
+                norm_weight_dtype,
                 splits,
                 t[0],
                 m,
@@ -446,7 +454,7 @@ def projection_norm_bwd(num_mixes: int, size: int, n: int):
 def store_weight_parts(
     weight: T.Tensor,
     norm_weight: T.Tensor,
-    norm_dtype: str,
+    norm_weight_dtype: str,
     column_of: Callable[[T.int32], T.int32],
     tf32: T.int32,
     local: T.Buffer,
@@ -464,7 +472,7 @@ def store_weight_parts(
     num_mixes, size = weight.shape
     part_rows = both // 2
     rows = local.shape[0]
-    has_norm = norm_dtype != ""
+    has_norm = norm_weight_dtype != ""
     for group, c in T.Parallel(part_rows // rows, columns):
         k = column_of(c)
         if has_norm:
@@ -491,10 +499,12 @@ def projection_bwd(
     num_mixes: int,
     size: int,
     n: int,
-    held: str,
-    weight_dtype: str = "float32",
-    norm_dtype: str = "",
-    into: str = "",
+    *,
+    held_dtype: str,
+    weight_dtype: str,
+    norm_weight_dtype: str,
+    into_dtype: str,
+    limits: Architecture,
 ):
     """Gradients of x and, per slice of tokens, of the weight, in one pass over x.
 
@@ -502,30 +512,32 @@ def projection_bwd(
     registers, and tokens stream through.
     grad_x = G_high w_high + G_low w_high + G_high w_low + (x * r) * along;  grad_w = G^T x
     With n > 0 streams, the gradient of their aggregate joins before the one rounding of grad_x:
-    pre_mix[t, i] * grad_input[t, h]. So does a gradient that x already has, of the dtype `held`.
-    grad_x is of the dtype `into`, by default that of x, and may be the memory of the one held.
+    pre_mix[t, i] * grad_input[t, h]. So does a gradient that x already has, of `held_dtype`.
+    grad_x is of `into_dtype`, without one as x, and may be the memory of the one held.
     """
     tokens = T.dynamic("num_tokens")
     slices = T.dynamic("num_slices")
     part_rows = padded(num_mixes)
-    has_held = held != ""
+    has_held = held_dtype != ""
     both = 2 * part_rows
     width = factors_width(n)
     hidden_size = size // max(n, 1)
     block = BACKWARD_TOKENS
-    num_pieces = backward_pieces(num_mixes, size, n, has_held or into != "")
+    num_pieces = backward_pieces(num_mixes, size, n, has_held or into_dtype != "")
     # A tuple is unrolled as the kernel is traced: TMA wants its pieces one by one.
     pieces = tuple(range(num_pieces))
     columns = num_pieces * PIECE
     # The same h of several streams share a CTA, which then reads grad_input once for them.
     groups = max(n // num_pieces, 1)
-    out_dtype = into or "bfloat16"
+    out_dtype = into_dtype or "bfloat16"
     # A box of TMA has rows of 128 bytes.
     out_columns = 128 // BYTES[out_dtype]
-    held_columns = 128 // BYTES[held] if has_held else PIECE
+    held_columns = 128 // BYTES[held_dtype] if has_held else PIECE
     fixed = (2 * both * 2 + block * BYTES[out_dtype]) * columns
-    stage = block * (columns * (2 + BYTES[held]) + both * 2 + width * 4 + (PIECE * 2 if n else 0))
-    stages = min(4, (SHARED_BYTES - fixed) // stage)
+    stage = block * (
+        columns * (2 + BYTES[held_dtype]) + both * 2 + width * 4 + (PIECE * 2 if n else 0)
+    )
+    stages = min(4, (limits.matmul_bytes - fixed) // stage)
 
     def start(column: T.int32, piece: int):
         """The column of x at which a piece of a CTA's columns starts."""
@@ -540,9 +552,9 @@ def projection_bwd(
         factors: T.Tensor[(tokens, width), T.float32],
         x: T.Tensor[(tokens, size), T.bfloat16],
         weight: T.Tensor[(num_mixes, size), weight_dtype],
-        norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
+        norm_weight: T.Tensor[norm_shape(size, norm_weight_dtype), norm_weight_dtype or T.float32],
         grad_input: T.Tensor[(tokens, hidden_size) if n else (1,), T.bfloat16],
-        accumulated: T.Tensor[(tokens, size) if has_held else (1,), held or T.bfloat16],
+        accumulated: T.Tensor[(tokens, size) if has_held else (1,), held_dtype or T.bfloat16],
         grad_x: T.Tensor[(tokens, size), out_dtype],
         partials: T.Tensor[(slices, num_mixes, size), T.float32],
         slice_tokens: T.int32,
@@ -564,12 +576,12 @@ def projection_bwd(
                 wide_shared = T.alloc_shared((block, PIECE), T.bfloat16)
                 T.annotate_layout({wide_shared: make_swizzled_layout(wide_shared)})
             if has_held:
-                sum_shared = T.alloc_shared((block, columns), held)
+                sum_shared = T.alloc_shared((block, columns), held_dtype)
                 T.annotate_layout({sum_shared: make_swizzled_layout(sum_shared)})
             store_weight_parts(
                 weight,
                 norm_weight,
-                norm_dtype,
+                norm_weight_dtype,
                 lambda c: start(column, c // PIECE) + c % PIECE,
                 tf32,
                 w_local,
@@ -666,19 +678,20 @@ def projection_bwd(
 def projection_weight_bwd(
     num_mixes: int,
     size: int,
-    weight_dtype: str = "float32",
-    norm_dtype: str = "",
-    into_weight: str = "",
-    into_norm: str = "",
+    *,
+    weight_dtype: str,
+    norm_weight_dtype: str,
+    into_weight_dtype: str,
+    into_norm_weight_dtype: str,
 ):
     """Sum the slices in order; with a norm weight, part the gradient between the two factors.
 
-    With `into_*`, the dtypes of the two destinations, each is written or, if it `adds`, added to.
+    With `into_weight_dtype` the two have destinations: each is written or, if it `adds`, added to.
     """
     slices = T.dynamic("num_slices")
     vector = math.gcd(size, 4)
-    has_norm = norm_dtype != ""
-    directed = into_weight != ""
+    has_norm = norm_weight_dtype != ""
+    directed = into_weight_dtype != ""
     # A thread takes one row of the weight; with a norm weight all, as it sums over them.
     rows = num_mixes if has_norm else 1
     threads = 32 if has_norm else THREADS
@@ -687,10 +700,11 @@ def projection_weight_bwd(
     def projection_weight_bwd_kernel(
         partials: T.Tensor[(slices, num_mixes, size), T.float32],
         weight: T.Tensor[(num_mixes, size), weight_dtype],
-        norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
-        grad_weight: T.Tensor[(num_mixes, size), into_weight or weight_dtype],
+        norm_weight: T.Tensor[norm_shape(size, norm_weight_dtype), norm_weight_dtype or T.float32],
+        grad_weight: T.Tensor[(num_mixes, size), into_weight_dtype or weight_dtype],
         grad_norm_weight: T.Tensor[
-            norm_shape(size, norm_dtype), into_norm or norm_dtype or T.float32
+            norm_shape(size, norm_weight_dtype),
+            into_norm_weight_dtype or norm_weight_dtype or T.float32,
         ],
         adds: T.int32,
         adds_norm: T.int32,

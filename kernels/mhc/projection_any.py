@@ -1,4 +1,4 @@
-"""The matmuls of the projection for streams of any dtype and width.
+"""The matmuls of the projection for streams of any streams_dtype and width.
 
 The kernels of `projection` copy whole 16-byte units of bfloat16; these load element by element
 under a mask, as wide as the rows are aligned. Streams are split as the weight is: float16 is
@@ -9,6 +9,7 @@ one element of a mix is as near to float64 as with bfloat16 streams.
 import tilelang.language as T
 from tilelang import PassConfigKey
 
+from tile_mhc.kernels._arch import Architecture
 from tile_mhc.kernels._common import SIMT, builder, follow_previous
 from tile_mhc.kernels._shapes import ANY_COLUMNS, ANY_K, ANY_TOKENS, factors_width, padded
 from tile_mhc.kernels.projection import (
@@ -47,20 +48,27 @@ def split_streams(x: T.Buffer, high: T.Buffer, low: T.Buffer):
 
 @builder(MATMUL)
 def projection_any_fwd(
-    num_mixes: int, size: int, dtype: str, weight_dtype: str = "float32", norm_dtype: str = ""
+    num_mixes: int,
+    size: int,
+    *,
+    streams_dtype: str,
+    weight_dtype: str,
+    norm_weight_dtype: str,
+    limits: Architecture,
 ):
     """Products and sums of squares, by slices of K: split s takes `blocks` blocks of it."""
     tokens = T.dynamic("num_tokens")
     splits = T.dynamic("num_splits")
     part_rows = padded(num_mixes)
     num_blocks = -(-size // ANY_K)
-    has_low = dtype != "bfloat16"
+    ctas = limits.any_ctas
+    has_low = streams_dtype != "bfloat16"
 
     @T.prim_func
     def projection_any_fwd_kernel(
-        x: T.Tensor[(tokens, size), dtype],
+        x: T.Tensor[(tokens, size), streams_dtype],
         weight: T.Tensor[(num_mixes, size), weight_dtype],
-        norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
+        norm_weight: T.Tensor[norm_shape(size, norm_weight_dtype), norm_weight_dtype or T.float32],
         products: T.Tensor[(splits, tokens, num_mixes), T.float32],
         squares: T.Tensor[(splits, tokens), T.float32],
         blocks: T.int32,
@@ -70,8 +78,8 @@ def projection_any_fwd(
         with T.Kernel(tiles, splits, threads=MATMUL_THREADS) as (tile, s):
             follow_previous()
             if num_mixes <= 24:
-                T.annotate_min_blocks_per_sm(2)
-            x_local = T.alloc_fragment((ANY_TOKENS, ANY_K), dtype)
+                T.annotate_min_blocks_per_sm(ctas)
+            x_local = T.alloc_fragment((ANY_TOKENS, ANY_K), streams_dtype)
             x_high = T.alloc_shared((ANY_TOKENS, ANY_K), T.bfloat16)
             x_low = T.alloc_shared((ANY_TOKENS, ANY_K), T.bfloat16) if has_low else None
             # Rows of padding stay unwritten, and make columns of the product that nobody reads.
@@ -97,7 +105,7 @@ def projection_any_fwd(
                 for m, k in T.Parallel(num_mixes, ANY_K):
                     w = T.if_then_else(
                         k0 + k < size,
-                        weight_value(weight, norm_weight, norm_dtype, m, k0 + k, tf32),
+                        weight_value(weight, norm_weight, norm_weight_dtype, m, k0 + k, tf32),
                         0.0,
                     )
                     parts[m, k] = high_part(w)
@@ -128,11 +136,12 @@ def projection_any_bwd(
     num_mixes: int,
     size: int,
     n: int,
-    held: str,
-    dtype: str,
-    weight_dtype: str = "float32",
-    norm_dtype: str = "",
-    into: str = "",
+    *,
+    held_dtype: str,
+    streams_dtype: str,
+    weight_dtype: str,
+    norm_weight_dtype: str,
+    into_dtype: str,
 ):
     """Gradients of x and, per slice of tokens, of the weight, in one pass over x.
 
@@ -145,9 +154,9 @@ def projection_any_bwd(
     both = 2 * part_rows
     width = factors_width(n)
     hidden_size = size // max(n, 1)
-    has_low = dtype != "bfloat16"
-    has_held = held != ""
-    out_dtype = into or dtype
+    has_low = streams_dtype != "bfloat16"
+    has_held = held_dtype != ""
+    out_dtype = into_dtype or streams_dtype
     columns = ANY_COLUMNS
     # Two CTAs an SM, by their registers; 80 mixes would not fit those of 128 threads.
     threads = 128 if num_mixes <= 24 else 256
@@ -156,11 +165,11 @@ def projection_any_bwd(
     def projection_any_bwd_kernel(
         grad_parts: T.Tensor[(tokens, both), T.bfloat16],
         factors: T.Tensor[(tokens, width), T.float32],
-        x: T.Tensor[(tokens, size), dtype],
+        x: T.Tensor[(tokens, size), streams_dtype],
         weight: T.Tensor[(num_mixes, size), weight_dtype],
-        norm_weight: T.Tensor[norm_shape(size, norm_dtype), norm_dtype or T.float32],
-        grad_input: T.Tensor[(tokens, hidden_size) if n else (1,), dtype],
-        accumulated: T.Tensor[(tokens, size) if has_held else (1,), held or dtype],
+        norm_weight: T.Tensor[norm_shape(size, norm_weight_dtype), norm_weight_dtype or T.float32],
+        grad_input: T.Tensor[(tokens, hidden_size) if n else (1,), streams_dtype],
+        accumulated: T.Tensor[(tokens, size) if has_held else (1,), held_dtype or streams_dtype],
         grad_x: T.Tensor[(tokens, size), out_dtype],
         partials: T.Tensor[(slices, num_mixes, size), T.float32],
         slice_tokens: T.int32,
@@ -170,7 +179,7 @@ def projection_any_bwd(
             # The rows of G are [high | low]; against these they give all products but low x low.
             high_twice = T.alloc_shared((both, columns), T.bfloat16)
             low_then_zero = T.alloc_shared((both, columns), T.bfloat16)
-            x_local = T.alloc_fragment((ANY_TOKENS, columns), dtype)
+            x_local = T.alloc_fragment((ANY_TOKENS, columns), streams_dtype)
             x_high = T.alloc_shared((ANY_TOKENS, columns), T.bfloat16)
             x_low = T.alloc_shared((ANY_TOKENS, columns), T.bfloat16) if has_low else None
             g_shared = T.alloc_shared((ANY_TOKENS, both), T.bfloat16)
@@ -186,7 +195,7 @@ def projection_any_bwd(
             store_weight_parts(
                 weight,
                 norm_weight,
-                norm_dtype,
+                norm_weight_dtype,
                 lambda c: k0 + c,
                 tf32,
                 w_local,

@@ -25,16 +25,16 @@ PRE_MIX, LAYER_INPUT, LAYER_OUTPUT, POST_MIX, COMB_MIX, RESIDUAL = range(6)
 
 
 @builder(SIMT)
-def recompute(n: int, hidden_size: int, dtype: str = "bfloat16"):
+def recompute(n: int, hidden_size: int, *, streams_dtype: str):
     tokens = T.dynamic("num_tokens")
     rows = T.dynamic("num_layers")
-    vector = row_vector(hidden_size, dtype)
+    vector = row_vector(hidden_size, streams_dtype)
     threads = row_threads(hidden_size, vector, MOST_THREADS)
     chunks = row_chunks(hidden_size, threads, vector)
 
     @T.prim_func
     def recompute_kernel(
-        initial_residual: T.Tensor[(tokens, n, hidden_size), dtype],
+        initial_residual: T.Tensor[(tokens, n, hidden_size), streams_dtype],
         table: T.Tensor[(rows, 6), T.ptr],
         posts: T.int32,
     ):
@@ -42,9 +42,9 @@ def recompute(n: int, hidden_size: int, dtype: str = "bfloat16"):
             follow_previous()
             t = block // chunks
             h = (block % chunks * threads + T.get_thread_binding()) * vector
-            streams = T.alloc_local((n, vector), dtype)
-            mixed = T.alloc_local((n, vector), dtype)
-            output = T.alloc_local((vector,), dtype)
+            streams = T.alloc_local((n, vector), streams_dtype)
+            mixed = T.alloc_local((n, vector), streams_dtype)
+            output = T.alloc_local((vector,), streams_dtype)
             pre = T.alloc_local((n,), T.float32)
             post = T.alloc_local((n,), T.float32)
             comb = T.alloc_local((n, n), T.float32)
@@ -54,14 +54,14 @@ def recompute(n: int, hidden_size: int, dtype: str = "bfloat16"):
                 for layer in T.serial(rows):
                     pre_mix = T.make_tensor(table[layer, PRE_MIX], (tokens, n), T.float32)
                     layer_input = T.make_tensor(
-                        table[layer, LAYER_INPUT], (tokens, hidden_size), dtype
+                        table[layer, LAYER_INPUT], (tokens, hidden_size), streams_dtype
                     )
                     for i in T.unroll(n):
                         pre[i] = pre_mix[t, i]
                     if layer < posts:
                         # Read before the aggregate is written: the loads overlap its arithmetic.
                         layer_output = T.make_tensor(
-                            table[layer, LAYER_OUTPUT], (tokens, hidden_size), dtype
+                            table[layer, LAYER_OUTPUT], (tokens, hidden_size), streams_dtype
                         )
                         post_mix = T.make_tensor(table[layer, POST_MIX], (tokens, n), T.float32)
                         comb_mix = T.make_tensor(table[layer, COMB_MIX], (tokens, n, n), T.float32)
@@ -73,15 +73,15 @@ def recompute(n: int, hidden_size: int, dtype: str = "bfloat16"):
                                 comb[i, j] = comb_mix[t, i, j]
                     weighted_sum(pre, streams, n, total)
                     for v in T.vectorized(vector):
-                        layer_input[t, h + v] = T.cast(total[v], dtype)
+                        layer_input[t, h + v] = T.cast(total[v], streams_dtype)
                     if layer < posts:
                         residual = T.make_tensor(
-                            table[layer, RESIDUAL], (tokens, n, hidden_size), dtype
+                            table[layer, RESIDUAL], (tokens, n, hidden_size), streams_dtype
                         )
                         for j in T.unroll(n):
                             combine(post, comb, output, streams, j, n, total)
                             for v in T.vectorized(vector):
-                                mixed[j, v] = T.cast(total[v], dtype)
+                                mixed[j, v] = T.cast(total[v], streams_dtype)
                             for v in T.vectorized(vector):
                                 residual[t, j, h + v] = mixed[j, v]
                         for j in T.unroll(n):

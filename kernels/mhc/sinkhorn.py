@@ -7,11 +7,11 @@ instead of n*n divisions, and errors of a scaling are corrected by the next.
 
 import tilelang.language as T
 
+from tile_mhc.kernels._arch import Architecture
 from tile_mhc.kernels._common import SIMT, builder, follow_previous, reciprocal
 
 # One warp a CTA: 8192 tokens make 256 CTAs, enough for every SM.
 THREADS = 32
-SHARED_BYTES = 200 * 1024
 
 
 @T.macro
@@ -128,7 +128,7 @@ def sinkhorn_fwd(n: int):
 
 
 @builder(SIMT)
-def sinkhorn_bwd(n: int, capacity: int):
+def sinkhorn_bwd(n: int, capacity: int, *, limits: Architecture):
     """The gradient of the `repeat`-step map (repeat <= capacity).
 
     With Y = diag(a) E diag(b) after a step and the gradient kept as G = dY * a * b, undoing a
@@ -137,7 +137,7 @@ def sinkhorn_bwd(n: int, capacity: int):
     """
     tokens = T.dynamic("num_tokens")
     threads = THREADS
-    while threads > 1 and 2 * capacity * n * threads * 4 > SHARED_BYTES:
+    while threads > 1 and 2 * capacity * n * threads * 4 > limits.history_bytes:
         threads //= 2
 
     @T.prim_func

@@ -397,7 +397,7 @@ def test_every_op_is_compiled_before():
     wanted = compiling.kernels(post, SHAPES)
     assert {name for name, _ in wanted} >= {"post_fwd", "post_bwd"}
     assert {args[:2] for name, args in wanted if name == "post_fwd"} == {(4, 64), (4, 128), (2, 64)}
-    into = ("projection_bwd", (24, 256, 0, "bfloat16", "float32", "", "bfloat16"))
+    into = ("projection_bwd", (24, 256, 0, "held=bfloat16", "into=bfloat16"))
     for name, is_there in (("projection.bwd", False), ("projection.bwd_add", True)):
         wanted = compiling.kernels([table()[name]], SHAPES)
         assert (into in wanted) == is_there

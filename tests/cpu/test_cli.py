@@ -162,16 +162,17 @@ def test_list_of_dtypes(run):
     assert listed["post_fwd"] == [
         [4, 100, *dtypes]
         for streams in ("float16", "float32")
-        for dtypes in ([streams], [streams, "bfloat16"])
+        for dtypes in ([f"streams={streams}"], [f"streams={streams}", "layer_bias=bfloat16"])
     ]
-    assert [24, 400, "float16", "bfloat16", "bfloat16"] in listed["projection_any_fwd"]
-    assert [4, 400, "float32", "bfloat16"] in listed["projection_any_fwd"]
+    projections = listed["projection_any_fwd"]
+    assert [24, 400, "streams=float16", "weight=bfloat16", "norm_weight=bfloat16"] in projections
+    assert [4, 400, "streams=float32", "weight=bfloat16"] in projections
 
 
 def test_list_as_json(run):
     code, out, _ = run("list", "--hidden", "64", "--streams", "2,8", "--ops", "post", "--json")
-    biased = ["bfloat16", "float32"]
-    of_streams = [[2, 64], [2, 64, *biased], [8, 64], [8, 64, *biased]]
+    biased = "layer_bias=float32"
+    of_streams = [[2, 64], [2, 64, biased], [8, 64], [8, 64, biased]]
     assert code == 0
     assert json.loads(out) == [
         {
@@ -183,7 +184,7 @@ def test_list_as_json(run):
         for name, ops, arguments in (
             ("post_fwd", ["post"], of_streams),
             ("post_bwd", ["post"], of_streams),
-            ("post_bias_bwd", ["post", "transformer_engine"], [[64]]),
+            ("post_bias_bwd", ["post", "transformer_engine"], [[64, biased]]),
         )
     ]
 

@@ -30,10 +30,9 @@ from cases import (
     operator_calls,
     recompute_inputs,
 )
-from tile_mhc import config, functional, reference
-from tile_mhc.kernels._shapes import ANY_K
-from tile_mhc.ops import _library, projection_any
-from tile_mhc.ops import projection as projection_op
+from tile_mhc import config, functional, reference, selection
+from tile_mhc.kernels._shapes import ANY_K, BLOCK_K
+from tile_mhc.ops import _library
 
 CALLS = sorted(operator_calls((2,), 2, 64, "meta"))
 EVERY_OP = pytest.mark.parametrize("op", OPS, ids=str)
@@ -528,18 +527,20 @@ def test_import_brings_in_neither_compiler_nor_transformers():
 @pytest.mark.parametrize("hidden_size", [64, 2560, 16384])
 @pytest.mark.parametrize("num_splits", [None, 1, 3, 1000])
 @pytest.mark.parametrize(
-    ("module", "block"), [(projection_op, projection_op.BLOCK_K), (projection_any, ANY_K)], ids=str
+    ("blocks_per_split", "block"),
+    [(selection.blocks_per_split, BLOCK_K), (selection.any_blocks_per_split, ANY_K)],
+    ids=str,
 )
 def test_batch_invariant_split_depends_on_the_width_alone(
-    hidden_size, num_splits, module, block, monkeypatch
+    hidden_size, num_splits, blocks_per_split, block, monkeypatch
 ):
     def splits():
         size = 4 * hidden_size
         found = set()
         for num_sms in (1, 7, 132):
-            monkeypatch.setattr(projection_op.config, "get_num_sms", lambda count=num_sms: count)
+            monkeypatch.setattr(config, "get_num_sms", lambda count=num_sms: count)
             for num_tokens in (1, 128, 129, 4096, 10**6):
-                found.add(module.blocks_per_split(num_tokens, size, num_splits))
+                found.add(blocks_per_split(num_tokens, size, num_splits))
         return found
 
     assert len(splits()) > 1 or hidden_size == 64 or num_splits == 1

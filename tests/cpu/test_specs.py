@@ -2,14 +2,20 @@
 
 import ast
 import inspect
+import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import tile_mhc
 from tile_mhc import specs
-from tile_mhc.ops import recompute, sinkhorn
+from tile_mhc.kernels._arch import ARCHITECTURES, HOPPER
+from tile_mhc.kernels._dtypes import Dtypes, split_arguments
+from tile_mhc.ops import recompute
+from tile_mhc.ops._library import dtypes
 
 ROOT = Path(__file__).resolve().parents[2]
 DIRECTED = [specs.Sizes(4, 320, grads=("float32", "bfloat16"))]
@@ -30,13 +36,15 @@ KERNELS = specs.select(SIZES)
 TRACED = specs.select([SIZES[0], *SIZES[2:5]])
 TRACED += [k for k in specs.select(DIRECTED) if k not in specs.select([specs.Sizes(4, 320)])]
 # What the functions of compat.transformer_engine launch goes by one name.
+# A stem of kernels that the op of another launches, for what its own do not take.
+LAUNCHED_BY = {"projection_any": "projection"}
 PUBLIC = [op for op in specs.OPS if op != "transformer_engine"]
 
 
 def launches():
     """(kernel name, number of arguments) of every jit.kernel("name", ...) in the ops.
 
-    Without `*dtypes`, which is empty for the builder's defaults.
+    Without the words of the dtypes, which come last.
     """
     for path in sorted((ROOT / "tile_mhc" / "ops").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -51,9 +59,7 @@ def test_every_launch_is_in_the_table_and_the_other_way_round():
 
 
 def test_launches_pass_as_many_arguments_as_the_table():
-    table: dict[str, int] = {}
-    for name, args in ONE_OF_EACH:
-        table.setdefault(name, len(args))
+    table = {name: len(split_arguments(args)[0]) for name, args in ONE_OF_EACH}
     for name, count in launches():
         assert count == table[name], name
 
@@ -83,6 +89,32 @@ def test_every_kernel_first_waits_for_the_one_before(stem):
         assert before & tensors == set(spec.early if spec else ()), function.name
 
 
+def test_what_kernels_take_is_within_the_limits_of_the_architecture():
+    for limits in ARCHITECTURES.values():
+        for taken in (limits.matmul_bytes, limits.history_bytes, limits.ring_bytes):
+            assert taken <= limits.shared_bytes < limits.shared_bytes_per_sm
+        assert limits.kept_bytes < limits.l2_bytes < limits.last_read_bytes
+        for ctas in (limits.post_ctas, limits.interleaved_post_ctas, limits.any_ctas):
+            assert limits.post_ctas_of_eight <= ctas <= limits.ctas
+
+
+def test_launchers_know_one_architecture():
+    """`selection` and `cluster_stages` are not told for which one: there must be no choice."""
+    same = {replace(limits, l2_bytes=0) for limits in ARCHITECTURES.values()}
+    assert len(same) == 1
+
+
+def test_a_builder_is_told_the_limits_of_the_architecture(monkeypatch):
+    assert (HOPPER.warps(48), HOPPER.warps(255)) == (40, 8)
+    few = replace(HOPPER, matmul_bytes=HOPPER.matmul_bytes // 2)
+    monkeypatch.setitem(ARCHITECTURES, "sm_few", few)
+    texts = [
+        specs.builder("projection_fwd")(24, 256, arch=a).script() for a in ("sm_90a", "sm_few")
+    ]
+    stages = [int(re.search(r"num_stages\W+(\d+)", text)[1]) for text in texts]
+    assert stages[0] > stages[1] > 0
+
+
 def test_names_are_unique():
     names = [spec.name for spec in specs.SPECS]
     assert len(names) == len(set(names))
@@ -90,14 +122,16 @@ def test_names_are_unique():
 
 @pytest.mark.parametrize("stem", sorted({spec.stem for spec in specs.SPECS}))
 def test_a_stem_has_its_places(stem):
-    for place in (f"kernels/mhc/{stem}.py", f"tile_mhc/ops/{stem}.py", f"tests/gpu/test_{stem}.py"):
+    op = LAUNCHED_BY.get(stem, stem)
+    for place in (f"kernels/mhc/{stem}.py", f"tile_mhc/ops/{op}.py", f"tests/gpu/test_{stem}.py"):
         assert (ROOT / place).is_file(), f"{stem} lacks {place}"
 
 
 @pytest.mark.parametrize("folder", ["kernels/mhc", "tile_mhc/ops"])
 def test_every_module_is_a_stem(folder):
     modules = {path.stem for path in (ROOT / folder).glob("*.py") if path.name[0] != "_"}
-    assert modules == {spec.stem for spec in specs.SPECS}
+    stems = {spec.stem for spec in specs.SPECS}
+    assert modules == (stems if folder == "kernels/mhc" else stems - LAUNCHED_BY.keys())
 
 
 def test_ops_are_public():
@@ -111,7 +145,13 @@ def test_a_builder_takes_the_arguments_of_the_table(spec):
     assert builder.__module__ == f"tile_mhc.kernels.{spec.stem}"
     for size in SIZES:
         for args in spec.arguments(size):
-            inspect.signature(builder).bind(*args)
+            numbers, words = split_arguments(args)
+            dtypes = {f"{name}_dtype" for name in Dtypes.parse(words).given}
+            parameters = inspect.signature(builder).parameters.values()
+            names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+            assert list(spec.numbers) == names
+            assert len(numbers) == len(names)
+            assert dtypes <= {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
             assert isinstance(specs.pass_configs(spec.name, args), dict)
 
 
@@ -147,8 +187,8 @@ def test_the_command_compiles_the_kernel(name, args):
 
 
 def test_the_command_for_parameters_of_two_dtypes():
-    dtypes = specs.pre_dtypes("float16", "bfloat16", "float32", "float32", "bfloat16")
-    command = specs.compile_command("fused_pre", (4, 100, False, *dtypes), "sm_90a")
+    dtypes = Dtypes(streams="float16", weight="bfloat16", norm_weight="float32", bias="bfloat16")
+    command = specs.compile_command("fused_pre", (4, 100, False, *dtypes.words), "sm_90a")
     assert command == (
         "tile-mhc compile --arch sm_90a --hidden 100 --streams 4 --dtype float16 "
         "--param-dtype float32,bfloat16 --ops fused_pre"
@@ -156,11 +196,22 @@ def test_the_command_for_parameters_of_two_dtypes():
 
 
 def test_dtypes_that_are_defaults_are_left_out():
-    assert specs.pre_dtypes("bfloat16", "float32", "", "float32", "float32") == ()
-    assert specs.pre_dtypes("bfloat16", "bfloat16", "", "float32", "float32") == ("bfloat16",)
-    every = ("float32", "", "bfloat16", "float32", "bfloat16")
-    assert specs.pre_dtypes("bfloat16", "float32", "", "float32", "bfloat16") == every
-    assert specs.post_dtypes("float32", "") == ("float32",)
+    assert Dtypes().words == ()
+    assert Dtypes(streams="bfloat16", weight="float32", norm_weight="").words == ()
+    words = ("streams=float16", "layer_bias=bfloat16")
+    assert Dtypes(layer_bias="bfloat16", streams="float16").words == words
+    assert dtypes(layer_bias=torch.bfloat16, streams=torch.float16, held=None) == words
+
+
+def test_dtypes_come_back_from_their_words():
+    for _, args in KERNELS:
+        _, words = split_arguments(args)
+        assert Dtypes.parse(words).words == words
+
+
+def test_a_builder_refuses_the_dtype_of_a_tensor_that_its_kernel_does_not_have():
+    with pytest.raises(TypeError, match="expand_fwd: has no dtype of weight"):
+        specs.builder("expand_fwd")(4, 64, "weight=bfloat16")
 
 
 def test_a_projection_has_one_kind_of_kernels():
@@ -190,8 +241,8 @@ def test_select_takes_only_the_ops_asked_for():
 
 def test_the_gate_of_the_readout_is_an_op_of_its_own():
     assert specs.select([specs.Sizes(4, 64)], ["head_mix"]) == [
-        ("column_sums", (24, 3)),
-        ("column_sums", (4, 1)),
+        ("column_sums", (24, 3, False)),
+        ("column_sums", (4, 1, False)),
         ("head_mix_fwd", (4,)),
         ("head_mix_bwd", (4,)),
     ]
@@ -208,7 +259,6 @@ def test_unknown_kernel():
 
 
 def test_constants_agree_with_the_ops():
-    assert specs.HISTORY_STEP == sinkhorn.HISTORY_STEP
     assert specs.TABLE_SLOTS == recompute.TABLE_SLOTS
 
 
@@ -216,7 +266,16 @@ def test_constants_agree_with_the_ops():
     "path", sorted((ROOT / "kernels" / "mhc").glob("*.py")), ids=lambda p: p.stem
 )
 def test_kernels_import_no_layer_above_them(path):
-    allowed = ("tilelang", "tile_mhc.kernels", "collections.abc", "typing", "math", "functools")
+    allowed = (
+        "tilelang",
+        "tile_mhc.kernels",
+        "collections.abc",
+        "dataclasses",
+        "functools",
+        "inspect",
+        "math",
+        "typing",
+    )
     for node in ast.walk(ast.parse(path.read_text())):
         names = []
         if isinstance(node, ast.Import):

@@ -26,9 +26,7 @@ from cases import (
     norm_weight,
     recompute_inputs,
 )
-from tile_mhc import contract, fused_pre, recompute, reference, sinkhorn
-from tile_mhc.ops import aggregate as aggregate_op
-from tile_mhc.ops import projection as projection_op
+from tile_mhc import contract, fused_pre, recompute, reference, selection, sinkhorn
 
 TE_DTYPES = te_cases.DTYPES[0]
 PAIRS = ((2, 64), (4, 192), (8, 128))
@@ -134,8 +132,8 @@ def run_everything(case: Case, dtypes: Dtypes = DEFAULT_DTYPES) -> None:
             oracle.evaluate(op.run, given, options, upstream, op.outputs)
             # Widths as small as these never have as many splits as share a sum, nor fill L2.
             with (
-                mock.patch.object(projection_op, "has_many_splits", return_value=True),
-                mock.patch.object(aggregate_op, "KEPT_BYTES", 0),
+                mock.patch.object(selection, "has_many_splits", return_value=True),
+                mock.patch.object(selection, "KEPT_BYTES", 0),
             ):
                 op.run(**given, **options)
     run_recompute(case, dtype=dtypes.streams)

@@ -19,6 +19,7 @@ from emulator import launch
 from emulator.ops import emulated
 from emulator.suite import some
 from tile_mhc import GradAccumulator, specs
+from tile_mhc.kernels._dtypes import Dtypes
 
 SEED = 1
 # A dtype of destinations for each: a build costs seconds.
@@ -47,7 +48,8 @@ def directed_kernels(pair):
     streams, grads = map(name_of, SIZES[pair])
     plain = specs.Sizes(*pair, dtype=streams)
     with_grads = set(specs.select([plain._replace(grads=(grads,))]))
-    biased = ("post_bwd", (*pair, *specs.post_dtypes(streams, "float32", grads)))
+    dtypes = Dtypes(streams=streams, layer_bias="float32", into=grads)
+    biased = ("post_bwd", (*pair, *dtypes.words))
     return with_grads - set(specs.select([plain])) - {biased}
 
 

@@ -39,13 +39,12 @@ from tile_mhc import (
     head_mix,
     projection,
     reference,
+    selection,
     sinkhorn,
     specs,
     split_mixes,
 )
 from tile_mhc.kernels._shapes import SMALLEST_EPS, SUM_LANES
-from tile_mhc.ops import aggregate as aggregate_op
-from tile_mhc.ops.projection import blocks_per_split
 
 pytestmark = pytest.mark.usefixtures("built_kernels", "emulator")
 SEED = 1
@@ -136,7 +135,9 @@ def test_loops_over_several_tiles(op):
 
 def test_several_splits_and_a_ragged_one():
     size = 4 * 192
-    assert -(-(size // 128) // blocks_per_split(130, size, None)) == 2, "what test_op relies on"
+    assert -(-(size // 128) // selection.blocks_per_split(130, size, None)) == 2, (
+        "what test_op relies on"
+    )
     assert NUM_SMS > 2
 
 
@@ -146,7 +147,7 @@ def test_several_splits_and_a_ragged_one():
 def test_many_splits_are_summed_by_several_threads(n, hidden_size):
     """In the fused kernels as in those of the separate ops: the same bits."""
     num_tokens, size = 5, n * hidden_size
-    assert size // 128 // blocks_per_split(num_tokens, size, None) > SUM_LANES
+    assert size // 128 // selection.blocks_per_split(num_tokens, size, None) > SUM_LANES
     tensors, _ = FUSED_PRE.inputs((num_tokens,), n, hidden_size, "cpu")
     residual, weight = tensors["residual"], tensors["weight"]
     scale, bias = tensors["scale"], tensors["bias"]
@@ -225,8 +226,8 @@ def test_the_bytes_of_the_streams_decide_how_they_are_read(kept, last, kernel, m
     tensors, _ = AGGREGATE.inputs((13,), 4, 192, "cpu")
     expected = aggregate(**tensors)
     num_bytes = 13 * 4 * 192 * 2
-    monkeypatch.setattr(aggregate_op, "KEPT_BYTES", num_bytes + kept)
-    monkeypatch.setattr(aggregate_op, "LAST_READ_BYTES", num_bytes + last)
+    monkeypatch.setattr(selection, "KEPT_BYTES", num_bytes + kept)
+    monkeypatch.setattr(selection, "LAST_READ_BYTES", num_bytes + last)
     ran = []
     with launch.settings(watch=lambda kernel, given: ran.append(kernel.key)):
         assert torch.equal(aggregate(**tensors), expected)

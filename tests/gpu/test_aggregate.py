@@ -3,8 +3,7 @@ import torch
 
 import oracle
 from cases import AGGREGATE, Case, streams
-from tile_mhc import aggregate
-from tile_mhc.ops import aggregate as aggregate_op
+from tile_mhc import aggregate, selection
 
 
 @streams
@@ -19,7 +18,7 @@ def test_same_bits_every_run():
 def test_same_bits_by_the_kernel_of_a_last_read(monkeypatch):
     tensors, _ = AGGREGATE.inputs((130,), 4, 1280, "cuda")
     expected = aggregate(**tensors)
-    monkeypatch.setattr(aggregate_op, "KEPT_BYTES", 0)
+    monkeypatch.setattr(selection, "KEPT_BYTES", 0)
     assert torch.equal(aggregate(**tensors), expected)
 
 

@@ -10,9 +10,8 @@ import oracle
 import readout
 from cases import CONTRACT, PARAMETERS, Case, Dtypes
 from readout import NONE, SIZES
-from tile_mhc import config, contract, reference
+from tile_mhc import config, contract, reference, selection
 from tile_mhc.kernels._shapes import CLUSTER_TOKENS, cluster_size
-from tile_mhc.ops import contract_cluster
 
 PAIRS = pytest.mark.parametrize("pair", SIZES, ids=str)
 ONE_OF_EACH = pytest.mark.parametrize(
@@ -76,7 +75,7 @@ def test_few_sms(pair):
     tensors = inputs(pair, 200)
     config.set_num_sms(1)
     try:
-        assert contract_cluster.num_clusters(200, cluster_size(*pair, False)) == 1
+        assert selection.num_clusters(200, cluster_size(*pair, False)) == 1
         oracle.check(CONTRACT, Case(200, *pair, ""), tensors, {})
     finally:
         config.set_num_sms(0)
@@ -156,6 +155,6 @@ def test_bfloat16_parameters(pair):
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_clusters_that_run_at_once(size):
     sms = config.get_num_sms()
-    assert contract_cluster.num_clusters(1, size) == 1
-    assert contract_cluster.num_clusters(CLUSTER_TOKENS + 1, size) == min(2, sms // size)
-    assert size * contract_cluster.num_clusters(10**6, size) <= sms
+    assert selection.num_clusters(1, size) == 1
+    assert selection.num_clusters(CLUSTER_TOKENS + 1, size) == min(2, sms // size)
+    assert size * selection.num_clusters(10**6, size) <= sms

@@ -1,53 +1,38 @@
 import pytest
 import torch
 
+import gates
 import oracle
 import saturation
-from cases import HEAD_MIX, SPLIT_MIXES, Case, mixes
+from cases import SPLIT_MIXES, mixes
 from tile_mhc import split_mixes
 
-BOTH = pytest.mark.parametrize("op", [SPLIT_MIXES, HEAD_MIX], ids=str)
 
-
-@BOTH
 @mixes
-def test_mixes(op, case):
-    oracle.check(op, case, *op.inputs(*case.shape, "cuda"))
+def test_mixes(case):
+    oracle.check(SPLIT_MIXES, case, *SPLIT_MIXES.inputs(*case.shape, "cuda"))
 
 
-@BOTH
-def test_same_bits_every_run(op):
-    oracle.check_repeatable(op, *op.inputs((20000,), 4, 64, "cuda"))
+def test_same_bits_every_run():
+    gates.check_repeatable(SPLIT_MIXES)
 
 
-@BOTH
-def test_nonfinite_stays_in_its_token(op):
-    oracle.check_isolation(op, *op.inputs((130,), 8, 64, "cuda"), "mixes")
+def test_nonfinite_stays_in_its_token():
+    gates.check_isolation(SPLIT_MIXES)
 
 
-@BOTH
-@pytest.mark.parametrize("lead", [(), (1,), (3, 5), (1, 2, 3, 5)], ids=str)
-def test_leading_dimensions(op, lead):
-    case = Case(0, 4, 64, "any leading dimensions")
-    oracle.check(op, case, *op.inputs(lead, 4, 64, "cuda"))
+@pytest.mark.parametrize("lead", gates.LEADS, ids=str)
+def test_leading_dimensions(lead):
+    gates.check_lead(SPLIT_MIXES, lead)
 
 
-@BOTH
-def test_strided(op):
-    tensors, options = op.inputs((130,), 4, 64, "cuda")
-    tensors["mixes"] = torch.randn(tensors["mixes"].shape[1], 260, device="cuda").mT[::2]
-    tensors["bias"] = torch.randn(2 * tensors["bias"].numel(), device="cuda")[::2]
-    tensors["scale"] = torch.randn(2 * tensors["scale"].numel(), device="cuda")[::2]
-    oracle.check(op, Case(130, 4, 64, "any layout"), tensors, options)
+def test_strided():
+    gates.check_strided(SPLIT_MIXES)
 
 
-@BOTH
-@pytest.mark.parametrize("size", [0.0, 1e4, 1e35], ids=str)
-def test_extreme_mixes(op, size):
-    """The sigmoid saturates; it does not overflow."""
-    tensors, options = op.inputs((130,), 4, 64, "cuda")
-    tensors["mixes"] = tensors["mixes"].sign() * size
-    oracle.check(op, Case(130, 4, 64, "values of any size"), tensors, options)
+@pytest.mark.parametrize("size", gates.SIZES, ids=str)
+def test_extreme_mixes(size):
+    gates.check_extreme(SPLIT_MIXES, size)
 
 
 @pytest.mark.parametrize("used", range(3), ids=SPLIT_MIXES.outputs)
@@ -64,4 +49,3 @@ def test_one_output_used(used):
 
 def test_gradients_of_saturated_gates():
     saturation.check_split_mixes("cuda")
-    saturation.check_head_mix("cuda")

@@ -135,7 +135,7 @@ def _dynamic_shared_memory(compiled: jit.Compiled) -> int:
     if artifact is None:
         # Loaded from a cache that was not filled by `tile-mhc compile`: lower it again, no nvcc.
         tilelang = jit.import_tilelang()
-        func = jit.trace(specs.builder(compiled.name), compiled.args)
+        func = jit.trace(specs.builder(compiled.name), compiled.args, compiled.arch)
         target = tilelang.tvm.target.Target({"kind": "cuda", "arch": compiled.arch})
         configs = specs.pass_configs(compiled.name, compiled.args)
         with tilelang.tvm.transform.PassContext(opt_level=3, config=configs), target:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tile_mhc import errors, main_grad
 from tile_mhc.accumulator import GradAccumulator, State
 from tile_mhc.ops._autograd import refuse_tangents, refuse_transforms, transforms_active
-from tile_mhc.ops._library import dtype_of, empty_like, outside_graphs, register
+from tile_mhc.ops._library import empty_like, outside_graphs, register
 
 
 class Into(NamedTuple):
@@ -51,9 +51,9 @@ def adds(into: Destinations, position: int) -> bool:
     return position in into and into[position].adds
 
 
-def dtype_into(into: Destinations, position: int) -> str:
-    """What builders call the dtype of a destination; nothing where there is none."""
-    return dtype_of(into[position].tensor) if position in into else ""
+def dtype_into(into: Destinations, position: int) -> torch.dtype | None:
+    """The dtype of a destination; None where there is none."""
+    return into[position].tensor.dtype if position in into else None
 
 
 def moved(into: Destinations, positions: Mapping[int, int]) -> Destinations:

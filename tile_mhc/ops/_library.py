@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tile_mhc import errors
+from tile_mhc.kernels._dtypes import Dtypes
 from tile_mhc.ops import _flops
 from tile_mhc.ops._autograd import attach
 
@@ -82,12 +83,26 @@ def absent(like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return like.new_empty(1, dtype=dtype)
 
 
-def dtype_of(tensor: Tensor | None) -> str:
-    """What builders call the dtype of a tensor: empty for one that is not there."""
-    return "" if tensor is None else _DTYPES[tensor.dtype]
+def dtype_of(tensor: Tensor | None) -> torch.dtype | None:
+    return None if tensor is None else tensor.dtype
 
 
-_DTYPES = {dtype: errors.dtype_name(dtype) for dtype in (*errors.STREAMS, *errors.PARAMETERS)}
+def own_dtype(tensor: Tensor, like: Tensor) -> torch.dtype | None:
+    """The dtype of a tensor where it is not that of another: None stands for the other's."""
+    return None if tensor.dtype == like.dtype else tensor.dtype
+
+
+@functools.cache
+def dtypes(**of: torch.dtype | None) -> tuple[str, ...]:
+    """What `jit.kernel` takes after a kernel's numbers: the dtypes of its tensors, by the names of
+    `Dtypes`; None for a tensor that is not there."""
+    return Dtypes(**{name: _NAMES[dtype] for name, dtype in of.items()}).words
+
+
+_NAMES: dict[torch.dtype | None, str] = {
+    None: "",
+    **{dtype: errors.dtype_name(dtype) for dtype in (*errors.STREAMS, *errors.PARAMETERS)},
+}
 
 
 def _no_gradient_of(name: str) -> Callable[..., Any]:

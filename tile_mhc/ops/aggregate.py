@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import errors, jit, reference, specs
+from tile_mhc import errors, jit, reference, selection
 from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.ops import _flops
 from tile_mhc.ops._destinations import (
@@ -18,16 +18,7 @@ from tile_mhc.ops._destinations import (
     register_into,
     room,
 )
-from tile_mhc.ops._library import dtype_of, register
-
-# Streams of more bytes than the first are read as if for the last time, which leaves L2 to what it
-# holds of them; of more than the second, about five times L2, as usual again. H100, 2026-11, us of
-# such loads and of usual ones: 39.2 and 41.8 at 84 MB, 78.5 and 79.3 at 176, 102.8 and 102.7 at
-# 235, 151.6 and 149.1 at 352. H200, 2026-11, of projection, aggregate and post, which reads the
-# streams once more: 27.9 and 26.3 at 15 MB, 31.6 and 29.9 at 21, 50.2 and 49.7 at 37, 57.6 and 58.6
-# at 44.
-KEPT_BYTES = 40 << 20
-LAST_READ_BYTES = 256 << 20
+from tile_mhc.ops._library import dtypes, register
 
 
 def aggregate(
@@ -78,11 +69,11 @@ def check_mix(op: str, name: str, mix: Tensor, streams: tuple[str, Tensor]) -> N
 def _launch(residual: Tensor, pre_mix: Tensor, out: Tensor) -> None:
     n, hidden_size = residual.shape[-2:]
     if out.numel():
-        dtypes = specs.stream_dtypes(dtype_of(residual))
-        if KEPT_BYTES < residual.nbytes <= LAST_READ_BYTES:
-            kernel = jit.kernel("aggregate_last_fwd", n, hidden_size, *dtypes)
+        given = dtypes(streams=residual.dtype)
+        if selection.reads_last(residual.nbytes):
+            kernel = jit.kernel("aggregate_last_fwd", n, hidden_size, *given)
         else:
-            kernel = jit.kernel("aggregate_fwd", n, hidden_size, *dtypes)
+            kernel = jit.kernel("aggregate_fwd", n, hidden_size, *given)
         kernel(
             residual.view(-1, n, hidden_size),
             pre_mix.contiguous().view(-1, n),
@@ -110,8 +101,8 @@ def _backward_cuda(
     n, hidden_size = residual.shape[-2:]
     grad_residual, grad_mix = room(into, residual, pre_mix)
     if residual.numel():
-        dtypes = specs.directed_dtypes(dtype_of(residual), dtype_into(into, 0))
-        jit.kernel("aggregate_bwd", n, hidden_size, *dtypes)(
+        given = dtypes(streams=residual.dtype, into=dtype_into(into, 0))
+        jit.kernel("aggregate_bwd", n, hidden_size, *given)(
             grad.contiguous().view(-1, hidden_size),
             residual.view(-1, n, hidden_size),
             pre_mix.contiguous().view(-1, n),

@@ -1,9 +1,9 @@
 """n -> 1 at the end: a learned readout of the streams.
 
 `contract` makes one pass over bfloat16 streams where clusters of CTAs hold its tokens: where
-`cluster_size` is not 0, for the forward and the backward each; see `contract_cluster`. Elsewhere it
-makes two, the projection's and its own; in the forward also with a given `num_splits`, and in the
-backward for a gradient that goes into an accumulator.
+`selection.reads_once` says so, for the forward and the backward each; see `contract_cluster`.
+Elsewhere it makes two, the projection's and its own; in the forward also with a given `num_splits`,
+and in the backward for a gradient that goes into an accumulator.
 """
 
 from typing import Any
@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import errors, jit, reference, specs
+from tile_mhc import errors, jit, reference, selection
 from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.ops import _flops, contract_cluster
+from tile_mhc.ops import head_mix as head_mix_op
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops._destinations import NOWHERE, Destinations, Route, call, moved, register_into
-from tile_mhc.ops._library import dtype_of, empty_gradients, register
-from tile_mhc.ops.mixes import check_gates, column_sums, gate_dtypes, no_sums, partial_rows
+from tile_mhc.ops._library import dtype_of, dtypes, empty_gradients, register
+from tile_mhc.ops.mixes import check_gates
 
 
 def contract(
@@ -78,44 +79,10 @@ def contract(
     check_gates("contract", scale, bias, 1, n, ("residual", residual))
     errors.check_number("contract", "pre_eps", pre_eps)
     inputs = (residual, weight, scale, bias, norm_weight, norm_eps, pre_eps, num_splits, tf32)
-    return call(_CONTRACT_ROUTE, inputs, grad_accumulator)[0]
+    return call(_ROUTE, inputs, grad_accumulator)[0]
 
 
-def head_mix(mixes: Tensor, scale: Tensor, bias: Tensor, *, pre_eps: float = 1e-6) -> Tensor:
-    """Turn the head's mixes into its gate.
-
-    gate = sigmoid(mixes * scale + bias) + pre_eps
-
-    Gradients of parameters that carry `main_grad` go into that: see `tile_mhc.main_grad`.
-
-    Args:
-        mixes: (..., n) float32; n in 2, 4, 8.
-        scale: (1,) float32 or bfloat16.
-        bias: (n,) float32 or bfloat16.
-        pre_eps: added to the gate.
-
-    Returns:
-        (..., n) float32.
-
-    Raises:
-        ShapeError: a shape, dtype or device does not match.
-        UnsupportedError: n has no kernel.
-
-    Source: DeepSeek TileKernels `mhc/head_compute_mix_kernel.py`.
-    """
-    errors.require_tensor("head_mix", "mixes", mixes)
-    if mixes.dtype != torch.float32 or mixes.ndim < 1:
-        raise errors.ShapeError(
-            f"head_mix: mixes must be (..., n) float32; got {errors.describe(mixes)}"
-        )
-    errors.check_num_streams("head_mix", mixes.shape[-1])
-    errors.check_device("head_mix", "mixes", mixes)
-    check_gates("head_mix", scale, bias, 1, mixes.shape[-1], ("mixes", mixes))
-    errors.check_number("head_mix", "pre_eps", pre_eps)
-    return call(_ROUTE, (mixes, scale, bias, pre_eps))
-
-
-def _contract_cuda(
+def _cuda(
     residual: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -126,10 +93,10 @@ def _contract_cuda(
     num_splits: int | None,
     tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = _contract_fake(residual)
+    outputs = _fake(residual)
     if residual.numel() == 0:
         return outputs
-    if num_splits is None and contract_cluster.takes(residual, backward=False):
+    if num_splits is None and _reads_once(residual, backward=False):
         contract_cluster.forward(
             residual, weight, scale, bias, norm_weight, norm_eps, pre_eps, tf32, outputs
         )
@@ -139,10 +106,16 @@ def _contract_cuda(
         products, squares = projection_op.split_products(
             residual, weight, norm_weight, num_splits, tf32
         )
-        dtypes = projection_op.pre_dtypes(residual, weight, norm_weight, scale, bias)
+        given = dtypes(
+            streams=residual.dtype,
+            weight=weight.dtype,
+            norm_weight=dtype_of(norm_weight),
+            scale=scale.dtype,
+            bias=bias.dtype,
+        )
         out, mixes, inv_rms = outputs
-        many_splits = projection_op.has_many_splits(products)
-        jit.kernel("contract_fwd", n, hidden_size, many_splits, *dtypes)(
+        many_splits = selection.has_many_splits(products.shape[0])
+        jit.kernel("contract_fwd", n, hidden_size, many_splits, *given)(
             products,
             squares,
             scale,
@@ -160,13 +133,18 @@ def _contract_cuda(
     return outputs
 
 
-def _contract_cpu(*args: Any) -> tuple[Tensor, ...]:
+def _reads_once(residual: Tensor, backward: bool) -> bool:
+    n, hidden_size = residual.shape[-2:]
+    return selection.reads_once(residual.dtype, n, hidden_size, backward)
+
+
+def _cpu(*args: Any) -> tuple[Tensor, ...]:
     arguments = list(args)
     del arguments[-2]  # num_splits: the reference sums K at once
     return tuple(out.contiguous() for out in reference.contract_with_mixes(*arguments))
 
 
-def _contract_fake(residual: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(residual: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     *lead, n, hidden_size = residual.shape
     return (
         residual.new_empty((*lead, hidden_size)),
@@ -175,7 +153,7 @@ def _contract_fake(residual: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _contract_backward_cuda(
+def _backward_cuda(
     grad: Tensor,
     residual: Tensor,
     weight: Tensor,
@@ -188,7 +166,7 @@ def _contract_backward_cuda(
     tf32: bool,
     into: Destinations = NOWHERE,
 ) -> tuple[Tensor, ...]:
-    if residual.numel() and 0 not in into and contract_cluster.takes(residual, backward=True):
+    if residual.numel() and 0 not in into and _reads_once(residual, backward=True):
         return contract_cluster.backward(
             grad,
             residual,
@@ -204,13 +182,13 @@ def _contract_backward_cuda(
         )
     n, hidden_size = residual.shape[-2:]
     grad = grad.contiguous()
-    gate = _cuda(mixes, scale, bias, pre_eps)
+    gate = head_mix_op.launch(mixes, scale, bias, pre_eps)
     grad_gate = torch.empty_like(gate)
     if residual.numel():
-        jit.kernel("aggregate_mix_bwd", n, hidden_size, *specs.stream_dtypes(dtype_of(residual)))(
+        jit.kernel("aggregate_mix_bwd", n, hidden_size, *dtypes(streams=residual.dtype))(
             grad.view(-1, hidden_size), residual.view(-1, n, hidden_size), grad_gate.view(-1, n)
         )
-    grad_mixes, grad_scale, grad_bias = _backward_cuda(
+    grad_mixes, grad_scale, grad_bias = head_mix_op.launch_backward(
         grad_gate, mixes, scale, bias, moved(into, {2: 1, 3: 2})
     )
     grad_residual, grad_weight, grad_norm_weight = projection_op.launch_backward(
@@ -227,18 +205,18 @@ def _contract_backward_cuda(
     return grad_residual, grad_weight, grad_scale, grad_bias, grad_norm_weight
 
 
-def _contract_backward_cpu(*args: Any) -> tuple[Tensor, ...]:
+def _backward_cpu(*args: Any) -> tuple[Tensor, ...]:
     *grads, grad_norm_weight = reference.contract_backward(*args)
     if grad_norm_weight is None:
         grad_norm_weight = grads[1].new_empty(0)
     return *(grad.contiguous() for grad in grads), grad_norm_weight
 
 
-def _contract_backward_fake(*args: Any) -> tuple[Tensor, ...]:
+def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
     return empty_gradients(*args[1:6])  # residual to norm_weight
 
 
-def _contract_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, _, pre_eps, _, tf32 = inputs
     mixes, inv_rms = output[1:]
     ctx.save_for_backward(*tensors, mixes, inv_rms)
@@ -246,134 +224,50 @@ def _contract_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.mark_non_differentiable(mixes, inv_rms)
 
 
-def _contract_arguments(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _backward_arguments(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
     return grad, *ctx.saved_tensors, *ctx.options
 
 
-def _contract_gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    arguments = _contract_arguments(ctx, *grads)
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    arguments = _backward_arguments(ctx, *grads)
     result = _contract_backward(*arguments)
     grad_norm_weight = None if arguments[5] is None else result[4]
     return *result[:4], grad_norm_weight, *[None] * 4
 
 
-def _cuda(mixes: Tensor, scale: Tensor, bias: Tensor, pre_eps: float) -> Tensor:
-    out = mixes.new_empty(mixes.shape)
-    n = mixes.shape[-1]
-    if out.numel():
-        jit.kernel("head_mix_fwd", n, *gate_dtypes(scale, bias))(
-            mixes.contiguous().view(-1, n), scale, bias.contiguous(), out.view(-1, n), pre_eps
-        )
-    return out
-
-
-def _backward_cuda(
-    grad: Tensor, mixes: Tensor, scale: Tensor, bias: Tensor, into: Destinations = NOWHERE
-) -> tuple[Tensor, Tensor, Tensor]:
-    n = mixes.shape[-1]
-    grad_mixes = mixes.new_empty(mixes.shape)
-    num_tokens = mixes.numel() // n
-    if num_tokens == 0:
-        return grad_mixes, *no_sums(scale, bias, into)
-    # One row of partial sums a CTA: the bias gradients, then the scale gradient.
-    partials = mixes.new_empty(partial_rows(num_tokens), n + 1)
-    jit.kernel("head_mix_bwd", n, *gate_dtypes(scale, bias))(
-        grad.contiguous().view(-1, n),
-        mixes.contiguous().view(-1, n),
-        scale,
-        bias.contiguous(),
-        grad_mixes.view(-1, n),
-        partials,
-    )
-    return grad_mixes, *column_sums(partials, scale, bias, into)
-
-
-def _backward_fake(
-    grad: Tensor, mixes: Tensor, scale: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return mixes.new_empty(mixes.shape), scale.new_empty(scale.shape), bias.new_empty(bias.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-
-
-def _backward_arguments(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-    return grad, *ctx.saved_tensors
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_head_mix_backward(*_backward_arguments(ctx, grad)), None)
-
-
 _BACKWARD = (
-    "head_mix_backward(Tensor grad, Tensor mixes, Tensor scale, Tensor bias) "
-    "-> (Tensor, Tensor, Tensor)"
-)
-_head_mix_backward = register(
-    _BACKWARD,
-    cuda=_backward_cuda,
-    cpu=reference.head_mix_backward,
-    fake=_backward_fake,
-    flops=_flops.pointwise,
-)
-_head_mix = register(
-    "head_mix(Tensor mixes, Tensor scale, Tensor bias, float pre_eps) -> Tensor",
-    cuda=_cuda,
-    cpu=lambda mixes, scale, bias, pre_eps: reference.head_mix(mixes, scale, bias, pre_eps=pre_eps),
-    fake=lambda mixes, scale, bias, pre_eps: mixes.new_empty(mixes.shape),
-    flops=_flops.pointwise,
-    backward=_backward,
-    setup_context=_setup_context,
-)
-_ROUTE = Route(
-    name="head_mix",
-    operator=_head_mix,
-    setup=_setup_context,
-    arguments=_backward_arguments,
-    backward=register_into(
-        _BACKWARD,
-        (1, 2),
-        cuda=_backward_cuda,
-        cpu=reference.head_mix_backward,
-        fake=_backward_fake,
-        flops=_flops.pointwise,
-    ),
-    parameters={1: "scale", 2: "bias"},
-)
-_CONTRACT_BACKWARD = (
     "contract_backward(Tensor grad, Tensor residual, Tensor weight, Tensor scale, Tensor bias, "
     "Tensor? norm_weight, Tensor mixes, Tensor inv_rms, float pre_eps, bool tf32) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _contract_backward = register(
-    _CONTRACT_BACKWARD,
-    cuda=_contract_backward_cuda,
-    cpu=_contract_backward_cpu,
-    fake=_contract_backward_fake,
+    _BACKWARD,
+    cuda=_backward_cuda,
+    cpu=_backward_cpu,
+    fake=_backward_fake,
     flops=_flops.contract_backward,
 )
 _contract = register(
     "contract(Tensor residual, Tensor weight, Tensor scale, Tensor bias, Tensor? norm_weight, "
     "float norm_eps, float pre_eps, int? num_splits, bool tf32) -> (Tensor, Tensor, Tensor)",
-    cuda=_contract_cuda,
-    cpu=_contract_cpu,
-    fake=_contract_fake,
+    cuda=_cuda,
+    cpu=_cpu,
+    fake=_fake,
     flops=_flops.projection_and_aggregate,
-    backward=_contract_gradients,
-    setup_context=_contract_setup,
+    backward=_backward,
+    setup_context=_setup_context,
 )
-_CONTRACT_ROUTE = Route(
+_ROUTE = Route(
     name="contract",
     operator=_contract,
-    setup=_contract_setup,
-    arguments=_contract_arguments,
+    setup=_setup_context,
+    arguments=_backward_arguments,
     backward=register_into(
-        _CONTRACT_BACKWARD,
+        _BACKWARD,
         (0, 1, 2, 3, 4),
-        cuda=_contract_backward_cuda,
-        cpu=_contract_backward_cpu,
-        fake=_contract_backward_fake,
+        cuda=_backward_cuda,
+        cpu=_backward_cpu,
+        fake=_backward_fake,
         flops=_flops.contract_backward,
     ),
     parameters={1: "weight", 2: "scale", 3: "bias", 4: "norm_weight"},

@@ -1,38 +1,24 @@
 """What `contract` launches where clusters of CTAs hold its tokens: one pass over the streams."""
 
-import torch
 from torch import Tensor
 
-from tile_mhc import config, jit, specs
-from tile_mhc.kernels._shapes import CLUSTER_TOKENS, cluster_size
+from tile_mhc import jit, selection
+from tile_mhc.kernels._shapes import cluster_size
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops._destinations import NOWHERE, Destinations, moved, room
-from tile_mhc.ops._library import dtype_of
+from tile_mhc.ops._library import dtype_of, dtypes
 from tile_mhc.ops.mixes import column_sums
 
 
-def takes(residual: Tensor, backward: bool) -> bool:
-    """Whether there is a kernel for these streams; the number of tokens does not matter."""
-    n, hidden_size = residual.shape[-2:]
-    return residual.dtype == torch.bfloat16 and cluster_size(n, hidden_size, backward) > 0
-
-
-def num_clusters(num_tokens: int, size: int) -> int:
-    """How many clusters of `size` CTAs to launch: as many as have tokens, and as run at once.
-
-    Of clusters of four and eight an H200's 132 SMs hold 30 and 15: GPCs with fewer than 16 SMs
-    leave some out. One cluster more than fits doubles the time, so an eighth is left. At least
-    one, also where `set_num_sms` leaves fewer than `size`.
-    """
-    sms = config.get_num_sms()
-    if size > 2:
-        sms = sms * 7 // 8
-    return max(1, min(-(-num_tokens // CLUSTER_TOKENS), sms // size))
-
-
-def _dtypes(*parameters: Tensor | None) -> tuple[str, ...]:
-    """Those of weight, norm_weight, scale and bias, as the builders take them."""
-    return specs.readout_dtypes(*map(dtype_of, parameters))
+def _dtypes(
+    weight: Tensor, norm_weight: Tensor | None, scale: Tensor, bias: Tensor
+) -> tuple[str, ...]:
+    return dtypes(
+        weight=weight.dtype,
+        norm_weight=dtype_of(norm_weight),
+        scale=scale.dtype,
+        bias=bias.dtype,
+    )
 
 
 def forward(
@@ -50,8 +36,8 @@ def forward(
     n, hidden_size = residual.shape[-2:]
     x = residual.view(-1, n * hidden_size)
     out, mixes, inv_rms = outputs
-    dtypes = _dtypes(weight, norm_weight, scale, bias)
-    jit.kernel("contract_cluster_fwd", n, hidden_size, *dtypes)(
+    given = _dtypes(weight, norm_weight, scale, bias)
+    jit.kernel("contract_cluster_fwd", n, hidden_size, *given)(
         x,
         *projection_op.parameters(weight, norm_weight),
         scale,
@@ -62,7 +48,7 @@ def forward(
         norm_eps,
         pre_eps,
         tf32,
-        num_clusters(x.shape[0], cluster_size(n, hidden_size, False)),
+        selection.num_clusters(x.shape[0], cluster_size(n, hidden_size, False)),
     )
 
 
@@ -84,12 +70,12 @@ def backward(
     x = residual.view(-1, n * hidden_size)
     of_projection = moved(into, {1: 1, 4: 2})
     grads = room(of_projection, residual, weight, norm_weight)
-    clusters = num_clusters(x.shape[0], cluster_size(n, hidden_size, True))
+    clusters = selection.num_clusters(x.shape[0], cluster_size(n, hidden_size, True))
     partials = projection_op.partial_sums(clusters, grads[1], norm_weight, of_projection)
     # One row a cluster: the bias gradients, then the scale gradient.
     gate_partials = mixes.new_empty(clusters, n + 1)
-    dtypes = _dtypes(weight, norm_weight, scale, bias)
-    jit.kernel("contract_cluster_bwd", n, hidden_size, *dtypes)(
+    given = _dtypes(weight, norm_weight, scale, bias)
+    jit.kernel("contract_cluster_bwd", n, hidden_size, *given)(
         grad.contiguous().view(-1, hidden_size),
         x,
         *projection_op.parameters(weight, norm_weight),

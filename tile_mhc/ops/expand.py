@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from tile_mhc import errors, jit, reference, specs
+from tile_mhc import errors, jit, reference
 from tile_mhc.ops import _flops
-from tile_mhc.ops._library import dtype_of, register
+from tile_mhc.ops._library import dtypes, register
 
 
 def expand(hidden: Tensor, num_streams: int = 4, *, out: Tensor | None = None) -> Tensor:
@@ -45,8 +45,8 @@ def expand(hidden: Tensor, num_streams: int = 4, *, out: Tensor | None = None) -
 def _launch(hidden: Tensor, out: Tensor) -> None:
     num_streams, hidden_size = out.shape[-2:]
     if out.numel():
-        dtypes = specs.stream_dtypes(dtype_of(hidden))
-        kernel = jit.kernel("expand_fwd", num_streams, hidden_size, *dtypes)
+        given = dtypes(streams=hidden.dtype)
+        kernel = jit.kernel("expand_fwd", num_streams, hidden_size, *given)
         kernel(hidden.view(-1, hidden_size), out.view(-1, num_streams, hidden_size))
 
 
@@ -68,8 +68,8 @@ def _backward_cuda(grad: Tensor) -> Tensor:
     num_streams, hidden_size = grad.shape[-2:]
     grad_hidden = _backward_fake(grad)
     if grad_hidden.numel():
-        dtypes = specs.stream_dtypes(dtype_of(grad))
-        kernel = jit.kernel("expand_bwd", num_streams, hidden_size, *dtypes)
+        given = dtypes(streams=grad.dtype)
+        kernel = jit.kernel("expand_bwd", num_streams, hidden_size, *given)
         kernel(
             grad.contiguous().view(-1, num_streams, hidden_size), grad_hidden.view(-1, hidden_size)
         )

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import errors, jit, reference, specs
+from tile_mhc import errors, jit, reference, selection
 from tile_mhc.kernels._shapes import is_no_eps
 from tile_mhc.ops import _flops
 from tile_mhc.ops import log_sinkhorn as log_sinkhorn_op
@@ -24,7 +24,7 @@ from tile_mhc.ops._destinations import (
     register_into,
     room,
 )
-from tile_mhc.ops._library import dtype_of, empty_gradients, register, temporaries
+from tile_mhc.ops._library import dtype_of, dtypes, empty_gradients, register, temporaries
 
 
 def fused_pre(
@@ -139,10 +139,16 @@ def _cuda(
         products, squares = projection_op.split_products(
             residual, weight, norm_weight, num_splits, tf32
         )
-        dtypes = projection_op.pre_dtypes(residual, weight, norm_weight, scale, bias)
+        given = dtypes(
+            streams=residual.dtype,
+            weight=weight.dtype,
+            norm_weight=dtype_of(norm_weight),
+            scale=scale.dtype,
+            bias=bias.dtype,
+        )
         layer_input, post_mix, comb_mix, mixes, inv_rms = outputs
-        many_splits = projection_op.has_many_splits(products)
-        jit.kernel("fused_pre", n, hidden_size, many_splits, *dtypes)(
+        many_splits = selection.has_many_splits(products.shape[0])
+        jit.kernel("fused_pre", n, hidden_size, many_splits, *given)(
             products,
             squares,
             scale.contiguous(),
@@ -241,7 +247,7 @@ def _backward_cuda(
         sinkhorn_repeat,
         sinkhorn_eps,
     )
-    jit.kernel("aggregate_mix_bwd", n, hidden_size, *specs.stream_dtypes(dtype_of(residual)))(
+    jit.kernel("aggregate_mix_bwd", n, hidden_size, *dtypes(streams=residual.dtype))(
         grad_input, residual.view(-1, n, hidden_size), grad_pre
     )
     mixes_op.launch_backward_rows(

@@ -8,14 +8,14 @@ from torch import Tensor
 from tile_mhc import jit
 from tile_mhc import reference_interleaved as reference
 from tile_mhc.ops import _flops
-from tile_mhc.ops._library import dtype_of, register
+from tile_mhc.ops._library import dtypes, own_dtype, register
 
 
 def _cuda(x: Tensor, mix: Tensor) -> Tensor:
     out = _fake(x, mix)
     channels, n = x.shape[-2:]
     if out.numel():
-        jit.kernel("interleaved_aggregate_fwd", n, channels, dtype_of(x))(
+        jit.kernel("interleaved_aggregate_fwd", n, channels, *dtypes(streams=x.dtype))(
             x.view(-1, channels * n), mix.contiguous().view(-1, n), out.view(-1, channels)
         )
     return out
@@ -30,7 +30,8 @@ def _launch_backward(
 ) -> None:
     channels, n = x.shape[-2:]
     if x.numel():
-        jit.kernel("interleaved_aggregate_bwd", n, channels, dtype_of(x), dtype_of(grad_x))(
+        given = dtypes(streams=x.dtype, into=own_dtype(grad_x, x))
+        jit.kernel("interleaved_aggregate_bwd", n, channels, *given)(
             grad.contiguous().view(-1, channels),
             x.view(-1, channels * n),
             mix.contiguous().view(-1, n),

@@ -6,18 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import jit, specs
+from tile_mhc import jit, selection
 from tile_mhc import reference_interleaved as reference
 from tile_mhc.ops import _flops
-from tile_mhc.ops._library import absent, dtype_of, empty_gradients, register
-from tile_mhc.ops.post import bias_slices
+from tile_mhc.ops._library import absent, dtype_of, dtypes, empty_gradients, own_dtype, register
 
 
 def _cuda(f: Tensor, bias: Tensor | None, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     out = x.new_empty(x.shape)
     channels, n = x.shape[-2:]
     if out.numel():
-        jit.kernel("interleaved_post_fwd", n, channels, dtype_of(x), dtype_of(f), dtype_of(bias))(
+        given = dtypes(streams=x.dtype, layer_output=f.dtype, layer_bias=dtype_of(bias))
+        jit.kernel("interleaved_post_fwd", n, channels, *given)(
             f.contiguous().view(-1, channels),
             absent(x) if bias is None else bias.contiguous(),
             x.view(-1, channels * n),
@@ -50,16 +50,14 @@ def _launch_backward(
         return
     partials = absent(x)
     if bias is not None:
-        partials = post.new_empty(bias_slices(post.numel() // n), channels)
-    jit.kernel(
-        "interleaved_post_bwd",
-        n,
-        channels,
-        dtype_of(x),
-        dtype_of(f),
-        dtype_of(bias),
-        dtype_of(grad_x),
-    )(
+        partials = post.new_empty(selection.bias_slices(post.numel() // n), channels)
+    given = dtypes(
+        streams=x.dtype,
+        layer_output=f.dtype,
+        layer_bias=dtype_of(bias),
+        into=own_dtype(grad_x, x),
+    )
+    jit.kernel("interleaved_post_bwd", n, channels, *given)(
         grad.contiguous().view(-1, channels * n),
         f.contiguous().view(-1, channels),
         absent(x) if bias is None else bias.contiguous(),
@@ -74,8 +72,7 @@ def _launch_backward(
         adds,
     )
     if bias is not None:
-        dtypes = specs.parameter_dtypes(dtype_of(bias))
-        jit.kernel("post_bias_bwd", channels, *dtypes)(partials, grad_bias)
+        jit.kernel("post_bias_bwd", channels, *dtypes(layer_bias=bias.dtype))(partials, grad_bias)
 
 
 def _backward_cuda(

@@ -5,8 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tile_mhc import jit, reference
-from tile_mhc.kernels._shapes import HISTORY_STEP
+from tile_mhc import jit, reference, selection
 from tile_mhc.ops import _flops
 from tile_mhc.ops._library import register
 
@@ -46,7 +45,7 @@ def launch_backward_rows(
     num_streams: int, grad: Tensor, logits: Tensor, grad_logits: Tensor, repeat: int
 ) -> None:
     """Of contiguous (tokens, n*n)."""
-    capacity = -(-repeat // HISTORY_STEP) * HISTORY_STEP
+    capacity = selection.history_capacity(repeat)
     jit.kernel("log_sinkhorn_bwd", num_streams, capacity)(grad, logits, grad_logits, repeat)
 
 

@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import errors, jit, reference, specs
-from tile_mhc.kernels._shapes import TOKENS_PER_PARTIAL
+from tile_mhc import errors, jit, reference, selection
 from tile_mhc.ops import _flops
 from tile_mhc.ops._destinations import (
     NOWHERE,
@@ -19,7 +18,7 @@ from tile_mhc.ops._destinations import (
     register_into,
     room,
 )
-from tile_mhc.ops._library import dtype_of, register
+from tile_mhc.ops._library import dtypes, register
 
 
 def split_mixes(
@@ -75,7 +74,7 @@ def check_gates(
 
 
 def gate_dtypes(scale: Tensor, bias: Tensor) -> tuple[str, ...]:
-    return specs.gate_dtypes(dtype_of(scale), dtype_of(bias))
+    return dtypes(scale=scale.dtype, bias=bias.dtype)
 
 
 def column_sums(
@@ -93,14 +92,11 @@ def column_sums(
 def launch_sums(
     partials: Tensor, grad_scale: Tensor, grad_bias: Tensor, into: Destinations = NOWHERE
 ) -> None:
-    dtypes = specs.sums_dtypes(dtype_of(grad_scale), dtype_of(grad_bias), 1 in into or 2 in into)
-    jit.kernel("column_sums", grad_bias.numel(), grad_scale.numel(), *dtypes)(
+    directed = 1 in into or 2 in into
+    given = gate_dtypes(grad_scale, grad_bias)
+    jit.kernel("column_sums", grad_bias.numel(), grad_scale.numel(), directed, *given)(
         partials, grad_bias, grad_scale, adds(into, 2), adds(into, 1)
     )
-
-
-def partial_rows(num_tokens: int) -> int:
-    return -(-num_tokens // TOKENS_PER_PARTIAL)
 
 
 def _fake(
@@ -195,7 +191,7 @@ def launch_backward(
 
 def partial_shape(num_tokens: int, num_mixes: int) -> tuple[int, int]:
     """One row of partial sums a CTA: the bias gradients, then the three scale gradients."""
-    return partial_rows(num_tokens), num_mixes + 3
+    return selection.partial_rows(num_tokens), num_mixes + 3
 
 
 def launch_backward_rows(

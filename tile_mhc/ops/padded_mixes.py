@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import jit
+from tile_mhc import jit, selection
 from tile_mhc import reference_interleaved as reference
 from tile_mhc.ops import _flops
-from tile_mhc.ops._library import dtype_of, register
-from tile_mhc.ops.mixes import column_sums, partial_rows
+from tile_mhc.ops._library import register
+from tile_mhc.ops.mixes import column_sums, gate_dtypes
 
 
 def _cuda(
@@ -17,7 +17,7 @@ def _cuda(
 ) -> tuple[Tensor, Tensor, Tensor]:
     outputs = _fake(h, ms, scale, bias, num_streams)
     if h.numel():
-        jit.kernel("padded_mixes_fwd", num_streams, dtype_of(scale), dtype_of(bias))(
+        jit.kernel("padded_mixes_fwd", num_streams, *gate_dtypes(scale, bias))(
             h.contiguous(), ms.contiguous(), scale.contiguous(), bias.contiguous(), *outputs
         )
     return outputs
@@ -50,8 +50,8 @@ def _backward_cuda(
     num_tokens = h.shape[0]
     if num_tokens == 0:
         return grad_h, grad_ms, torch.zeros_like(scale), torch.zeros_like(bias)
-    partials = h.new_empty(partial_rows(num_tokens), bias.numel() + scale.numel())
-    jit.kernel("padded_mixes_bwd", num_streams, dtype_of(scale), dtype_of(bias))(
+    partials = h.new_empty(selection.partial_rows(num_tokens), bias.numel() + scale.numel())
+    jit.kernel("padded_mixes_bwd", num_streams, *gate_dtypes(scale, bias))(
         grad_pre.contiguous(),
         grad_post.contiguous(),
         grad_comb.contiguous(),

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import config, errors, jit, reference, specs
+from tile_mhc import errors, jit, reference, selection
 from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.ops import _flops
 from tile_mhc.ops._destinations import (
@@ -18,11 +18,8 @@ from tile_mhc.ops._destinations import (
     register_into,
     room,
 )
-from tile_mhc.ops._library import dtype_of, empty_gradients, empty_like, register
+from tile_mhc.ops._library import dtype_of, dtypes, empty_gradients, empty_like, register
 from tile_mhc.ops.aggregate import check_mix
-
-# CTAs of the backward that fit an SM, by their registers.
-CTAS_PER_SM = 4
 
 
 def post(
@@ -96,7 +93,8 @@ def _launch(
 ) -> None:
     n, hidden_size = residual.shape[-2:]
     if out.numel():
-        jit.kernel("post_fwd", n, hidden_size, *_dtypes(residual, bias))(
+        given = dtypes(streams=residual.dtype, layer_bias=dtype_of(bias))
+        jit.kernel("post_fwd", n, hidden_size, *given)(
             layer_output.view(-1, hidden_size),
             residual.view(-1, n, hidden_size),
             post_mix.contiguous().view(-1, n),
@@ -104,10 +102,6 @@ def _launch(
             out.view(-1, n, hidden_size),
             *([] if bias is None else [bias.contiguous()]),
         )
-
-
-def _dtypes(residual: Tensor, bias: Tensor | None, into: str = "") -> tuple[str, ...]:
-    return specs.post_dtypes(dtype_of(residual), dtype_of(bias), into)
 
 
 def _cuda(
@@ -154,10 +148,10 @@ def _backward_cuda(
     of_bias = []
     if bias is not None:
         num_tokens = residual.numel() // (n * hidden_size)
-        partials = post_mix.new_empty(bias_slices(num_tokens), hidden_size)
+        partials = post_mix.new_empty(selection.bias_slices(num_tokens), hidden_size)
         of_bias = [bias.contiguous(), partials]
-    dtypes = _dtypes(residual, bias, dtype_into(into, 1))
-    jit.kernel("post_bwd", n, hidden_size, *dtypes)(
+    given = dtypes(streams=residual.dtype, layer_bias=dtype_of(bias), into=dtype_into(into, 1))
+    jit.kernel("post_bwd", n, hidden_size, *given)(
         grad.contiguous().view(-1, n, hidden_size),
         layer_output.view(-1, hidden_size),
         residual.view(-1, n, hidden_size),
@@ -171,14 +165,10 @@ def _backward_cuda(
         *of_bias,
     )
     if bias is not None:
-        dtypes = specs.parameter_dtypes(dtype_of(bias))
-        jit.kernel("post_bias_bwd", hidden_size, *dtypes)(partials, grad_bias)
+        jit.kernel("post_bias_bwd", hidden_size, *dtypes(layer_bias=bias.dtype))(
+            partials, grad_bias
+        )
     return grads
-
-
-def bias_slices(num_tokens: int) -> int:
-    """CTAs of the backward with a bias, each with a sum of its own: as many as run at one time."""
-    return min(num_tokens, CTAS_PER_SM * config.get_num_sms())
 
 
 def _backward_cpu(

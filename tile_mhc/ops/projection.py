@@ -6,21 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import config, errors, jit, reference, specs
+from tile_mhc import errors, jit, reference, selection
 from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.kernels._shapes import (
     ANY_K,
-    BACKWARD_TOKENS,
     BLOCK_K,
-    BLOCK_TOKENS,
-    FAST_HIDDEN,
     PIECE,
-    SUM_LANES,
     backward_pieces,
     factors_width,
     padded,
 )
-from tile_mhc.ops import _flops, projection_any
+from tile_mhc.ops import _flops
 from tile_mhc.ops._destinations import (
     NOWHERE,
     Destinations,
@@ -32,13 +28,7 @@ from tile_mhc.ops._destinations import (
     register_into,
     room,
 )
-from tile_mhc.ops._library import absent, dtype_of, empty_gradients, register, temporaries
-
-# What the start of the backward's pipeline costs a CTA, in tiles.
-START_TILES = 3
-# Blocks of a split in the batch-invariant mode: more of them leave a GPU with few tokens idle,
-# fewer make more partial sums where there are many.
-INVARIANT_BLOCKS = 16
+from tile_mhc.ops._library import absent, dtype_of, dtypes, empty_gradients, register, temporaries
 
 
 def projection(
@@ -125,37 +115,6 @@ def check_parameters(
         errors.check_positive_int(op, "num_splits", num_splits)
 
 
-def blocks_per_split(num_tokens: int, size: int, num_splits: int | None) -> int:
-    """How many K blocks one CTA takes, so that token tiles x splits make one CTA an SM.
-
-    Not less than four: a shorter split would cost more in partial sums than it gains.
-    """
-    blocks, tiles = -(-size // BLOCK_K), -(-num_tokens // BLOCK_TOKENS)
-    return projection_any.divide_blocks(
-        blocks, tiles, num_splits, ctas_per_sm=1, least=4, invariant=INVARIANT_BLOCKS
-    )
-
-
-def parameter_dtypes(weight: Tensor, norm_weight: Tensor | None, *into: str) -> tuple[str, ...]:
-    """The trailing arguments of the builders that read the weight; none for their defaults."""
-    return specs.weight_dtypes(dtype_of(weight), dtype_of(norm_weight), *into)
-
-
-def norm_dtypes(*tensors: Tensor | None) -> tuple[str, ...]:
-    """Those of `projection_norm`, of weight, norm_weight and residual."""
-    return specs.norm_dtypes(*map(dtype_of, tensors))
-
-
-def pre_dtypes(*tensors: Tensor | None) -> tuple[str, ...]:
-    """Those of the builders that read residual, weight, norm_weight, scale and bias."""
-    return specs.pre_dtypes(*map(dtype_of, tensors))
-
-
-def is_fast(residual: Tensor) -> bool:
-    """Whether the kernels of `projection` take these streams; else those of `projection_any`."""
-    return residual.dtype == torch.bfloat16 and residual.shape[-1] % FAST_HIDDEN == 0
-
-
 def contiguous(weight: Tensor, norm_weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return weight.contiguous(), None if norm_weight is None else norm_weight.contiguous()
 
@@ -164,11 +123,6 @@ def parameters(weight: Tensor, norm_weight: Tensor | None) -> tuple[Tensor, Tens
     """The two as kernels take them."""
     weight, norm_weight = contiguous(weight, norm_weight)
     return weight, absent(weight) if norm_weight is None else norm_weight
-
-
-def has_many_splits(products: Tensor) -> bool:
-    """Whether several threads share the sum over the splits; see `split_sums` of the kernels."""
-    return products.shape[0] > SUM_LANES
 
 
 def split_products(
@@ -182,15 +136,16 @@ def split_products(
     num_mixes, size = weight.shape
     x = residual.view(-1, size)
     num_tokens = x.shape[0]
-    dtypes = parameter_dtypes(weight, norm_weight)
-    if is_fast(residual):
-        block = blocks_per_split(num_tokens, size, num_splits)
+    # A fast kernel's streams have the default dtype, which leaves no word.
+    given = dtypes(streams=x.dtype, weight=weight.dtype, norm_weight=dtype_of(norm_weight))
+    if selection.is_fast(residual.dtype, residual.shape[-1]):
+        block = selection.blocks_per_split(num_tokens, size, num_splits)
         splits = -(-size // (block * BLOCK_K))
-        kernel = jit.kernel("projection_fwd", num_mixes, size, *dtypes)
+        kernel = jit.kernel("projection_fwd", num_mixes, size, *given)
     else:
-        block = projection_any.blocks_per_split(num_tokens, size, num_splits)
+        block = selection.any_blocks_per_split(num_tokens, size, num_splits)
         splits = -(-size // (block * ANY_K))
-        kernel = projection_any.forward_kernel(x, num_mixes, dtypes)
+        kernel = jit.kernel("projection_any_fwd", num_mixes, size, *given)
     products = x.new_empty(splits, num_tokens, num_mixes, dtype=torch.float32)
     squares = x.new_empty(splits, num_tokens, dtype=torch.float32)
     kernel(x, *parameters(weight, norm_weight), products, squares, block, tf32)
@@ -210,8 +165,12 @@ def _cuda(
         num_mixes, size = weight.shape
         x = residual.view(-1, size)
         products, squares = split_products(residual, weight, norm_weight, num_splits, tf32)
-        dtypes = norm_dtypes(weight, norm_weight, residual)
-        jit.kernel("projection_norm", num_mixes, size, has_many_splits(products), *dtypes)(
+        given = dtypes(
+            streams=residual.dtype, weight=weight.dtype, norm_weight=dtype_of(norm_weight)
+        )
+        jit.kernel(
+            "projection_norm", num_mixes, size, selection.has_many_splits(products.shape[0]), *given
+        )(
             products,
             squares,
             x,
@@ -374,23 +333,28 @@ def launch_matmuls(
     num_mixes, size = weight.shape
     x = residual.view(-1, size)
     num_tokens = x.shape[0]
-    given = parameters(weight, norm_weight)
-    held = "" if accumulated is None else dtype_of(accumulated)
-    dtypes = parameter_dtypes(weight, norm_weight, dtype_into(into, 0))
-    if is_fast(residual):
-        pieces = backward_pieces(num_mixes, size, streams, held != "" or 0 in into)
-        slice_tokens = backward_slice(num_tokens, size, num_mixes, pieces * PIECE)
-        kernel = jit.kernel("projection_bwd", num_mixes, size, streams, held, *dtypes)
+    given = dtypes(
+        streams=x.dtype,
+        weight=weight.dtype,
+        norm_weight=dtype_of(norm_weight),
+        held=dtype_of(accumulated),
+        into=dtype_into(into, 0),
+    )
+    if selection.is_fast(residual.dtype, residual.shape[-1]):
+        joins = accumulated is not None or 0 in into
+        pieces = backward_pieces(num_mixes, size, streams, joins)
+        slice_tokens = selection.backward_slice(num_tokens, size, num_mixes, pieces * PIECE)
+        kernel = jit.kernel("projection_bwd", num_mixes, size, streams, *given)
     else:
-        slice_tokens = projection_any.backward_slice(num_tokens, size)
-        kernel = projection_any.backward_kernel(x, num_mixes, streams, held, dtypes)
+        slice_tokens = selection.any_backward_slice(num_tokens, size)
+        kernel = jit.kernel("projection_any_bwd", num_mixes, size, streams, *given)
     slices = -(-num_tokens // slice_tokens)
     partials = partial_sums(slices, grad_weight, norm_weight, into)
     kernel(
         grad_parts,
         factors,
         x,
-        *given,
+        *parameters(weight, norm_weight),
         grad_input,
         absent(x, x.dtype) if accumulated is None else accumulated.view(-1, size),
         grad_residual.view(-1, size),
@@ -429,11 +393,14 @@ def sum_partials(
     """Write the gradients of weight and norm_weight, the second and third of `grads`."""
     _, grad_weight, grad_norm_weight = grads
     _, num_mixes, size = partials.shape
-    dtypes = parameter_dtypes(weight, norm_weight)
-    if 1 in into or 2 in into:
-        norm = "" if norm_weight is None else dtype_of(grad_norm_weight)
-        dtypes = parameter_dtypes(weight, norm_weight, dtype_of(grad_weight), norm)
-    jit.kernel("projection_weight_bwd", num_mixes, size, *dtypes)(
+    directed = 1 in into or 2 in into
+    given = dtypes(
+        weight=weight.dtype,
+        norm_weight=dtype_of(norm_weight),
+        into_weight=grad_weight.dtype if directed else None,
+        into_norm_weight=None if norm_weight is None or not directed else grad_norm_weight.dtype,
+    )
+    jit.kernel("projection_weight_bwd", num_mixes, size, *given)(
         partials,
         *parameters(weight, norm_weight),
         grad_weight,
@@ -441,26 +408,6 @@ def sum_partials(
         adds(into, 1),
         adds(into, 2),
     )
-
-
-def backward_slice(num_tokens: int, size: int, num_mixes: int, columns: int) -> int:
-    """Tokens one CTA of the backward takes (a multiple of its tile).
-
-    CTAs are column blocks x token slices, one on an SM at a time. The slices are those that take
-    the least time, counted in tiles: whole waves of CTAs, each with the start of its pipeline, and
-    the partial weight gradients, which each slice writes and the sum reads (a tile of x and of its
-    gradient is the unit of bytes).
-    """
-    sms = config.get_num_sms()
-    blocks = size // columns
-    tiles = -(-num_tokens // BACKWARD_TOKENS)
-    per_slice = num_mixes * size * 4 * 2 / (2 * BACKWARD_TOKENS * columns * 2 * sms)
-
-    def time(slices: int) -> float:
-        waves = -(-blocks * slices // sms)
-        return waves * (START_TILES + -(-tiles // slices)) + slices * per_slice
-
-    return -(-tiles // min(range(1, min(tiles, 16) + 1), key=time)) * BACKWARD_TOKENS
 
 
 def _backward_cpu(

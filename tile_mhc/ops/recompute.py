@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tile_mhc import errors, jit, reference, specs
+from tile_mhc import errors, jit, reference
 from tile_mhc.kernels._shapes import TABLE_SLOTS
 from tile_mhc.ops import _flops
-from tile_mhc.ops._library import dtype_of, register
+from tile_mhc.ops._library import dtypes, register
 from tile_mhc.ops.aggregate import check_mix
 
 
@@ -175,8 +175,8 @@ def _cuda(
         for column in columns
     ]
     _write_table(addresses, table.view(-1))
-    dtypes = specs.stream_dtypes(dtype_of(initial_residual))
-    kernel = jit.kernel("recompute", n, hidden_size, *dtypes)
+    given = dtypes(streams=initial_residual.dtype)
+    kernel = jit.kernel("recompute", n, hidden_size, *given)
     kernel(initial_residual.view(-1, n, hidden_size), table, posts)
 
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import errors, jit, reference
-from tile_mhc.kernels._shapes import HISTORY_STEP, is_no_eps
+from tile_mhc import errors, jit, reference, selection
+from tile_mhc.kernels._shapes import is_no_eps
 from tile_mhc.ops import _flops, log_sinkhorn
 from tile_mhc.ops._library import register
 
@@ -97,7 +97,7 @@ def launch_backward_rows(
     if is_no_eps(eps):
         log_sinkhorn.launch_backward_rows(num_streams, grad, logits, grad_logits, repeat)
         return
-    capacity = -(-repeat // HISTORY_STEP) * HISTORY_STEP
+    capacity = selection.history_capacity(repeat)
     jit.kernel("sinkhorn_bwd", num_streams, capacity)(grad, logits, grad_logits, repeat, eps)
 
 

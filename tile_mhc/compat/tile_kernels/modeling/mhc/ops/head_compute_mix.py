@@ -4,7 +4,7 @@ import torch
 
 from tile_mhc import errors
 from tile_mhc.compat.tile_kernels import _gradients
-from tile_mhc.ops.contract import head_mix
+from tile_mhc.ops.head_mix import head_mix
 
 
 def mhc_head_compute_mix(

@@ -1,0 +1,37 @@
+"""What holds of every op that makes gates of mixes, on a GPU."""
+
+import torch
+
+import oracle
+from cases import Case, Op
+
+LEADS = ((), (1,), (3, 5), (1, 2, 3, 5))
+SIZES = (0.0, 1e4, 1e35)
+
+
+def check_repeatable(op: Op) -> None:
+    oracle.check_repeatable(op, *op.inputs((20000,), 4, 64, "cuda"))
+
+
+def check_isolation(op: Op) -> None:
+    oracle.check_isolation(op, *op.inputs((130,), 8, 64, "cuda"), "mixes")
+
+
+def check_lead(op: Op, lead: tuple[int, ...]) -> None:
+    case = Case(0, 4, 64, "any leading dimensions")
+    oracle.check(op, case, *op.inputs(lead, 4, 64, "cuda"))
+
+
+def check_strided(op: Op) -> None:
+    tensors, options = op.inputs((130,), 4, 64, "cuda")
+    tensors["mixes"] = torch.randn(tensors["mixes"].shape[1], 260, device="cuda").mT[::2]
+    tensors["bias"] = torch.randn(2 * tensors["bias"].numel(), device="cuda")[::2]
+    tensors["scale"] = torch.randn(2 * tensors["scale"].numel(), device="cuda")[::2]
+    oracle.check(op, Case(130, 4, 64, "any layout"), tensors, options)
+
+
+def check_extreme(op: Op, size: float) -> None:
+    """The sigmoid saturates; it does not overflow."""
+    tensors, options = op.inputs((130,), 4, 64, "cuda")
+    tensors["mixes"] = tensors["mixes"].sign() * size
+    oracle.check(op, Case(130, 4, 64, "values of any size"), tensors, options)

@@ -1,0 +1,156 @@
+"""What decides which kernels an op launches, and on how many CTAs: for the ops and for `specs`.
+
+By shapes, dtypes and `config` alone; no tensor is looked at. A split, a slice or a cluster is one
+of several CTAs that share a sum, so what is decided here decides its last bits.
+"""
+
+import torch
+
+from tile_mhc import config
+from tile_mhc.kernels._arch import ARCHITECTURES, DEFAULT
+from tile_mhc.kernels._shapes import (
+    ANY_COLUMNS,
+    ANY_K,
+    ANY_TOKENS,
+    BACKWARD_TOKENS,
+    BLOCK_K,
+    BLOCK_TOKENS,
+    CLUSTER_TOKENS,
+    FAST_HIDDEN,
+    HISTORY_STEP,
+    SUM_LANES,
+    TOKENS_PER_PARTIAL,
+    cluster_size,
+)
+
+# What a launch is sized by; every architecture agrees in it, but for L2.
+LIMITS = ARCHITECTURES[DEFAULT]
+
+# Streams of more bytes than the first are read as if for the last time, which leaves L2 to what it
+# holds of them; of more than the second, about five times L2, as usual again. H100, 2026-11, us of
+# such loads and of usual ones: 39.2 and 41.8 at 84 MB, 78.5 and 79.3 at 176, 102.8 and 102.7 at
+# 235, 151.6 and 149.1 at 352. H200, 2026-11, of projection, aggregate and post, which reads the
+# streams once more: 27.9 and 26.3 at 15 MB, 31.6 and 29.9 at 21, 50.2 and 49.7 at 37, 57.6 and 58.6
+# at 44.
+KEPT_BYTES = LIMITS.kept_bytes
+LAST_READ_BYTES = LIMITS.last_read_bytes
+# What the start of the backward's pipeline costs a CTA, in tiles.
+START_TILES = 3
+# Blocks of a split in the batch-invariant mode: more of them leave a GPU with few tokens idle,
+# fewer make more partial sums where there are many.
+INVARIANT_BLOCKS = 16
+# projection_any: blocks of a split in the batch-invariant mode: the columns of the fast kernels'.
+ANY_INVARIANT_BLOCKS = 32
+
+
+def reads_last(nbytes: int) -> bool:
+    """aggregate: whether its streams, of so many bytes, are read as if for the last time."""
+    return KEPT_BYTES < nbytes <= LAST_READ_BYTES
+
+
+def is_fast(dtype: torch.dtype, hidden_size: int) -> bool:
+    """Whether the kernels of `projection` take these streams; else those of `projection_any`."""
+    return dtype == torch.bfloat16 and hidden_size % FAST_HIDDEN == 0
+
+
+def has_many_splits(splits: int) -> bool:
+    """Whether several threads share the sum over the splits; see `split_sums` of the kernels."""
+    return splits > SUM_LANES
+
+
+def reads_once(dtype: torch.dtype, n: int, hidden_size: int, backward: bool) -> bool:
+    """contract: whether clusters of CTAs hold these streams; any number of tokens."""
+    return dtype == torch.bfloat16 and cluster_size(n, hidden_size, backward) > 0
+
+
+def history_capacity(repeat: int) -> int:
+    """Steps for which a backward of Sinkhorn is built, so that many counts share one kernel."""
+    return -(-repeat // HISTORY_STEP) * HISTORY_STEP
+
+
+def partial_rows(num_tokens: int) -> int:
+    return -(-num_tokens // TOKENS_PER_PARTIAL)
+
+
+def bias_slices(num_tokens: int) -> int:
+    """post: CTAs of the backward with a bias, each with a sum of its own: all run at once."""
+    return min(num_tokens, LIMITS.post_slices * config.get_num_sms())
+
+
+def num_clusters(num_tokens: int, size: int) -> int:
+    """How many clusters of `size` CTAs to launch: as many as have tokens, and as run at once.
+
+    Of clusters of four and eight an H200's 132 SMs hold 30 and 15: GPCs with fewer than 16 SMs
+    leave some out. One cluster more than fits doubles the time, so an eighth is left. At least
+    one, also where `set_num_sms` leaves fewer than `size`.
+    """
+    sms = config.get_num_sms()
+    if size > 2:
+        sms = sms * 7 // 8
+    return max(1, min(-(-num_tokens // CLUSTER_TOKENS), sms // size))
+
+
+def blocks_per_split(num_tokens: int, size: int, num_splits: int | None) -> int:
+    """How many K blocks one CTA takes, so that token tiles x splits make one CTA an SM.
+
+    Not less than four: a shorter split would cost more in partial sums than it gains.
+    """
+    blocks, tiles = -(-size // BLOCK_K), -(-num_tokens // BLOCK_TOKENS)
+    return divide_blocks(
+        blocks, tiles, num_splits, ctas_per_sm=1, least=4, invariant=INVARIANT_BLOCKS
+    )
+
+
+def divide_blocks(
+    blocks: int, tiles: int, num_splits: int | None, *, ctas_per_sm: int, least: int, invariant: int
+) -> int:
+    """Blocks of a split, of at most `num_splits`: so many that all tiles' splits run at once, and
+    `least`; in the batch-invariant mode `invariant`, for any number of tiles and SMs."""
+    if config.get_batch_invariant():
+        return max(invariant, -(-blocks // (num_splits or blocks)))
+    wanted = max(1, ctas_per_sm * config.get_num_sms() // tiles)
+    if num_splits is not None:
+        wanted = min(wanted, num_splits)
+    return max(least, -(-blocks // wanted))
+
+
+def any_blocks_per_split(num_tokens: int, size: int, num_splits: int | None) -> int:
+    """How many K blocks one CTA takes; not less than eight, as the partial sums cost too."""
+    blocks, tiles = -(-size // ANY_K), -(-num_tokens // ANY_TOKENS)
+    return divide_blocks(
+        blocks,
+        tiles,
+        num_splits,
+        ctas_per_sm=LIMITS.any_ctas,
+        least=8,
+        invariant=ANY_INVARIANT_BLOCKS,
+    )
+
+
+def backward_slice(num_tokens: int, size: int, num_mixes: int, columns: int) -> int:
+    """Tokens one CTA of the backward takes (a multiple of its tile).
+
+    CTAs are column blocks x token slices, one on an SM at a time. The slices are those that take
+    the least time, counted in tiles: whole waves of CTAs, each with the start of its pipeline, and
+    the partial weight gradients, which each slice writes and the sum reads (a tile of x and of its
+    gradient is the unit of bytes).
+    """
+    sms = config.get_num_sms()
+    blocks = size // columns
+    tiles = -(-num_tokens // BACKWARD_TOKENS)
+    per_slice = num_mixes * size * 4 * 2 / (2 * BACKWARD_TOKENS * columns * 2 * sms)
+
+    def time(slices: int) -> float:
+        waves = -(-blocks * slices // sms)
+        return waves * (START_TILES + -(-tiles // slices)) + slices * per_slice
+
+    return -(-tiles // min(range(1, min(tiles, 16) + 1), key=time)) * BACKWARD_TOKENS
+
+
+def any_backward_slice(num_tokens: int, size: int) -> int:
+    """Tokens one CTA of the backward takes (a multiple of its tile): so many that all run at once,
+    and at most 16 slices, as each writes a partial gradient of the weight."""
+    tiles = -(-num_tokens // ANY_TOKENS)
+    blocks = -(-size // ANY_COLUMNS)
+    slices = min(tiles, 16, max(1, LIMITS.any_ctas * config.get_num_sms() // blocks))
+    return -(-tiles // slices) * ANY_TOKENS
