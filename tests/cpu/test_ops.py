@@ -529,7 +529,7 @@ def test_import_brings_in_neither_compiler_nor_transformers():
 @pytest.mark.parametrize(
     ("blocks_per_split", "block"),
     [(selection.blocks_per_split, BLOCK_K), (selection.any_blocks_per_split, ANY_K)],
-    ids=str,
+    ids=["fast", "any"],
 )
 def test_batch_invariant_split_depends_on_the_width_alone(
     hidden_size, num_splits, blocks_per_split, block, monkeypatch
