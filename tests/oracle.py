@@ -174,9 +174,13 @@ def check_elements(
 
 
 def relative_error(value: Tensor, truth: Tensor, terms: Tensor | None = None) -> float:
-    """||value - truth|| / ||truth||, or by `terms` where a sum of those cancels: see GateTerms."""
+    """||value - truth|| / ||truth||, or by `terms` where a sum of those cancels: see GateTerms.
+
+    Of what is exact it is 0, also where all is zero.
+    """
     unit = truth.norm() if terms is None else terms.norm().maximum(truth.norm())
-    return float((value.double() - truth).norm() / unit)
+    error = (value.double() - truth).norm()
+    return 0.0 if error == 0 else float(error / unit)
 
 
 def check_norm(
