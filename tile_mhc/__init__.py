@@ -4,8 +4,9 @@ A residual is n streams of width H. The ops read a layer input from them, write 
 and mix them; on a CUDA device they run TileLang kernels, on a CPU the torch reference.
 """
 
-from tile_mhc import _checkout  # noqa: F401, I001  (first: the others import tile_mhc.kernels)
-from tile_mhc import config, nn
+from tile_mhc import _checkout  # noqa: F401  (first: the others import tile_mhc.kernels)
+from tile_mhc import config as config
+from tile_mhc import nn as nn
 from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.errors import AccumulatorError, ShapeError, UnsupportedError
 from tile_mhc.main_grad import without_main_grad
@@ -27,12 +28,10 @@ __all__ = [
     "ShapeError",
     "UnsupportedError",
     "aggregate",
-    "config",
     "contract",
     "expand",
     "fused_pre",
     "head_mix",
-    "nn",
     "post",
     "projection",
     "recompute",

@@ -43,6 +43,8 @@ WANTED = 0.9
 HARMLESS = (
     ("mask", r"1 <= (blocks|slice_tokens)", "the ops launch no empty slice"),
     ("mask", r"-1 <= ", "what is compared cannot be negative"),
+    ("mask", r"^0 <= (own|t)\[0\]$", "nor can the index of a split, or of a token"),
+    ("mask", r"^\(bool\)1$", "it is true as it is"),
     ("mask", r"blockIdx\.x\) - num_tokens\) < num_tokens", "the grid ends there"),
     (
         "wait",
