@@ -527,7 +527,7 @@ def test_compiles_where_torch_takes_compliant_operators_only():
 
 
 def test_the_private_names_of_torch():
-    """Tried with torch 2.10, 2.11, 2.13 and 2.14; should one of these fail, `tile_mhc.ops._autograd` needs a look."""
+    """Tried with torch 2.10, 2.13 and 2.14: if one fails, `tile_mhc.ops._autograd` needs a look."""
     assert torch._C._are_functorch_transforms_active() is False
     seen = []
     grad(lambda x: (seen.append(torch._C._are_functorch_transforms_active()), x.sum())[1])(
