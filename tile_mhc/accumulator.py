@@ -66,7 +66,9 @@ class GradAccumulator:
         self._given = self._read = self._view = residual
         if torch.is_grad_enabled() and residual.requires_grad:
             _check_plain(residual)
-            self._read = _collected(residual, self._state)
+            # Leave of torch.compile takes time to ask for, and is needed only where it traces.
+            collected = _collected if torch.compiler.is_compiling() else _collect
+            self._read = collected(residual, self._state)
             # Not what the ops read: torch.autograd.grad for that would keep it from its node.
             self._view = self._read.view_as(self._read)
 
@@ -223,9 +225,11 @@ _holding: "weakref.WeakSet[State]" = weakref.WeakSet()
 _lock = threading.Lock()
 
 
-@outside_graphs
-def _collected(residual: Tensor, state: State) -> Tensor:
+def _collect(residual: Tensor, state: State) -> Tensor:
     return _Collect.apply(residual, state)  # type: ignore[no-any-return, no-untyped-call]
+
+
+_collected = outside_graphs(_collect)
 
 
 class _Collect(torch.autograd.Function):

@@ -52,6 +52,11 @@ def set_num_sms(num_sms: int) -> None:
     _num_sms = num_sms
 
 
+def state() -> tuple[int, bool]:
+    """All that is set here."""
+    return _num_sms, _batch_invariant
+
+
 def get_batch_invariant() -> bool:
     """Whether a token's results are the same bits in every batch and on every GPU."""
     return _batch_invariant

@@ -128,6 +128,23 @@ def kernel(name: str, *args: int | str) -> Launch:
         CompileError: building it failed.
         UnsupportedError: there are no kernels for this GPU.
     """
+    launch = resident(name, args)
+    note = getattr(_thread, "note", None)
+    return launch if note is None else note(launch)
+
+
+@contextlib.contextmanager
+def noted(note: Callable[[Launch], Launch]) -> Iterator[None]:
+    """Within, `kernel` gives what `note` makes of the kernel, in this thread."""
+    _thread.note = note
+    try:
+        yield
+    finally:
+        _thread.note = None
+
+
+def resident(name: str, args: specs.Arguments) -> Launch:
+    """The kernel for the current device, in memory; see `kernel`."""
     device = torch.cuda.current_device()
     launch = _ready.get((name, args, device))
     if launch is not None:

@@ -1,7 +1,7 @@
 """Megatron's protocol for weight gradients: the backward adds to `parameter.main_grad` itself.
 
 A parameter takes part if, when an op reads it, it is a leaf that requires grad and has one of the
-attributes of `MARKS`. In backward, and only there, `get_main_grad()` is called where there is one
+attributes that `takes_part` looks for. In backward, and only there, `get_main_grad()` is called where there is one
 (Megatron-FSDP allocates lazily) and its result becomes `main_grad`; where `main_grad` is then None
 or absent, the gradient goes to autograd as ever. A parameter that gets its first mark between
 forward and backward does not take part: autograd gets its gradient, which the hooks of Megatron's
@@ -46,10 +46,6 @@ import torch
 from torch import Tensor
 
 from tile_mhc import _inherited, errors
-
-# The attributes that make a parameter take part. `main_grad` comes last: it may be a property that
-# allocates, which only backward may touch.
-MARKS = ("get_main_grad", "__fsdp_param__", "grad_added_to_main_grad", "main_grad")
 
 _dummies: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
 
@@ -97,11 +93,15 @@ def is_enabled() -> bool:
 
 def takes_part(parameter: object) -> bool:
     """Whether an op that reads `parameter` now will look for its `main_grad` in backward."""
+    if not isinstance(parameter, Tensor) or not parameter.requires_grad or not parameter.is_leaf:
+        return False
+    # Spelled out, as a loop in a generator takes twice as long. `main_grad` comes last: it may be a
+    # property that allocates, which only backward may touch.
     return (
-        isinstance(parameter, Tensor)
-        and parameter.requires_grad
-        and parameter.is_leaf
-        and any(hasattr(parameter, mark) for mark in MARKS)
+        hasattr(parameter, "get_main_grad")
+        or hasattr(parameter, "__fsdp_param__")
+        or hasattr(parameter, "grad_added_to_main_grad")
+        or hasattr(parameter, "main_grad")
     )
 
 

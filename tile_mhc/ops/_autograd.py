@@ -12,7 +12,7 @@ level of torch.func), `_C._are_functorch_transforms_active`, `forward_ad._curren
 `forward_ad._set_fwd_grad_enabled`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.utils import _pytree as pytree
 
 from tile_mhc import errors
+from tile_mhc.ops._replay import Replay
 
 _LIBRARY = torch.library.Library("tile_mhc", "FRAGMENT")
 
@@ -59,7 +60,8 @@ def attach(
     operator: Any,
     backward: Callable[..., Any] | None,
     setup_context: Callable[..., None] | None,
-) -> Callable[..., Any]:
+    replay: Replay | None,
+) -> "Operator":
     """Give an operator its autograd and return the function that eager calls go through.
 
     Args:
@@ -67,41 +69,68 @@ def attach(
         backward: its backward, from `ctx` and the gradients; None for an operator that writes to an
             argument.
         setup_context: saves what the backward needs.
+        replay: serves calls past the dispatcher.
     """
     name = operator._schema.name.partition("::")[2]
-    eager, inside = _functions(name, operator, backward, setup_context)
-    dispatched = _dispatched(name, operator, inside)
-    _LIBRARY.impl(name, dispatched, "Autograd", with_keyset=True)
+    ours = OPERATORS[name] = Operator(name, operator, replay)
+    inside = None
+    if backward is not None:
+        ours.function, inside = _functions(name, operator, ours.launch, backward, setup_context)
+    _LIBRARY.impl(name, _dispatched(name, operator, inside), "Autograd", with_keyset=True)
     torch.library.register_vmap(operator._schema.name, _sample_by_sample(name, operator))
+    return ours
 
-    def call(*inputs: Any) -> Any:
+
+class Operator:
+    """An operator as our own code calls it.
+
+    Attributes:
+        function: the operator as a function of autograd; None where it has no backward.
+        replay: serves calls past the dispatcher; None where none may go past it.
+    """
+
+    def __init__(self, name: str, operator: Any, replay: Replay | None) -> None:
+        self._name, self._operator = name, operator
+        self.function: Any = None
+        self.replay = replay
+
+    def __call__(self, *inputs: Any) -> Any:
         if torch.compiler.is_compiling() or transforms_active():
-            return operator(*inputs)
-        refuse_tangents(name, inputs)
-        if eager is not None and _records(inputs):
-            return eager.apply(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*inputs)
+            return self._operator(*inputs)
+        refuse_tangents(self._name, inputs)
+        if self.function is not None and _records(inputs):
+            return self.function.apply(*inputs)
+        return self.launch(inputs)
 
-    return call
+    def launch(self, inputs: Sequence[Any]) -> Any:
+        """Eager, without autograd."""
+        if self.replay is not None:
+            call = self.replay.find(inputs) or self.replay.learn(inputs)
+            if call is not None:
+                outputs = call.run()
+                return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._operator(*inputs)
+
+
+# All of them, by name.
+OPERATORS: dict[str, Operator] = {}
 
 
 def _functions(
     name: str,
     operator: Any,
-    backward: Callable[..., Any] | None,
+    launch: Callable[[Sequence[Any]], Any],
+    backward: Callable[..., Any],
     setup_context: Callable[..., None] | None,
 ) -> tuple[Any, Any]:
     """The operator as a function of autograd: for eager calls, and behind the Autograd key.
 
     The second takes the dispatcher's key set before the operator's arguments.
     """
-    if backward is None:
-        return None, None
 
     def forward(ctx: Any, *inputs: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = operator(*inputs)
+        output = launch(inputs)
         if setup_context is not None:
             setup_context(ctx, inputs, output)
         return output

@@ -15,8 +15,14 @@ from torch import Tensor
 
 from tile_mhc import errors, main_grad
 from tile_mhc.accumulator import GradAccumulator, State
-from tile_mhc.ops._autograd import refuse_tangents, refuse_transforms, transforms_active
+from tile_mhc.ops._autograd import (
+    Operator,
+    refuse_tangents,
+    refuse_transforms,
+    transforms_active,
+)
 from tile_mhc.ops._library import empty_like, outside_graphs, register
+from tile_mhc.ops._replay import Call
 
 
 class Into(NamedTuple):
@@ -133,7 +139,8 @@ def register_into(
 
     def run(args: Sequence[Any], into: Destinations) -> tuple[Tensor, ...]:
         tensors = [into[p].tensor if p in into else None for p in positions]
-        return operator(*args, *tensors, [adds(into, p) for p in positions])
+        # A tuple, as what is looked up must have a hash.
+        return operator(*args, *tensors, tuple([adds(into, p) for p in positions]))
 
     return run
 
@@ -152,44 +159,83 @@ class Route:
     Attributes:
         name: the public op's.
         operator: its operator.
-        setup: the operator's `setup_context`.
-        arguments: those of the backward operator, from `ctx` and the gradients of the outputs.
-        backward: what `register_into` returned.
+        save: keeps in `ctx` what the backward needs of the inputs and all outputs.
+        gradients: those of the inputs, from `ctx` and the gradients of the outputs, where all of
+            them go to autograd.
+        tensors: how many of its inputs are tensors, or None: the first ones.
+        arguments: those of the backward operator, from the same as `gradients`.
+        backward: what `register_into` returned; None where all gradients go to autograd.
+        visible: how many of the operator's outputs the op returns; the others are for the backward.
+        passes: whether the op returns the streams, too, behind the others. The gradients of its
+            outputs may then be None.
         residual: the position of the streams among the inputs.
         parameters: the inputs that may carry `main_grad`, by position.
     """
 
     name: str
-    operator: Callable[..., Any]
-    setup: Callable[..., None]
-    arguments: Callable[..., Sequence[Any]]
-    backward: Callable[[Sequence[Any], Destinations], tuple[Tensor, ...]]
+    operator: Operator
+    save: Callable[..., None]
+    gradients: Callable[..., Sequence[Tensor | None]]
+    tensors: int
+    arguments: Callable[..., Sequence[Any]] | None = None
+    backward: Callable[[Sequence[Any], Destinations], tuple[Tensor, ...]] | None = None
+    visible: int = 1
+    passes: bool = False
     residual: int = 0
     parameters: Mapping[int, str] = field(default_factory=dict)
+
+    def find(self, inputs: Sequence[Any]) -> Call | None:
+        """The call with these inputs, if it is of a kind whose arguments were checked before."""
+        if torch.compiler.is_compiling() or self.operator.replay is None:
+            return None
+        return self.operator.replay.find(inputs)
 
 
 def call(
     route: Route,
     inputs: Sequence[Any],
+    known: Call | None = None,
     accumulator: GradAccumulator | None = None,
     plain: Callable[..., Any] | None = None,
-) -> Any:
+) -> tuple[Tensor, ...]:
     """The op, its gradients directed where the accumulator and the inputs say.
 
-    Without such, `plain` with the inputs: by default the operator, and the autograd that it was
-    registered with. So it is inside torch.func, which takes every gradient itself.
+    Args:
+        route: the op.
+        inputs: its inputs.
+        known: what `Route.find` said of them.
+        accumulator: gathers the gradient of the streams.
+        plain: what to call where nothing is directed elsewhere, as inside of torch.func, which
+            takes every gradient itself: by default the operator.
+
+    Returns:
+        What the op returns, and possibly more behind it.
     """
-    if not torch.compiler.is_compiling():
+    if known is None and not torch.compiler.is_compiling():
         refuse_tangents(route.name, inputs)
     state = None
     if accumulator is not None:
         refuse_transforms(route.name, "grad_accumulator")
         inputs, state = _with_source(route, inputs, accumulator)
-    if (
-        state is None and not any(main_grad.takes_part(inputs[p]) for p in route.parameters)
-    ) or transforms_active():
-        return (plain or route.operator)(*inputs)
-    return _call_directed(route, inputs, state, plain)
+    if known is not None and not (known.requires_grad and torch.is_grad_enabled()):
+        outputs = known.run_visible()[: route.visible]
+        if route.passes:
+            residual = inputs[route.residual]
+            outputs.append(residual.view_as(residual))
+        return tuple(outputs)
+    directs = any([main_grad.takes_part(inputs[p]) for p in route.parameters])
+    if (state is None and not directs and known is None) or transforms_active():
+        return _as_tuple((plain or route.operator)(*inputs))
+    if known is None:
+        return _outside_graphs(route, None, inputs, state, plain)
+    # Nothing is traced: torch.compile's leave, which takes time to ask for, is not needed.
+    if directs:
+        return _call_directed(route, known, inputs, state, plain)
+    return _apply(route, known, inputs, state, {})
+
+
+def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else outputs
 
 
 def _with_source(
@@ -205,11 +251,13 @@ def _with_source(
     return inputs, state
 
 
-# Destinations are outside of any graph: torch.compile breaks its own here.
-@outside_graphs
 def _call_directed(
-    route: Route, inputs: Sequence[Any], state: State | None, plain: Callable[..., Any] | None
-) -> Any:
+    route: Route,
+    known: Call | None,
+    inputs: Sequence[Any],
+    state: State | None,
+    plain: Callable[..., Any] | None,
+) -> tuple[Tensor, ...]:
     parameters = {}
     if torch.is_grad_enabled():
         parameters = {p: inputs[p] for p in route.parameters if main_grad.takes_part(inputs[p])}
@@ -218,34 +266,58 @@ def _call_directed(
             main_grad.by_autograd(value) if p in parameters else value
             for p, value in enumerate(inputs)
         ]
-        parameters = {}
+        parameters, known = {}, None
     if state is None and not parameters:
-        return (plain or route.operator)(*inputs)
-    return _Directed.apply(route, state, parameters, *inputs)  # type: ignore[no-untyped-call]
+        return _as_tuple((plain or route.operator)(*inputs))
+    return _apply(route, known, inputs, state, parameters)
+
+
+# Destinations are outside of any graph: torch.compile breaks its own here.
+_outside_graphs = outside_graphs(_call_directed)
+
+
+def _apply(
+    route: Route,
+    known: Call | None,
+    inputs: Sequence[Any],
+    state: State | None,
+    parameters: dict[int, Tensor],
+) -> tuple[Tensor, ...]:
+    tensors, options = inputs[: route.tensors], inputs[route.tensors :]
+    apply = _Directed.apply if known is None else _apply_plain
+    return apply((route, known, state, parameters, options), *tensors)  # type: ignore[no-untyped-call]
 
 
 # Arguments of `_Directed` before the op's own.
-_OWN = 3
+_OWN = 1
 
 
 class _Directed(torch.autograd.Function):
+    """An op in eager mode: its gradients directed, or its call known, or both."""
+
     @staticmethod
-    def forward(
-        ctx: Any, route: Route, state: State | None, parameters: dict[int, Tensor], *inputs: Any
-    ) -> Any:
+    def forward(ctx: Any, how: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        # torch looks at each argument: fewer are faster.
+        route, known, state, parameters, options = how
+        inputs = (*tensors, *options)
         ctx.route, ctx.state = route, state
         # The Python objects, beside the saved tensors: main_grad is an attribute of the object.
         ctx.parameters = parameters
-        positions = [p for p, value in enumerate(inputs) if isinstance(value, Tensor)]
-        ctx.edges = {p: edge for edge, p in enumerate(positions)}
-        ctx.num_inputs = len(inputs)
-        outputs = route.operator(*inputs)
-        route.setup(ctx, inputs, outputs)
-        return outputs
+        outputs = _as_tuple(route.operator.launch(inputs)) if known is None else known.run()
+        route.save(ctx, inputs, outputs)
+        if state is not None or parameters:
+            positions = [p for p, value in enumerate(tensors) if value is not None]
+            ctx.edges = {p: edge for edge, p in enumerate(positions)}
+        if route.passes:
+            ctx.set_materialize_grads(False)
+            return (*outputs[: route.visible], inputs[route.residual])
+        return tuple(outputs[: route.visible])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         route = ctx.route
+        if ctx.state is None and not ctx.parameters:
+            return None, *route.gradients(ctx, *grads)[: route.tensors]
         errors.check_first_gradient(route.name)
         arguments = route.arguments(ctx, *grads)
         into: dict[int, Into] = {}
@@ -282,8 +354,12 @@ class _Directed(torch.autograd.Function):
         for p in range(len(results)):
             if not ctx.needs_input_grad[_OWN + p]:
                 results[p] = None
-        padding = [None] * (ctx.num_inputs - len(results))
-        return *[None] * _OWN, *results, *padding
+        return None, *results, *[None] * (route.tensors - len(results))
+
+
+# What Function.apply calls when it has looked for tensors left over from a transform of torch.func,
+# which a known call cannot have.
+_apply_plain = super(torch.autograd.Function, _Directed).apply
 
 
 def _runs(ctx: Any, position: int) -> bool:

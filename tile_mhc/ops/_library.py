@@ -1,7 +1,7 @@
 """One way to make a torch.library operator: TileLang behind CUDA, the reference behind CPU."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -10,9 +10,13 @@ from torch import Tensor
 from tile_mhc import errors
 from tile_mhc.kernels._dtypes import Dtypes
 from tile_mhc.ops import _flops
-from tile_mhc.ops._autograd import attach
+from tile_mhc.ops._autograd import Operator, attach
+from tile_mhc.ops._replay import Replay
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+# The end of a schema of an operator that writes to memory of the caller's.
+_OUT = "(a!) out) -> ()"
 
 
 def register(
@@ -24,12 +28,13 @@ def register(
     flops: Callable[..., int],
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
-) -> Callable[..., Any]:
+    hidden: Sequence[int] = (),
+) -> Operator:
     """Define `tile_mhc::<schema>` with its implementations and return the callable operator.
 
     Tracing, torch.compile and autograd then need nothing more: the dispatcher picks the backend
     from the device of the tensors, `fake` gives the shapes, and `flops`, of the shapes, what
-    torch's FlopCounterMode counts.
+    torch's FlopCounterMode counts. `hidden` are the positions of outputs for the backward alone.
     """
     name = schema.partition("(")[0]
     qualified = f"tile_mhc::{name}"
@@ -41,7 +46,12 @@ def register(
     _flops.register(operator, flops)
     if backward is None and not _mutated(schema):
         backward = _no_gradient_of(name)
-    return attach(operator.default, backward, setup_context)
+    types = [argument.partition(" ")[0] for argument in _arguments(schema)]
+    replay = None
+    # Not where a version has to be counted, nor for tensors in lists.
+    if not schema.endswith(_OUT) and "Tensor[]" not in types:
+        replay = Replay(types, cuda, hidden)
+    return attach(operator.default, backward, setup_context, replay)
 
 
 def temporaries(like: Tensor, *shapes: tuple[int, int]) -> list[Tensor]:
@@ -175,7 +185,7 @@ def _prepared(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
     autograd does not see what they write to an `out`: its version says that it changed.
     """
     name = schema.partition("(")[0]
-    has_out = schema.endswith("(a!) out) -> ()")
+    has_out = schema.endswith(_OUT)
     types = [argument.partition(" ")[0] for argument in _arguments(schema)]
     device_of = types.index("Tensor")
     inputs = [i for i, kind in enumerate(types) if kind in ("Tensor", "Tensor?")]

@@ -49,10 +49,14 @@ def aggregate(
 
     Source: mHC paper (arXiv 2512.24880), sec. 4.3.1; TileKernels `mhc/pre_apply_mix_kernel.py`.
     """
+    inputs = (residual, pre_mix)
+    known = _ROUTE.find(inputs) if out is None else None
+    if known is not None:
+        return call(_ROUTE, inputs, known, grad_accumulator)[0]
     _, hidden_size = errors.check_streams("aggregate", "residual", residual)
     check_mix("aggregate", "pre_mix", pre_mix, ("residual", residual))
     if out is None:
-        return call(_ROUTE, (residual, pre_mix), grad_accumulator)
+        return call(_ROUTE, inputs, None, grad_accumulator)[0]
     shape = (*residual.shape[:-2], hidden_size)
     errors.check_tensor("aggregate", "out", out, [shape], residual.dtype, ("residual", residual))
     errors.check_out("aggregate", out, [("residual", residual), ("pre_mix", pre_mix)])
@@ -156,8 +160,10 @@ _aggregate_out = register(
 _ROUTE = Route(
     name="aggregate",
     operator=_aggregate,
-    setup=_setup_context,
+    save=_setup_context,
     arguments=_backward_arguments,
+    gradients=_backward,
+    tensors=2,
     backward=register_into(
         _BACKWARD,
         (0,),

@@ -86,17 +86,6 @@ def fused_pre(
 
     Source: mHC paper (arXiv 2512.24880), sec. 4.3.1; TileKernels `mhc_pre`, `mhc_pre_big_fuse`.
     """
-    op = "fused_pre"
-    n, _ = errors.check_streams(op, "residual", residual)
-    rows = n * (n + 2)
-    projection_op.check_parameters(
-        op, residual, weight, norm_weight, norm_eps, num_splits, tf32, (rows,)
-    )
-    mixes_op.check_gates(op, scale, bias, 3, rows, ("residual", residual))
-    sinkhorn_op.check_sinkhorn(op, sinkhorn_repeat, sinkhorn_eps, prefix="sinkhorn_")
-    errors.check_number(op, "post_mult", post_mult)
-    errors.check_number(op, "pre_eps", pre_eps)
-    errors.check_bool(op, "passes_residual", passes_residual)
     inputs = (
         residual,
         weight,
@@ -111,6 +100,21 @@ def fused_pre(
         num_splits,
         tf32,
     )
+    route = _PASSING_ROUTE if passes_residual is True else _ROUTE
+    known = route.find(inputs) if type(passes_residual) is bool else None
+    if known is not None:
+        return call(route, inputs, known)
+    op = "fused_pre"
+    n, _ = errors.check_streams(op, "residual", residual)
+    rows = n * (n + 2)
+    projection_op.check_parameters(
+        op, residual, weight, norm_weight, norm_eps, num_splits, tf32, (rows,)
+    )
+    mixes_op.check_gates(op, scale, bias, 3, rows, ("residual", residual))
+    sinkhorn_op.check_sinkhorn(op, sinkhorn_repeat, sinkhorn_eps, prefix="sinkhorn_")
+    errors.check_number(op, "post_mult", post_mult)
+    errors.check_number(op, "pre_eps", pre_eps)
+    errors.check_bool(op, "passes_residual", passes_residual)
     if not passes_residual:
         return call(_ROUTE, inputs)[:3]
     outputs = call(_PASSING_ROUTE, inputs, plain=_passed)
@@ -338,16 +342,12 @@ _fused_pre = register(
     flops=_flops.projection_and_aggregate,
     backward=_backward,
     setup_context=_setup_context,
+    hidden=(3, 4),
 )
 
 
 def _with_residual(*inputs: Any) -> tuple[Tensor, ...]:
     return *_fused_pre(*inputs), inputs[0].view_as(inputs[0])
-
-
-def _passing_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _setup_context(ctx, inputs, output)
-    ctx.set_materialize_grads(False)
 
 
 def _passing_arguments(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -400,16 +400,23 @@ _PARAMETERS = {1: "weight", 2: "scale", 3: "bias", 4: "norm_weight"}
 _ROUTE = Route(
     name="fused_pre",
     operator=_fused_pre,
-    setup=_setup_context,
+    save=_save,
     arguments=_backward_arguments,
+    gradients=_backward,
+    tensors=5,
     backward=_backward_into,
+    visible=3,
     parameters=_PARAMETERS,
 )
 _PASSING_ROUTE = Route(
     name="fused_pre",
-    operator=_with_residual,
-    setup=_passing_setup,
+    operator=_fused_pre,
+    save=_save,
     arguments=_passing_arguments,
+    gradients=_FusedPreAndResidual.backward,
+    tensors=5,
     backward=_backward_into,
+    visible=3,
+    passes=True,
     parameters=_PARAMETERS,
 )

@@ -62,6 +62,10 @@ def post(
     Source: mHC paper (arXiv 2512.24880), eq. 3; TileKernels `mhc/post_kernel.py`; the bias is
     Megatron-LM's and TransformerEngine's.
     """
+    inputs = (layer_output, residual, post_mix, comb_mix, bias)
+    known = _ROUTE.find(inputs) if out is None else None
+    if known is not None:
+        return call(_ROUTE, inputs, known, grad_accumulator)[0]
     num_streams, hidden_size = errors.check_streams("post", "residual", residual)
     like = ("residual", residual)
     shape = (*residual.shape[:-2], hidden_size)
@@ -73,13 +77,13 @@ def post(
     if bias is not None:
         errors.check_tensor("post", "bias", bias, [(hidden_size,)], errors.PARAMETERS, like)
     if out is None:
-        return call(_ROUTE, (layer_output, residual, post_mix, comb_mix, bias), grad_accumulator)
+        return call(_ROUTE, inputs, None, grad_accumulator)[0]
     errors.check_tensor("post", "out", out, [residual.shape], residual.dtype, like)
-    inputs = [("layer_output", layer_output), like, ("post_mix", post_mix), ("comb_mix", comb_mix)]
+    named = [("layer_output", layer_output), like, ("post_mix", post_mix), ("comb_mix", comb_mix)]
     if bias is not None:
-        inputs.append(("bias", bias))
-    errors.check_out("post", out, inputs)
-    _post_out(layer_output, residual, post_mix, comb_mix, bias, out)
+        named.append(("bias", bias))
+    errors.check_out("post", out, named)
+    _post_out(*inputs, out)
     return out
 
 
@@ -235,8 +239,10 @@ _post_out = register(
 _ROUTE = Route(
     name="post",
     operator=_post,
-    setup=_setup_context,
+    save=_setup_context,
     arguments=_backward_arguments,
+    gradients=_backward,
+    tensors=5,
     backward=register_into(
         _BACKWARD,
         (1,),

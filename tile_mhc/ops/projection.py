@@ -73,9 +73,11 @@ def projection(
 
     Source: mHC paper (arXiv 2512.24880), eq. 7; DeepSeek TileKernels `mhc/norm_fn_kernel.py`.
     """
-    check_projection("projection", residual, weight, norm_weight, norm_eps, num_splits, tf32)
     inputs = (residual, weight, norm_weight, norm_eps, num_splits, tf32)
-    return call(_ROUTE, inputs, grad_accumulator)[0]
+    known = _ROUTE.find(inputs)
+    if known is None:
+        check_projection("projection", *inputs)
+    return call(_ROUTE, inputs, known, grad_accumulator)[0]
 
 
 def check_projection(
@@ -440,12 +442,16 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    residual, weight, norm_weight, _, _, ctx.tf32 = inputs
-    ctx.save_for_backward(residual, weight, norm_weight, *output)
+    _save(ctx, inputs, output)
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward_arguments(ctx: Any, grad: Tensor, grad_inv_rms: Tensor) -> tuple[Any, ...]:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    residual, weight, norm_weight, _, _, ctx.tf32 = inputs
+    ctx.save_for_backward(residual, weight, norm_weight, *output)
+
+
+def _backward_arguments(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
     return grad, *ctx.saved_tensors, ctx.tf32
 
 
@@ -477,12 +483,15 @@ _projection = register(
     flops=_flops.projection,
     backward=_backward,
     setup_context=_setup_context,
+    hidden=(1,),
 )
 _ROUTE = Route(
     name="projection",
     operator=_projection,
-    setup=_setup_context,
+    save=_save,
     arguments=_backward_arguments,
+    gradients=_backward,
+    tensors=3,
     backward=register_into(
         _BACKWARD,
         (0, 1, 2),

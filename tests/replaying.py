@@ -1,0 +1,93 @@
+"""The operators' CUDA launchers on CPU tensors, replayed as on a GPU, with a test's kernels."""
+
+import contextlib
+import ctypes
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from tile_mhc import config, jit
+from tile_mhc._descriptors import TYPES, DLTensor
+from tile_mhc.ops import _replay
+
+NUM_SMS = 132
+# What a CPU tensor's get_device() returns.
+DEVICE = -1
+_DTYPES = {code: dtype for dtype, code in TYPES.items()}
+_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+
+
+def read(argument: Any) -> Any:
+    """The tensor behind a pointer to its descriptor; anything else as it is."""
+    if not isinstance(argument, ctypes.c_void_p):
+        return argument
+    described = DLTensor.from_address(argument.value)
+    shape, strides = (values[: described.ndim] for values in (described.shape, described.strides))
+    dtype = _DTYPES[described.code, described.bits]
+    count = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(described.data)
+    return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)
+
+
+def _set_no_stream(*_: int) -> int:
+    return 0
+
+
+@contextlib.contextmanager
+def replaying(kernel: Callable[[str, tuple[Any, ...]], jit.Launch]) -> Iterator[None]:
+    """Within, CPU tensors count as the GPU's for `_replay`, and launchers get `kernel`.
+
+    It takes a kernel's name and arguments; what it returns is launched with tensors.
+    """
+
+    def resident(name: str, args: tuple[Any, ...]) -> jit.Launch:
+        launch = kernel(name, args)
+        return lambda *given: launch(*map(read, given))
+
+    with (
+        mock.patch.object(_replay, "current_device", return_value=DEVICE),
+        mock.patch.object(_replay, "current_stream", return_value=0),
+        mock.patch.object(_replay, "stream_setter", return_value=_set_no_stream),
+        mock.patch.object(_replay, "is_on_gpu", lambda tensor: tensor.device.type == "cpu"),
+        mock.patch.object(jit, "resident", resident),
+        mock.patch.object(config, "get_num_sms", return_value=NUM_SMS),
+        # A CPU tensor's device has no index.
+        mock.patch.object(torch.cuda, "current_device", return_value=None),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def launchers_on_cpu(*names: str) -> Iterator[None]:
+    """Within, these operators run their CUDA launchers for CPU tensors."""
+    library = torch.library.Library("tile_mhc", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*other operators may also be overridden")
+        for name in names:
+            library.impl(name, _redispatch(name), "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+def _redispatch(name: str) -> Callable[..., Any]:
+    operator = getattr(torch.ops.tile_mhc, name).default
+    return lambda *args: operator.redispatch(_CUDA, *args)
+
+
+def forget() -> None:
+    """Drop what this thread has learned of every operator."""
+    from tile_mhc.ops._autograd import OPERATORS
+
+    for operator in OPERATORS.values():
+        if operator.replay is not None:
+            operator.replay.forget()
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().view(torch.uint8)
