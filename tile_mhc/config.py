@@ -8,6 +8,8 @@ from tile_mhc import errors
 
 _num_sms = 0
 _batch_invariant = False
+# All of the above, for who keeps what depends on it.
+settings = (_num_sms, _batch_invariant)
 
 
 @functools.cache
@@ -48,13 +50,9 @@ def set_num_sms(num_sms: int) -> None:
     if isinstance(num_sms, bool) or not isinstance(num_sms, int) or not 0 <= num_sms <= limit:
         expected = f"from 0 to {limit}" if cuda else "0 where there is no CUDA device"
         raise ValueError(f"set_num_sms: num_sms must be {expected}; got {errors.shown(num_sms)}")
-    global _num_sms
+    global _num_sms, settings
     _num_sms = num_sms
-
-
-def state() -> tuple[int, bool]:
-    """All that is set here."""
-    return _num_sms, _batch_invariant
+    settings = (_num_sms, _batch_invariant)
 
 
 def get_batch_invariant() -> bool:
@@ -75,5 +73,6 @@ def set_batch_invariant(enabled: bool) -> None:
         raise ValueError(
             f"set_batch_invariant: enabled must be True or False; got {errors.shown(enabled)}"
         )
-    global _batch_invariant
+    global _batch_invariant, settings
     _batch_invariant = enabled
+    settings = (_num_sms, _batch_invariant)

@@ -1,11 +1,11 @@
 """Megatron's protocol for weight gradients: the backward adds to `parameter.main_grad` itself.
 
 A parameter takes part if, when an op reads it, it is a leaf that requires grad and has one of the
-attributes that `takes_part` looks for. In backward, and only there, `get_main_grad()` is called where there is one
-(Megatron-FSDP allocates lazily) and its result becomes `main_grad`; where `main_grad` is then None
-or absent, the gradient goes to autograd as ever. A parameter that gets its first mark between
-forward and backward does not take part: autograd gets its gradient, which the hooks of Megatron's
-DDP and FSDP then add to `main_grad` themselves.
+attributes that `takes_part` looks for. In backward, and only there, `get_main_grad()` is called
+where there is one (Megatron-FSDP allocates lazily) and its result becomes `main_grad`; where
+`main_grad` is then None or absent, the gradient goes to autograd as ever. A parameter that gets its
+first mark between forward and backward does not take part: autograd gets its gradient, which the
+hooks of Megatron's DDP and FSDP then add to `main_grad` themselves.
 
 The gradient is added to `main_grad`, or written with `overwrite_main_grad` (not where Megatron-FSDP
 keeps a sum there, as it does not shard gradients), by the kernel that finishes it; where

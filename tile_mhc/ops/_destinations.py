@@ -215,7 +215,8 @@ def call(
         refuse_tangents(route.name, inputs)
     state = None
     if accumulator is not None:
-        refuse_transforms(route.name, "grad_accumulator")
+        if known is None:
+            refuse_transforms(route.name, "grad_accumulator")
         inputs, state = _with_source(route, inputs, accumulator)
     if known is not None and not (known.requires_grad and torch.is_grad_enabled()):
         outputs = known.run_visible()[: route.visible]
@@ -223,15 +224,17 @@ def call(
             residual = inputs[route.residual]
             outputs.append(residual.view_as(residual))
         return tuple(outputs)
-    directs = any([main_grad.takes_part(inputs[p]) for p in route.parameters])
-    if (state is None and not directs and known is None) or transforms_active():
+    directs = False
+    for position in route.parameters:
+        directs = directs or main_grad.takes_part(inputs[position])
+    if known is not None:
+        # No transform of torch.func, nothing traced: torch.compile's leave, which takes time to
+        # ask for, is not needed.
+        run = _call_directed if directs else _apply
+        return run(route, known, inputs, state, plain)
+    if (state is None and not directs) or transforms_active():
         return _as_tuple((plain or route.operator)(*inputs))
-    if known is None:
-        return _outside_graphs(route, None, inputs, state, plain)
-    # Nothing is traced: torch.compile's leave, which takes time to ask for, is not needed.
-    if directs:
-        return _call_directed(route, known, inputs, state, plain)
-    return _apply(route, known, inputs, state, {})
+    return _outside_graphs(route, None, inputs, state, plain)
 
 
 def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -269,11 +272,14 @@ def _call_directed(
         parameters, known = {}, None
     if state is None and not parameters:
         return _as_tuple((plain or route.operator)(*inputs))
-    return _apply(route, known, inputs, state, parameters)
+    return _apply(route, known, inputs, state, plain, parameters)
 
 
 # Destinations are outside of any graph: torch.compile breaks its own here.
 _outside_graphs = outside_graphs(_call_directed)
+
+
+_NONE: Mapping[int, Tensor] = {}
 
 
 def _apply(
@@ -281,7 +287,8 @@ def _apply(
     known: Call | None,
     inputs: Sequence[Any],
     state: State | None,
-    parameters: dict[int, Tensor],
+    _plain: object,
+    parameters: Mapping[int, Tensor] = _NONE,
 ) -> tuple[Tensor, ...]:
     tensors, options = inputs[: route.tensors], inputs[route.tensors :]
     apply = _Directed.apply if known is None else _apply_plain
@@ -317,7 +324,7 @@ class _Directed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         route = ctx.route
         if ctx.state is None and not ctx.parameters:
-            return None, *route.gradients(ctx, *grads)[: route.tensors]
+            return (None, *route.gradients(ctx, *grads)[: route.tensors])
         errors.check_first_gradient(route.name)
         arguments = route.arguments(ctx, *grads)
         into: dict[int, Into] = {}

@@ -322,14 +322,16 @@ class Replay:
         """
         options = self._options(args)
         try:
-            kinds = self._memory.kinds.get((args[self._main].shape, config.state(), options))
+            kinds = self._memory.kinds.get((args[self._main].shape, config.settings, options))
         except (AttributeError, TypeError):  # no tensor, or an option without a hash
             return None
-        if kinds is not None and not _guards.is_watched():
-            for kind in kinds:
-                call = _match(kind, args, options)
-                if call is not None:
-                    return call
+        if kinds is None or _guards.is_watched():
+            return None
+        for kind in kinds:
+            inputs = kind.present(args)
+            # A dictionary takes True, 1 and 1.0 for the same.
+            if kind.is_same(*inputs) and [*map(type, options)] == kind.types:
+                return _call(kind, args, inputs)
         return None
 
     def learn(self, args: Sequence[Any]) -> Call | None:
@@ -341,7 +343,7 @@ class Replay:
             return None
         options = self._options(args)
         memory = self._memory
-        key = args[self._main].shape, config.state(), options
+        key = args[self._main].shape, config.settings, options
         sightings = memory.sightings.get(key, 0) + 1
         if len(memory.sightings) >= MOST_KEYS:
             self.forget()
@@ -353,7 +355,7 @@ class Replay:
         if kind is None:
             return None
         memory.kinds.setdefault(key, []).append(kind)
-        return _match(kind, args, options)
+        return self.find(args)
 
     def forget(self) -> None:
         """Drop what this thread has learned."""
@@ -397,20 +399,17 @@ def _getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ..
     return lambda args: tuple([args[i] for i in positions])
 
 
-def _match(kind: _Kind, args: Sequence[Any], options: Sequence[Any]) -> Call | None:
+def _call(kind: _Kind, args: Sequence[Any], inputs: tuple[Tensor, ...]) -> Call | None:
+    """The call of a kind whose tensors are these; None where memory or device are not right."""
     for i in kind.absent:
         if args[i] is not None:
             return None
-    inputs = kind.present(args)
+    addresses = [tensor.data_ptr() for tensor in inputs]
     if (
-        not kind.is_same(*inputs)
-        # A dictionary takes True, 1 and 1.0 for the same.
-        or [*map(type, options)] != kind.types
+        reduce(or_, addresses) % errors.ALIGNMENT
+        or min(addresses) < errors.FREED
         or current_device() != kind.device
     ):
-        return None
-    addresses = [tensor.data_ptr() for tensor in inputs]
-    if reduce(or_, addresses) % errors.ALIGNMENT or min(addresses) < errors.FREED:
         return None
     return Call(kind, inputs, addresses)
 

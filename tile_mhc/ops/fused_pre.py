@@ -354,7 +354,7 @@ def _passing_arguments(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """Gradients that autograd left out are zeros; that of the residual joins what it has."""
     saved = ctx.saved_tensors  # once: checkpointing unpacks it only once
     given: Sequence[Tensor | None] = grads[:3]
-    if any(grad is None for grad in given):
+    if given[0] is None or given[1] is None or given[2] is None:
         outputs = _empty(saved[0])[:3]
         pairs = zip(given, outputs, strict=True)
         given = [out.zero_() if grad is None else grad for grad, out in pairs]
@@ -376,7 +376,7 @@ class _FusedPreAndResidual(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if all(grad is None for grad in grads[:3]):
+        if grads[0] is None and grads[1] is None and grads[2] is None:
             return grads[-1], *[None] * 11
         return _gradients(_passing_arguments(ctx, *grads))
 
