@@ -2,14 +2,14 @@
 
 What a launcher does for given shapes, strides, dtypes, device and options is always the same: it
 allocates, takes views, chooses kernels and launches them. All but the addresses can be kept. So
-when a call of an operator is seen for the second time, its launcher runs once with nothing
-launched, while `_Notes` writes down what it allocates, views and would launch. A `Program` then
-does that again: it allocates the outputs and one piece of memory for all temporaries, writes
-addresses into the descriptors of the arguments, and launches the kernels.
+when calls of one kind come again and again, the launcher runs once with nothing launched, while
+`_Notes` writes down what it allocates, views and would launch. A `Program` then does that again: it
+allocates the outputs and one piece of memory for all temporaries, writes addresses into the
+descriptors of the arguments, and launches the kernels.
 
 A call is served so if it is of a kind that was seen (see `_guards`), every tensor starts where a
 kernel can read it, and nobody watches the dispatcher. Any other call goes through the dispatcher,
-as does the first of each kind. A launcher that does more than the above is never replayed.
+as do the first of each kind. A launcher that does more than the above is never replayed.
 
 Programs belong to a thread, as their descriptors are written before each launch.
 """
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from tile_mhc import _guards, config, errors, jit
 from tile_mhc._descriptors import CUDA, TYPES, Descriptors, stream_setter
@@ -34,18 +34,29 @@ from tile_mhc._descriptors import CUDA, TYPES, Descriptors, stream_setter
 # calls of one key. Past the first it forgets all, past the second it learns no more.
 MOST_KEYS = 1024
 MOST_KINDS = 8
-# How often a key is seen before its launcher is written down: shapes that come once cost nothing.
-SIGHTINGS = 2
+# The call of a key at which its launcher is written down: that costs what some ten known calls save,
+# and sequences of ever new lengths should not pay for it.
+SIGHTINGS = 5
 # Bytes: as torch aligns what it allocates.
 _ALIGNMENT = 512
 # The memory of temporaries is allocated in elements of this dtype.
 _ROOM = torch.float32
 
-_ALLOCATIONS = frozenset(
+# What a launcher may do with tensors besides launching.
+_ALLOCATIONS = frozenset((Tensor.new_empty, torch.empty_like, torch.empty))
+_VIEWS = frozenset((Tensor.view, Tensor.unsqueeze, Tensor.as_strided, Tensor.detach))
+_QUESTIONS = frozenset(
     (
-        torch.ops.aten.new_empty.default,
-        torch.ops.aten.empty_like.default,
-        torch.ops.aten.empty.memory_format,
+        Tensor.data_ptr,
+        Tensor.element_size,
+        Tensor.is_contiguous,
+        Tensor.numel,
+        Tensor.size,
+        Tensor.stride,
+        *(
+            getattr(Tensor, name).__get__
+            for name in ("device", "dtype", "is_cuda", "layout", "nbytes", "ndim", "shape")
+        ),
     )
 )
 
@@ -58,7 +69,7 @@ class _Place(NamedTuple):
     offset: int
 
 
-class _Notes(TorchDispatchMode):
+class _Notes(TorchFunctionMode):
     """What a launcher does with its inputs, which must be distinct objects."""
 
     def __init__(self, inputs: Iterable[Tensor]) -> None:
@@ -112,25 +123,27 @@ class _Notes(TorchDispatchMode):
         )
 
     def _is_whole(self, tensor: Tensor) -> bool:
-        """Whether it is all of an allocation. It may be another object: torch detaches some."""
+        """Whether it is all of an allocation."""
         place = self.place(tensor)
         if place is None or place.kind != "allocation" or place.offset:
             return False
         allocated = self.allocated[place.number]
         return (allocated.shape, allocated.stride()) == (tensor.shape, tensor.stride())
 
-    def __torch_dispatch__(
+    def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
-        base = self.place(args[0]) if args else None
         if function in _ALLOCATIONS:
             self.allocated.append(result)
             self._begin("allocation", len(self.allocated) - 1, result)
-        elif function.is_view and isinstance(result, Tensor) and base is not None:
+        elif function in _VIEWS and self.place(args[0]) is not None:
+            base = self.places[id(args[0])]
             offset = result.data_ptr() - self._starts[base.kind, base.number]
             self._put(result, _Place(base.kind, base.number, offset))
-        else:
+        elif function is Tensor.contiguous and result is args[0]:
+            pass
+        elif function not in _QUESTIONS:
             self.complete = False
         return result
 
