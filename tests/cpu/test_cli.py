@@ -1,10 +1,8 @@
 """`tile-mhc`: what it prints, what it refuses, and that its numbers are ptxas's."""
 
 import json
-import os
 import re
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ import torch
 pytest.importorskip("rich")
 CliRunner = pytest.importorskip("click.testing").CliRunner
 
+import fresh
 from tile_mhc import __version__, jit, specs
 from tile_mhc.cli import _clean, _compile, _doctor, _list, _resources, app, main
 
@@ -190,16 +189,7 @@ def test_list_as_json(run):
 
 
 def cli(*arguments):
-    run = subprocess.run(
-        [sys.executable, "-c", "from tile_mhc.cli import entry; entry()", *arguments],
-        cwd="/",
-        env=os.environ.copy(),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return run.returncode, run.stdout, run.stderr
+    return fresh.run("from tile_mhc.cli import entry; entry()", *arguments)
 
 
 def test_compile_then_cached_then_cleaned(nvcc, private_cache):
@@ -246,7 +236,7 @@ def test_compile_then_cached_then_cleaned(nvcc, private_cache):
 def test_resources_of_a_kernel_that_first_use_compiled(nvcc, private_cache):
     """No record lies beside it then, so dynamic shared memory is worked out anew."""
     build = "from tile_mhc import jit; jit.compile_kernel('sinkhorn_bwd', (2, 32), 'sm_90a')"
-    subprocess.run([sys.executable, "-c", build], cwd="/", check=True, capture_output=True)
+    assert fresh.run(build)[0] == 0
     assert not list(private_cache.rglob(_resources.CACHE_NAME))
     arguments = (*ARCH, "--hidden", "64", "--streams", "2", "--ops", "sinkhorn", "--json")
     found = {}
