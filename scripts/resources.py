@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compare what kernels take of an SM with the committed table, scripts/resources.json.
 
-    tile-mhc compile --json ... > compiled.json
+    tile-mhc compile --measure --json ... > compiled.json
     resources.py compiled.json            exits with 1 where a kernel spills, takes over 10 % more
                                           registers or shared memory, or is not in the table; on
                                           other GPUs than Hopper where it spills more than there
@@ -88,7 +88,7 @@ def write_table(found: dict[str, Row], nvcc: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("compiled", type=Path, help="the output of tile-mhc compile --json")
+    parser.add_argument("compiled", type=Path, help="what tile-mhc compile --json printed")
     parser.add_argument("--renew", action="store_true", help="write the table")
     arguments = parser.parse_args()
     found = rows_of(json.loads(arguments.compiled.read_text()))

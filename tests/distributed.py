@@ -1,6 +1,8 @@
 """A small model under a data-parallel wrapper: what each rank of the tests runs."""
 
 import contextlib
+import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +24,8 @@ RANKS, MICRO_BATCHES, TOKENS = 2, 3, 24
 LAYERS = 2
 # Of every layer, and of the readout, in a forward.
 CALLS = 2
+# What ranks need of modules that take seconds to import; one that is absent is left out.
+PRELOADED = "sharding", "megatron.core.distributed", "megatron.core.transformer"
 
 
 def roundings(ranks: int) -> int:
@@ -146,9 +150,27 @@ def process_group(rank: int, ranks: int, folder: Path, device: str = "cpu") -> I
         dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def forking() -> Iterator[str]:
+    """The start method of ranks on the CPU: forked from one process that only imported modules.
+
+    A process that has used CUDA, or run a backward, cannot be forked; that one does neither.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    with mock.patch.dict(os.environ):
+        # The only path that it is told of; ranks themselves get this process's.
+        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        yield "forkserver"
+
+
 def spawn(worker: Callable[..., None], folder: Path, *args: Any) -> dict[str, Tensor]:
     """Run `worker(rank, ranks, folder, *args)` on every rank; what rank 0 saved."""
-    torch.multiprocessing.spawn(worker, (RANKS, folder, *args), nprocs=RANKS)
+    with contextlib.nullcontext("spawn") if "cuda" in args else forking() as method:
+        torch.multiprocessing.start_processes(
+            worker, (RANKS, folder, *args), nprocs=RANKS, start_method=method
+        )
     result: dict[str, Tensor] = torch.load(folder / "gradients.pt")
     return result
 

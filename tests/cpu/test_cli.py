@@ -1,10 +1,8 @@
 """`tile-mhc`: what it prints, what it refuses, and that its numbers are ptxas's."""
 
 import json
-import os
 import re
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,8 +10,9 @@ import torch
 pytest.importorskip("rich")
 CliRunner = pytest.importorskip("click.testing").CliRunner
 
+import fresh
 from tile_mhc import __version__, jit, specs
-from tile_mhc.cli import _clean, _compile, _doctor, _list, _resources, app, main
+from tile_mhc.cli import _clean, _compile, _doctor, _list, _measure, _resources, app, main
 
 SPILLING = """
 extern "C" __global__ void plain(float* x) {
@@ -190,16 +189,7 @@ def test_list_as_json(run):
 
 
 def cli(*arguments):
-    run = subprocess.run(
-        [sys.executable, "-c", "from tile_mhc.cli import entry; entry()", *arguments],
-        cwd="/",
-        env=os.environ.copy(),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return run.returncode, run.stdout, run.stderr
+    return fresh.run("from tile_mhc.cli import entry; entry()", *arguments)
 
 
 def test_compile_then_cached_then_cleaned(nvcc, private_cache):
@@ -218,6 +208,14 @@ def test_compile_then_cached_then_cleaned(nvcc, private_cache):
         assert (kernel["stack"], kernel["spill_stores"], kernel["spill_loads"]) == (0, 0, 0)
         assert kernel["shared_memory"] == 0
         assert list(private_cache.glob(f"*/*/kernels/{kernel['key']}"))
+
+    numbers = ("name", "args", "arch", "registers", "shared_memory", "stack", "spill_stores")
+    code, out, err = cli("compile", *ARCH, *arguments[2:], "--measure", "--json")
+    assert (code, err) == (0, "")
+    measured = json.loads(out)["kernels"]
+    assert [kernel["status"] for kernel in measured] == ["measured"] * 2
+    for one, other in zip(measured, report["kernels"][:2], strict=True):
+        assert {name: one[name] for name in numbers} == {name: other[name] for name in numbers}
 
     code, out, err = cli("compile", *arguments)
     assert code == 0
@@ -246,7 +244,7 @@ def test_compile_then_cached_then_cleaned(nvcc, private_cache):
 def test_resources_of_a_kernel_that_first_use_compiled(nvcc, private_cache):
     """No record lies beside it then, so dynamic shared memory is worked out anew."""
     build = "from tile_mhc import jit; jit.compile_kernel('sinkhorn_bwd', (2, 32), 'sm_90a')"
-    subprocess.run([sys.executable, "-c", build], cwd="/", check=True, capture_output=True)
+    assert fresh.run(build)[0] == 0
     assert not list(private_cache.rglob(_resources.CACHE_NAME))
     arguments = (*ARCH, "--hidden", "64", "--streams", "2", "--ops", "sinkhorn", "--json")
     found = {}
@@ -274,6 +272,51 @@ def test_registers_stack_and_static_shared_memory_are_those_of_ptxas(nvcc, tmp_p
     image = b"a host library" + (tmp_path / "kernel.cubin").read_bytes()
     usages = [_resources._usage(cubin, arch) for cubin in _resources._cubins(image)]
     assert usages == [(used, stack, 1200)]
+
+
+def sources(arch, *texts):
+    kernels = [("expand_fwd", (i,), arch) for i in range(len(texts))]
+    return [_measure._Source(k, text, 0) for k, text in zip(kernels, texts, strict=True)]
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+def test_kernels_of_one_file_take_what_each_takes_alone(nvcc, tmp_path, arch):
+    """Static shared memory, a stack, spills, and names that are the same."""
+    plain, spilling = (f'extern "C"{kernel}' for kernel in SPILLING.split('extern "C"')[1:])
+    spilling = spilling.replace("spilling(", "plain(")
+    together = sources(arch, plain, spilling, plain)
+    found = list(_measure._compile(together, arch, ()).values())
+    assert found[0] == found[2]
+    assert found[1].spill_stores > 0
+    for text, resources in zip((plain, spilling), found, strict=False):
+        (tmp_path / "kernel.cu").write_text(text)
+        cubin = tmp_path / "kernel.cubin"
+        command = [nvcc, "--cubin", "-O3", f"-arch={arch}", "-o", cubin, tmp_path / "kernel.cu"]
+        subprocess.run(command, check=True)
+        usage = (resources.registers, resources.stack, resources.shared_memory)
+        assert usage == _resources._usage(cubin.read_bytes(), arch)
+
+
+def test_a_kernel_that_does_not_compile_leaves_the_others_their_resources(nvcc):
+    good = 'extern "C" __global__ void fine(float* x) { *x = 1; }'
+    found = _measure._compile(sources("sm_90a", good, good.replace("*x =", "y =")), "sm_90a", ())
+    resources, error = found.values()
+    assert resources.registers > 0
+    assert re.match(r'nvcc: .*identifier "y" is undefined', error)
+
+
+def test_a_kernel_that_is_not_lowered(nvcc, run, monkeypatch):
+    def broken(*_):
+        raise ValueError("no layout\nfor it")
+
+    monkeypatch.setattr(_resources, "lower", broken)
+    code, out, err = run(*EXPAND, "--measure")
+    assert code == 1
+    assert "0 measured, 2 failed" in out
+    assert "nothing stored" in out
+    assert err.splitlines()[-1].endswith(
+        "2 kernels failed, the first with: ValueError: no layout for it"
+    )
 
 
 def fake_entry(folder, nvcc, arch):

@@ -1,23 +1,21 @@
 """Where kernels come from: memory, the disk cache, the compiler; and what goes wrong on the way.
 
-Each process of these tests starts Python anew, since TileLang keeps what it compiled in memory.
+Each script has a process of its own, since TileLang keeps what it compiled in memory.
 """
 
 import importlib
 import importlib.metadata
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 
+import fresh
 from tile_mhc import jit, specs
 from tile_mhc.errors import UnsupportedError
 
@@ -62,19 +60,12 @@ def cache(filled, tmp_path):
 
 
 def start(code, *arguments, cache, cwd="/", **env):
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ | {"TILELANG_CACHE_DIR": str(cache)} | env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return fresh.Script(code, *arguments, cwd=cwd, TILELANG_CACHE_DIR=str(cache), **env)
 
 
-def finish(process):
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+def finish(script):
+    status, out, err = script.finish()
+    assert status == 0, err
     return json.loads(out.splitlines()[-1])
 
 
@@ -159,8 +150,8 @@ def test_unwritable_cache_directory_is_still_read(cache):
 
 
 def test_two_processes_compile_the_same_kernel(nvcc, tmp_path):
-    processes = [start(OBTAIN, 64, cache=tmp_path) for _ in range(2)]
-    found = [finish(process) for process in processes]
+    scripts = [start(OBTAIN, 64, cache=tmp_path) for _ in range(2)]
+    found = [finish(script) for script in scripts]
     assert all(f["built"] + f["loaded"] == 1 for f in found)
     assert obtain(tmp_path)["loaded"] == 1
     entry_of(tmp_path)  # exactly one
@@ -192,9 +183,9 @@ def test_building_forbidden(cache):
     )
     code = "import sys; from tile_mhc.cli import main; sys.exit(main(sys.argv[1:]))"
     # The command obeys although the variable is still set.
-    process = start(code, *shlex.split(command)[1:], cache=cache, TILE_MHC_JIT="0")
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, out + err
+    script = start(code, *shlex.split(command)[1:], cache=cache, TILE_MHC_JIT="0")
+    status, out, err = script.finish()
+    assert status == 0, out + err
     assert obtain(cache, 320, TILE_MHC_JIT="0")["loaded"] == 1
 
 
@@ -438,11 +429,9 @@ def test_cache_directory_where_tilelang_was_there_first(tmp_path, value):
 @pytest.mark.parametrize("value", ["~/x", "y", ""])
 def test_cache_directory_that_tilelang_was_told(tmp_path, value):
     """TileLang's env takes a value in Python too, before that of the environment."""
-    process = start(
-        AGREE, "first", "python", **settings(tmp_path, "x"), PYTHON_CACHE_DIR=str(value)
-    )
+    script = start(AGREE, "first", "python", **settings(tmp_path, "x"), PYTHON_CACHE_DIR=str(value))
     expected = str(tmp_path / (MEANINGS | {"y": "y"})[value])
-    assert finish(process) == [str(tmp_path / "x"), *[expected] * 3]
+    assert finish(script) == [str(tmp_path / "x"), *[expected] * 3]
 
 
 @pytest.mark.parametrize("value", ["", "~/x", "x"])
@@ -475,8 +464,8 @@ print(json.dumps([problems, *found, jit.statistics().built, text, env.TILELANG_C
 """
     (tmp_path / "file").touch()
     told, impossible = tmp_path / "told", tmp_path / "file" / "x"
-    process = start(code, told, impossible, cache=tmp_path / "other")
-    problems, path, loaded, built, text, after = finish(process)
+    script = start(code, told, impossible, cache=tmp_path / "other")
+    problems, path, loaded, built, text, after = finish(script)
     assert problems == []
     assert (path, loaded, built) == (str(entry_of(told)), 1, 1)
     assert len(text) == 1

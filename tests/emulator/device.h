@@ -2,8 +2,6 @@
 // manual or in TileLang's templates. A kernel that uses another name does not compile: add it here.
 #pragma once
 
-#include <immintrin.h>
-
 #include <cmath>
 #include <utility>
 
@@ -61,15 +59,26 @@ inline __nv_bfloat162 __float22bfloat162_rn(float2 v) { return {bfloat16_t(v.x),
 inline uint __pack_nv_bfloat162(bfloat16_t x, bfloat16_t y) { return uint(y.bits) << 16 | x.bits; }
 inline uint __pack_half2(bfloat16_t x, bfloat16_t y) { return __pack_nv_bfloat162(x, y); }
 
+// By the builtins behind <immintrin.h>, which is half of what a kernel's compilation reads.
+inline uint16_t half_bits(float value) {
+  typedef float Floats __attribute__((vector_size(16)));
+  typedef short Halves __attribute__((vector_size(16)));
+  return ((Halves)__builtin_ia32_vcvtps2ph(Floats{value}, 0))[0];
+}
+inline float float_of_half(uint16_t bits) {
+  typedef short Halves __attribute__((vector_size(16)));
+  return __builtin_ia32_vcvtph2ps(Halves{short(bits)})[0];
+}
+
 struct half_t {
   uint16_t bits;
   half_t() = default;
   explicit half_t(float value) {
-    bits = value != value ? 0x7fff : _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
+    bits = value != value ? 0x7fff : half_bits(value);
   }
   explicit half_t(double value) : half_t(float(value)) {}
   explicit half_t(int value) : half_t(float(value)) {}
-  operator float() const { return _cvtsh_ss(bits); }
+  operator float() const { return float_of_half(bits); }
 };
 struct half2 { half_t x, y; };
 inline float2 __half22float2(half2 v) { return {float(v.x), float(v.y)}; }

@@ -80,9 +80,10 @@ def _line(line: str, number: int, lowered: Lowered) -> str:
 
 
 _ENTRY = """
-extern "C" int emu_run(const emu::Tensor *tensors, int num_tensors, void **arguments,
-                       const int32_t *grid, int block, int cluster, int64_t shared_bytes,
-                       uint64_t seed, int seconds, char *message, int message_bytes) {
+extern "C" __attribute__((visibility("default")))
+int emu_run(const emu::Tensor *tensors, int num_tensors, void **arguments, const int32_t *grid,
+            int block, int cluster, int64_t shared_bytes, uint64_t seed, int seconds,
+            char *message, int message_bytes) {
   emu::state.dependent = DEPENDENT;
   return emu::launch(body, tensors, num_tensors, arguments, grid, block, cluster, shared_bytes,
                      seed, seconds, message, message_bytes);

@@ -14,9 +14,10 @@ import shlex
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tile_mhc import jit, specs
 
@@ -63,9 +64,13 @@ def measure(compiled: jit.Compiled) -> Resources:
     spills: tuple[int | None, int | None] = (0, 0)
     if stack:
         spills = _spills(compiled, registers)
+    artifact = compiled.source.artifact
+    if artifact is None:
+        # Loaded from a cache that was not filled by `tile-mhc compile`: lower it again, no nvcc.
+        artifact = lower(compiled.name, compiled.args, compiled.arch)
     resources = Resources(
         registers=registers,
-        shared_memory=max(usage[2] for usage in usages) + _dynamic_shared_memory(compiled),
+        shared_memory=max(usage[2] for usage in usages) + dynamic_shared_memory(artifact),
         stack=stack,
         spill_stores=spills[0],
         spill_loads=spills[1],
@@ -130,16 +135,17 @@ def _generation(arch: str) -> int:
     return int(re.sub(r"\D", "", arch))
 
 
-def _dynamic_shared_memory(compiled: jit.Compiled) -> int:
-    artifact = compiled.source.artifact
-    if artifact is None:
-        # Loaded from a cache that was not filled by `tile-mhc compile`: lower it again, no nvcc.
-        tilelang = jit.import_tilelang()
-        func = jit.trace(specs.builder(compiled.name), compiled.args, compiled.arch)
-        target = tilelang.tvm.target.Target({"kind": "cuda", "arch": compiled.arch})
-        configs = specs.pass_configs(compiled.name, compiled.args)
-        with tilelang.tvm.transform.PassContext(opt_level=3, config=configs), target:
-            artifact = jit.undisturbed(lambda: tilelang.lower(func, target=target))
+def lower(name: str, args: specs.Arguments, arch: str) -> Any:
+    """TileLang's artifact of a kernel, with its CUDA source; no nvcc."""
+    tilelang = jit.import_tilelang()
+    func = jit.trace(specs.builder(name), args, arch)
+    target = tilelang.tvm.target.Target({"kind": "cuda", "arch": arch})
+    configs = specs.pass_configs(name, args)
+    with tilelang.tvm.transform.PassContext(opt_level=3, config=configs), target:
+        return jit.undisturbed(lambda: tilelang.lower(func, target=target))
+
+
+def dynamic_shared_memory(artifact: Any) -> int:
     sizes = [
         int(function.attrs["dyn_shared_memory_buf"])
         for _, function in artifact.device_mod.functions.items()
@@ -148,26 +154,39 @@ def _dynamic_shared_memory(compiled: jit.Compiled) -> int:
     return max(sizes, default=0)
 
 
-def _spills(compiled: jit.Compiled, registers: int) -> tuple[int | None, int | None]:
-    """(stores, loads) that ptxas reports when the kernel's source is compiled as TileLang did."""
-    nvcc = jit.find_nvcc()
-    source = compiled.path / SOURCE_NAME
-    if nvcc is None or not source.exists():
-        return None, None
-    env = importlib.import_module("tilelang.env")
-    configs = specs.pass_configs(compiled.name, compiled.args)
+def nvcc_flags(name: str, args: specs.Arguments) -> list[str]:
+    """What TileLang adds to nvcc's command line for a kernel."""
+    configs = specs.pass_configs(name, args)
     flags = configs.get("tl.device_compile_flags") or []
     flags = shlex.split(flags if isinstance(flags, str) else " ".join(map(str, flags)))
     if configs.get("tl.enable_fast_math"):
         flags.append("--use_fast_math")
     if (level := configs.get("tl.ptxas_register_usage_level")) is not None:
         flags.append(f"--ptxas-options=--register-usage-level={int(level)}")
+    return flags
+
+
+def nvcc_command(source: Path, cubin: Path, arch: str, flags: Sequence[str]) -> list[str]:
+    """Compile as TileLang does, with what ptxas says of each kernel on stderr."""
+    nvcc = jit.find_nvcc()
+    if nvcc is None:
+        raise jit.CompileError("measuring needs nvcc, and none was found")
+    env = importlib.import_module("tilelang.env")
+    return [
+        str(nvcc), "--cubin", "-O3", "-lineinfo", "-w", f"-arch={arch}", "-std=c++20",
+        f"-I{env.TILELANG_TEMPLATE_PATH}", f"-I{env.CUTLASS_INCLUDE_DIR}", *flags,
+        "--ptxas-options=-v", "-o", str(cubin), str(source),
+    ]  # fmt: skip
+
+
+def _spills(compiled: jit.Compiled, registers: int) -> tuple[int | None, int | None]:
+    """(stores, loads) that ptxas reports when the kernel's source is compiled as TileLang did."""
+    source = compiled.path / SOURCE_NAME
+    if jit.find_nvcc() is None or not source.exists():
+        return None, None
+    flags = nvcc_flags(compiled.name, compiled.args)
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            str(nvcc), "--cubin", "-O3", "-lineinfo", "-w", f"-arch={compiled.arch}", "-std=c++20",
-            f"-I{env.TILELANG_TEMPLATE_PATH}", f"-I{env.CUTLASS_INCLUDE_DIR}", *flags,
-            "--ptxas-options=-v", "-o", str(Path(folder, "kernel.cubin")), str(source),
-        ]  # fmt: skip
+        command = nvcc_command(source, Path(folder, "kernel.cubin"), compiled.arch, flags)
         run = subprocess.run(command, capture_output=True, text=True, check=False)
     found = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", run.stderr)
     used = [int(count) for count in re.findall(r"Used (\d+) registers", run.stderr)]
