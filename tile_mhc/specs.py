@@ -160,6 +160,26 @@ def _input_norms(s: Sizes) -> list[Arguments]:
     return [_kernel(s.hidden, streams=s.dtype, norm_weight=norm) for norm in s.parameters]
 
 
+def _one_pass(arguments: Callable[[Sizes], list[Arguments]]) -> Callable[[Sizes], list[Arguments]]:
+    """For what a given pre_mix has in one pass over the streams."""
+
+    def of(s: Sizes) -> list[Arguments]:
+        takes = selection.is_one_pass(getattr(torch, s.dtype), s.n, s.hidden, None)
+        return arguments(s) if takes else []
+
+    return of
+
+
+@_one_pass
+def _weight_parts(s: Sizes) -> list[Arguments]:
+    return [_kernel(s.mixes, s.n * s.hidden, **weights) for weights in _weights(s)]
+
+
+@_one_pass
+def _passes(s: Sizes) -> list[Arguments]:
+    return [(s.hidden,)]
+
+
 def _weights(s: Sizes) -> list[dict[str, str]]:
     """The dtypes of the weight, without and with a norm weight."""
     choices = itertools.product(s.parameters, ("", *s.parameters))
@@ -421,6 +441,9 @@ SPECS = (
     ),
     Spec("fused_pre", "fused_pre", _PRE_OPS, _PRE, _pres),
     Spec("delayed_mixes", "delayed_pre", _PRE_OPS, _PRE, _pres),
+    Spec("weight_parts", "delayed_pre", _PRE_OPS, _MATMUL, _weight_parts),
+    Spec("delayed_pre_fwd", "delayed_pre", _PRE_OPS, ("hidden_size",), _passes),
+    Spec("post_pre_fwd", "post_pre", ("post_pre",), ("hidden_size",), _passes),
     Spec("input_norm", "post_pre", ("post_pre",), ("hidden_size",), _input_norms),
     Spec("interleaved_aggregate_fwd", "interleaved_aggregate", _TE, _CHANNELS, _interleaved),
     Spec(

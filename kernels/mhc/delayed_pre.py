@@ -1,18 +1,88 @@
-"""mixes and sinkhorn in one launch, beside an aggregate that waits for neither.
+"""A pre whose collapse waits for no projection: one pass over the streams, then a row a token.
 
-DeepSeek-V4.1 collapses the streams by a pre_mix that is known before they are read, so all that
-hangs on the projection is a row of mixes a token.
+DeepSeek-V4.1 collapses the streams by a pre_mix that is known before they are read. So whoever has
+a tile of them in shared memory projects it, takes its squares and collapses it: see
+`forward_pass`, which may make the tile too, by a post. All that is left is the mixes, once their
+sums are whole.
+
+n = 4, bfloat16 streams and an H that is a multiple of 64; other streams take the kernels of
+`projection` and `aggregate`.
 """
 
 import tilelang.language as T
 
-from tile_mhc.kernels._common import SIMT, builder, follow_previous
-from tile_mhc.kernels._shapes import SUM_LANES
+from tile_mhc.kernels._arch import Architecture
+from tile_mhc.kernels._boundary import (
+    MIXES,
+    STREAMS,
+    THREADS,
+    backward_pass,
+    forward_pass,
+    num_sums,
+)
+from tile_mhc.kernels._common import SIMT, VECTOR, builder, follow_previous
+from tile_mhc.kernels._shapes import SUM_LANES, factors_width, padded
 from tile_mhc.kernels.mixes import logit, sigmoid
-from tile_mhc.kernels.projection import norm_shape, token_mix
+from tile_mhc.kernels.projection import (
+    AT_ONCE,
+    high_part,
+    low_part,
+    norm_shape,
+    token_mix,
+    weight_value,
+)
 from tile_mhc.kernels.sinkhorn import sinkhorn_token
 
-THREADS = 256
+
+@builder(SIMT)
+def weight_parts(num_mixes: int, size: int, *, weight_dtype: str, norm_weight_dtype: str):
+    """The weight as two bfloat16 parts, once a call: every tile of tokens reads it again."""
+    groups = -(-size // (THREADS * VECTOR))
+
+    @T.prim_func
+    def weight_parts_kernel(
+        weight: T.Tensor[(num_mixes, size), weight_dtype],
+        norm_weight: T.Tensor[norm_shape(size, norm_weight_dtype), norm_weight_dtype or T.float32],
+        parts: T.Tensor[(2 * num_mixes, size), T.bfloat16],
+        tf32: T.int32,
+    ):
+        with T.Kernel(groups, 2 * num_mixes, threads=THREADS) as (group, row):
+            follow_previous()
+            k = (group * THREADS + T.get_thread_binding()) * VECTOR
+            values = T.alloc_local((VECTOR,), T.float32)
+            if k < size:
+                for v in T.unroll(VECTOR):
+                    values[v] = weight_value(
+                        weight, norm_weight, norm_weight_dtype, row % num_mixes, k + v, tf32
+                    )
+                if row < num_mixes:
+                    for v in T.vectorized(VECTOR):
+                        parts[row, k + v] = high_part(values[v])
+                else:
+                    for v in T.vectorized(VECTOR):
+                        parts[row, k + v] = low_part(values[v])
+
+    return weight_parts_kernel
+
+
+@builder({})
+def delayed_pre_fwd(hidden_size: int, *, limits: Architecture):
+    """Products, squares and the layer input of streams that there are."""
+    body, tokens, splits, size = forward_pass(hidden_size, False, limits)
+
+    @T.prim_func
+    def delayed_pre_fwd_kernel(
+        x: T.Tensor[(tokens, size), T.bfloat16],
+        pre_mix: T.Tensor[(tokens, STREAMS), T.float32],
+        parts: T.Tensor[(2 * MIXES, size), T.bfloat16],
+        layer_input: T.Tensor[(tokens, hidden_size), T.bfloat16],
+        products: T.Tensor[(splits, tokens, MIXES), T.float32],
+        squares: T.Tensor[(splits, tokens), T.float32],
+        blocks: T.int32,
+    ):
+        body(None, x, None, None, pre_mix, parts, None, layer_input, products, squares, blocks)
+
+    return delayed_pre_fwd_kernel
 
 
 @builder(SIMT)
@@ -113,3 +183,98 @@ def delayed_mixes(
                         comb_mix[block * group + tid, i * n + j] = comb[i, j]
 
     return delayed_mixes_kernel
+
+
+@builder({})
+def delayed_pre_bwd(
+    hidden_size: int,
+    *,
+    held_dtype: str,
+    weight_dtype: str,
+    norm_weight_dtype: str,
+    limits: Architecture,
+):
+    """Gradients of streams, weight (by slices of tokens) and pre_mix (by columns) in one pass."""
+    has_held = held_dtype != ""
+    body, tokens, slices, size = backward_pass(
+        hidden_size, False, has_held, norm_weight_dtype, limits
+    )
+
+    @T.prim_func
+    def delayed_pre_bwd_kernel(
+        grad_parts: T.Tensor[(tokens, 2 * padded(MIXES)), T.bfloat16],
+        factors: T.Tensor[(tokens, factors_width(STREAMS)), T.float32],
+        x: T.Tensor[(tokens, size), T.bfloat16],
+        weight: T.Tensor[(MIXES, size), weight_dtype],
+        norm_weight: T.Tensor[norm_shape(size, norm_weight_dtype), norm_weight_dtype or T.float32],
+        grad_input: T.Tensor[(tokens, hidden_size), T.bfloat16],
+        held: T.Tensor[(tokens, size) if has_held else (1,), T.bfloat16],
+        grad_x: T.Tensor[(tokens, size), T.bfloat16],
+        sums: T.Tensor[(hidden_size // 64, tokens, num_sums(False)), T.float32],
+        partials: T.Tensor[(slices, MIXES, size), T.float32],
+        slice_tokens: T.int32,
+        tf32: T.int32,
+    ):
+        body(
+            grad_parts,
+            factors,
+            None,
+            x,
+            None,
+            None,
+            weight,
+            norm_weight,
+            grad_input,
+            held,
+            None,
+            grad_x,
+            sums,
+            partials,
+            slice_tokens,
+            tf32,
+        )
+
+    return delayed_pre_bwd_kernel
+
+
+@builder(SIMT)
+def delayed_sums(num_sums: int, blocks: int):
+    """Sum what the columns of a backward have left by token, in order.
+
+    The last four are the gradient of pre_mix; before them those of comb_mix and post_mix.
+    """
+    tokens = T.dynamic("num_tokens")
+    combs = max(num_sums - 2 * STREAMS, 1)
+
+    @T.prim_func
+    def delayed_sums_kernel(
+        sums: T.Tensor[(blocks, tokens, num_sums), T.float32],
+        grad_comb: T.Tensor[(tokens, combs), T.float32],
+        grad_post: T.Tensor[(tokens, STREAMS), T.float32],
+        grad_pre: T.Tensor[(tokens, STREAMS), T.float32],
+    ):
+        with T.Kernel(T.ceildiv(tokens * num_sums, THREADS), threads=THREADS) as block:
+            follow_previous()
+            index = block * THREADS + T.get_thread_binding()
+            t = index // num_sums
+            k = index % num_sums
+            total = T.alloc_local((1,), T.float32)
+            parts = T.alloc_local((AT_ONCE,), T.float32)
+            if t < tokens:
+                total[0] = 0.0
+                for turn in T.serial(T.ceildiv(blocks, AT_ONCE)):
+                    for i in T.unroll(AT_ONCE):
+                        if turn * AT_ONCE + i < blocks:
+                            parts[i] = sums[turn * AT_ONCE + i, t, k]
+                    for i in T.unroll(AT_ONCE):
+                        if turn * AT_ONCE + i < blocks:
+                            total[0] += parts[i]
+                if k >= num_sums - STREAMS:
+                    grad_pre[t, k - (num_sums - STREAMS)] = total[0]
+                else:
+                    if k < combs:
+                        grad_comb[t, k] = total[0]
+                    else:
+                        grad_post[t, k - combs] = total[0]
+
+    return delayed_sums_kernel

@@ -1,10 +1,12 @@
-"""What a boundary between two sub-layers has beside the kernels of post and of pre.
+"""The post of a sub-layer with the pre of the next, and the norm of that one's input.
 
 layer_input[t, h] = layer_input[t, h] * rsqrt(mean_h layer_input[t, h]**2 + eps) * norm_weight[h]
 """
 
 import tilelang.language as T
 
+from tile_mhc.kernels._arch import Architecture
+from tile_mhc.kernels._boundary import MIXES, STREAMS, backward_pass, forward_pass, num_sums
 from tile_mhc.kernels._common import (
     SIMT,
     block_sums,
@@ -14,6 +16,103 @@ from tile_mhc.kernels._common import (
     row_vector,
     sums_shape,
 )
+from tile_mhc.kernels._shapes import factors_width, padded
+from tile_mhc.kernels.projection import norm_shape
+
+
+@builder({})
+def post_pre_fwd(hidden_size: int, *, limits: Architecture):
+    """The streams after a post, with their products, squares and the layer input."""
+    body, tokens, splits, size = forward_pass(hidden_size, True, limits)
+
+    @T.prim_func
+    def post_pre_fwd_kernel(
+        layer_output: T.Tensor[(tokens, hidden_size), T.bfloat16],
+        x: T.Tensor[(tokens, size), T.bfloat16],
+        post_mix: T.Tensor[(tokens, STREAMS), T.float32],
+        comb_mix: T.Tensor[(tokens, STREAMS, STREAMS), T.float32],
+        pre_mix: T.Tensor[(tokens, STREAMS), T.float32],
+        parts: T.Tensor[(2 * MIXES, size), T.bfloat16],
+        out: T.Tensor[(tokens, size), T.bfloat16],
+        layer_input: T.Tensor[(tokens, hidden_size), T.bfloat16],
+        products: T.Tensor[(splits, tokens, MIXES), T.float32],
+        squares: T.Tensor[(splits, tokens), T.float32],
+        blocks: T.int32,
+    ):
+        body(
+            layer_output,
+            x,
+            post_mix,
+            comb_mix,
+            pre_mix,
+            parts,
+            out,
+            layer_input,
+            products,
+            squares,
+            blocks,
+        )
+
+    return post_pre_fwd_kernel
+
+
+@builder({})
+def post_pre_bwd(
+    hidden_size: int,
+    *,
+    held_dtype: str,
+    weight_dtype: str,
+    norm_weight_dtype: str,
+    limits: Architecture,
+):
+    """All gradients of a boundary in one pass over what its post has read.
+
+    Those of the weight by slices of tokens, those of the mixes by columns.
+    """
+    has_held = held_dtype != ""
+    body, tokens, slices, size = backward_pass(
+        hidden_size, True, has_held, norm_weight_dtype, limits
+    )
+
+    @T.prim_func
+    def post_pre_bwd_kernel(
+        grad_parts: T.Tensor[(tokens, 2 * padded(MIXES)), T.bfloat16],
+        factors: T.Tensor[(tokens, factors_width(STREAMS)), T.float32],
+        layer_output: T.Tensor[(tokens, hidden_size), T.bfloat16],
+        x: T.Tensor[(tokens, size), T.bfloat16],
+        post_mix: T.Tensor[(tokens, STREAMS), T.float32],
+        comb_mix: T.Tensor[(tokens, STREAMS * STREAMS), T.float32],
+        weight: T.Tensor[(MIXES, size), weight_dtype],
+        norm_weight: T.Tensor[norm_shape(size, norm_weight_dtype), norm_weight_dtype or T.float32],
+        grad_input: T.Tensor[(tokens, hidden_size), T.bfloat16],
+        held: T.Tensor[(tokens, size) if has_held else (1,), T.bfloat16],
+        grad_output: T.Tensor[(tokens, hidden_size), T.bfloat16],
+        grad_x: T.Tensor[(tokens, size), T.bfloat16],
+        sums: T.Tensor[(hidden_size // 64, tokens, num_sums(True)), T.float32],
+        partials: T.Tensor[(slices, MIXES, size), T.float32],
+        slice_tokens: T.int32,
+        tf32: T.int32,
+    ):
+        body(
+            grad_parts,
+            factors,
+            layer_output,
+            x,
+            post_mix,
+            comb_mix,
+            weight,
+            norm_weight,
+            grad_input,
+            held,
+            grad_output,
+            grad_x,
+            sums,
+            partials,
+            slice_tokens,
+            tf32,
+        )
+
+    return post_pre_bwd_kernel
 
 
 @builder(SIMT)

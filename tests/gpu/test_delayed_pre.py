@@ -5,7 +5,7 @@ import torch
 
 import oracle
 from cases import DELAYED_OUTPUTS, DELAYED_PRE, Case, streams, widths
-from tile_mhc import aggregate, fused_pre, projection, sinkhorn, split_mixes
+from tile_mhc import aggregate, fused_pre, projection, reference, sinkhorn, split_mixes
 
 
 def named(outputs):
@@ -49,7 +49,24 @@ def test_same_bits_as_the_ops(case, num_splits):
 
 @pytest.mark.parametrize("num_tokens", [13, 1000])
 def test_tf32(num_tokens):
-    check_bits(*DELAYED_PRE.inputs((num_tokens,), 4, 1280, "cuda"), None, tf32=True)
+    """With the bits of the ops where they are asked for, and of a rounded weight anyhow."""
+    tensors, options = DELAYED_PRE.inputs((num_tokens,), 4, 1280, "cuda")
+    check_bits(tensors, options, 1000, tf32=True)
+    del tensors["norm_weight"]
+    rounded = tensors | {"weight": reference.round_to_tf32(tensors["weight"])}
+    ours = named(fused_pre(**tensors, **options, tf32=True))
+    oracle.check_same_bits(ours, named(fused_pre(**rounded, **options)), "tf32 and rounded:")
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (63, 64), (65, 192), (700, 1280), (8500, 256)], ids=str)
+def test_layer_input_is_the_aggregate(shape):
+    """In one pass, too: what is no sum over K has the bits of its own op."""
+    tensors, options = DELAYED_PRE.inputs(shape[:1], 4, shape[1], "cuda")
+    layer_input, *others = fused_pre(**tensors, **options)
+    assert torch.equal(layer_input, aggregate(tensors["residual"], tensors["pre_mix"]))
+    expected = separate(tensors, options, None)[1:]
+    for a, b in zip(others, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_without_eps_of_sinkhorn():

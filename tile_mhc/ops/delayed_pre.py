@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tile_mhc import jit, reference, selection
-from tile_mhc.kernels._shapes import is_no_eps
+from tile_mhc.kernels._shapes import DELAYED_COLUMNS, is_no_eps
 from tile_mhc.ops import _flops
 from tile_mhc.ops import aggregate as aggregate_op
 from tile_mhc.ops import log_sinkhorn as log_sinkhorn_op
@@ -56,11 +56,16 @@ def launch(
 ) -> tuple[Tensor, ...]:
     outputs = empty(residual)
     if residual.numel():
-        products, squares = projection_op.split_products(
-            residual, weight, norm_weight, num_splits, tf32
-        )
-        # Right behind the projection, which has left the first tokens in L2.
-        aggregate_op.launch(residual, pre_mix, outputs[0])
+        if selection.is_one_pass(residual.dtype, *residual.shape[-2:], num_splits):
+            products, squares = _launch_pass(
+                residual, weight, pre_mix, norm_weight, tf32, outputs[0]
+            )
+        else:
+            products, squares = projection_op.split_products(
+                residual, weight, norm_weight, num_splits, tf32
+            )
+            # Right behind the projection, which has left the first tokens in L2.
+            aggregate_op.launch(residual, pre_mix, outputs[0])
         launch_mixes(
             products,
             squares,
@@ -78,6 +83,47 @@ def launch(
             outputs[1:],
         )
     return outputs
+
+
+def _launch_pass(
+    residual: Tensor,
+    weight: Tensor,
+    pre_mix: Tensor,
+    norm_weight: Tensor | None,
+    tf32: bool,
+    layer_input: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Write the layer input, and return the products and squares as `split_products` does."""
+    n, hidden_size = residual.shape[-2:]
+    parts, products, squares, block = prepare_pass(residual, weight, norm_weight, tf32)
+    jit.kernel("delayed_pre_fwd", hidden_size)(
+        residual.view(-1, weight.shape[1]),
+        pre_mix.contiguous().view(-1, n),
+        parts,
+        layer_input.view(-1, hidden_size),
+        products,
+        squares,
+        block,
+    )
+    return products, squares
+
+
+def prepare_pass(
+    residual: Tensor, weight: Tensor, norm_weight: Tensor | None, tf32: bool
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The weight in two parts, room for products and squares, and the steps of a split."""
+    num_mixes, size = weight.shape
+    num_tokens, hidden_size = residual.numel() // size, residual.shape[-1]
+    block = selection.delayed_blocks_per_split(num_tokens, hidden_size)
+    splits = -(-hidden_size // (block * DELAYED_COLUMNS))
+    parts = weight.new_empty(2 * num_mixes, size, dtype=torch.bfloat16)
+    products = weight.new_empty(splits, num_tokens, num_mixes, dtype=torch.float32)
+    squares = weight.new_empty(splits, num_tokens, dtype=torch.float32)
+    given = dtypes(weight=weight.dtype, norm_weight=dtype_of(norm_weight))
+    jit.kernel("weight_parts", num_mixes, size, *given)(
+        *projection_op.parameters(weight, norm_weight), parts, tf32
+    )
+    return parts, products, squares, block
 
 
 def launch_mixes(

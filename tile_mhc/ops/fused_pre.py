@@ -51,7 +51,8 @@ def fused_pre(
     mixes = projection(residual, weight);  pre_mix, post_mix, logits = split_mixes(mixes)
     layer_input = aggregate(residual, pre_mix);  comb_mix = sinkhorn(logits)
 
-    The outputs are the bits of the four ops one after another, with the same `num_splits`. The
+    The outputs are the bits of the four ops one after another, with the same `num_splits`; but for
+    a `pre_mix` with `num_splits` None, see `post_pre`. The
     gradient of the residual is rounded once for both its uses, where the four ops round it twice
     and autograd their sum.
 

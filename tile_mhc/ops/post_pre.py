@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import errors, jit, reference
+from tile_mhc import errors, jit, reference, selection
 from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.ops import _flops
 from tile_mhc.ops import delayed_pre as delayed_op
@@ -67,9 +67,11 @@ def post_pre(
     layer_input = layer_input * rsqrt(mean(layer_input**2) + layer_norm_eps) * layer_norm_weight
 
     The streams are rounded to their dtype once, and projected and collapsed as they were rounded;
-    so is the layer input before its norm. With the same `num_splits` the outputs are the bits of
-    the separate ops. The gradient of the streams is for all their uses, this op's and later ones',
-    and is rounded at most once on its way to those of residual and layer_output.
+    so is the layer input before its norm. With an explicit `num_splits` the outputs are the bits of
+    the separate ops; without, so are the streams and the layer input, while with a `pre_mix` the
+    mixes may differ in their last bits, as one pass over bfloat16 streams (n = 4, H a multiple of
+    64) sums them in another order. The gradient of the streams is for all their uses, this op's and
+    later ones', and is rounded at most once on its way to those of residual and layer_output.
 
     Gradients of parameters that carry `main_grad` go into that: see `tile_mhc.main_grad`.
 
@@ -180,16 +182,55 @@ def _cuda(
 ) -> tuple[Tensor, ...]:
     options = (norm_weight, norm_eps, pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat)
     streams = empty_like(residual)
-    post_op.launch(layer_output, residual, post_mix, comb_mix, layer_bias, streams)
     gates = (streams, weight, scale, bias)
-    if pre_mix is None:
-        layer_input, *mixes = fused_op.launch(*gates, *options, num_splits, tf32)
-        mixes.insert(0, _no_mix(residual))
+    one_pass = selection.is_one_pass(residual.dtype, *residual.shape[-2:], num_splits)
+    if one_pass and pre_mix is not None and layer_bias is None and residual.numel():
+        of_post = (layer_output, residual, post_mix, comb_mix)
+        layer_input, *mixes = delayed_op.empty(residual)
+        sums = _launch_pass(*of_post, pre_mix, weight, norm_weight, tf32, streams, layer_input)
+        delayed_op.launch_mixes(*sums, *gates, *options, tf32, mixes)
     else:
-        layer_input, *mixes = delayed_op.launch(*gates, pre_mix, *options, num_splits, tf32)
+        post_op.launch(layer_output, residual, post_mix, comb_mix, layer_bias, streams)
+        if pre_mix is None:
+            layer_input, *mixes = fused_op.launch(*gates, *options, num_splits, tf32)
+            mixes.insert(0, _no_mix(residual))
+        else:
+            layer_input, *mixes = delayed_op.launch(*gates, pre_mix, *options, num_splits, tf32)
     if layer_norm_weight is not None and residual.numel():
         _launch_norm(layer_input, layer_norm_weight, layer_norm_eps)
     return streams, layer_input, *mixes
+
+
+def _launch_pass(
+    layer_output: Tensor,
+    residual: Tensor,
+    post_mix: Tensor,
+    comb_mix: Tensor,
+    pre_mix: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    tf32: bool,
+    streams: Tensor,
+    layer_input: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Write streams and layer input, and return the products and squares of their splits."""
+    n, hidden_size = residual.shape[-2:]
+    size = n * hidden_size
+    parts, products, squares, block = delayed_op.prepare_pass(residual, weight, norm_weight, tf32)
+    jit.kernel("post_pre_fwd", hidden_size)(
+        layer_output.view(-1, hidden_size),
+        residual.view(-1, size),
+        post_mix.contiguous().view(-1, n),
+        comb_mix.contiguous().view(-1, n, n),
+        pre_mix.contiguous().view(-1, n),
+        parts,
+        streams.view(-1, size),
+        layer_input.view(-1, hidden_size),
+        products,
+        squares,
+        block,
+    )
+    return products, squares
 
 
 def _launch_norm(layer_input: Tensor, weight: Tensor, eps: float) -> None:
