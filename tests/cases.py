@@ -4,6 +4,7 @@ Shapes change one factor at a time. Every (n, H) pair is a compilation on the GP
 draw on the same few pairs.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -152,15 +153,56 @@ def pre_inputs(lead: Sequence[int], n: int, hidden_size: int, device: str) -> In
     return tensors | _gates(3, n * (n + 2), device), options
 
 
+def delayed_pre_inputs(lead: Sequence[int], n: int, hidden_size: int, device: str) -> Inputs:
+    tensors, options = pre_inputs(lead, n, hidden_size, device)
+    return tensors | {"pre_mix": torch.rand(*lead, n, device=device)}, options
+
+
+def post_pre_inputs(lead: Sequence[int], n: int, hidden_size: int, device: str) -> Inputs:
+    tensors, _ = post_inputs(lead, n, hidden_size, device)
+    pre, options = pre_inputs(lead, n, hidden_size, device)
+    del pre["residual"]
+    # A comb near doubly stochastic keeps the streams near 1.
+    comb_mix = normal(*lead, n, n, device=device).softmax(-1)
+    return tensors | {"comb_mix": comb_mix} | pre, options
+
+
+def post_pre_delayed_inputs(lead: Sequence[int], n: int, hidden_size: int, device: str) -> Inputs:
+    tensors, options = post_pre_inputs(lead, n, hidden_size, device)
+    return tensors | {"pre_mix": torch.rand(*lead, n, device=device)}, options
+
+
+def post_pre_reference(streams: Tensor | None = None, **inputs: Any) -> tuple[Tensor, ...]:
+    """The specification; what is projected and collapsed is `streams`, if given, which are rounded.
+
+    A rounding that went the other way near a midpoint is an error of the streams alone so.
+    """
+    if streams is None:
+        return reference.post_pre(**inputs)
+    names = ("layer_output", "residual", "post_mix", "comb_mix")
+    of_post = [inputs.pop(name) for name in names]
+    exact = reference.post(*of_post, bias=inputs.pop("layer_bias", None))
+    rounded = exact + (streams.to(exact.dtype) - exact).detach()
+    return exact, *reference.fused_pre(rounded, **inputs)
+
+
 @dataclass(frozen=True)
 class Op:
-    """A differentiable op beside its specification."""
+    """A differentiable op beside its specification.
+
+    Where the op `rounds` streams that it goes on with, its reference takes them as `streams`.
+    """
 
     name: str
     run: Callable[..., Any]
     reference: Callable[..., Any]
     inputs: Callable[[Sequence[int], int, int, str], Inputs]
     outputs: tuple[str, ...] = ("out",)
+    rounds: bool = False
+
+    def given(self, streams: Tensor | None) -> Callable[..., Any]:
+        """The reference, for the streams that the op went on with."""
+        return functools.partial(self.reference, streams=streams) if self.rounds else self.reference
 
     def __str__(self) -> str:
         return self.name
@@ -183,6 +225,26 @@ POST_BIAS = Op("post_bias", tile_mhc.post, reference.post, post_bias_inputs)
 HEAD_MIX = Op("head_mix", tile_mhc.head_mix, reference.head_mix, head_mix_inputs)
 CONTRACT = Op("contract", tile_mhc.contract, reference.contract, contract_inputs)
 FUSED_PRE = Op("fused_pre", tile_mhc.fused_pre, reference.fused_pre, pre_inputs, PRE_OUTPUTS)
+DELAYED_OUTPUTS = ("layer_input", "next_pre", "post_mix", "comb_mix")
+DELAYED_PRE = Op(
+    "delayed_pre", tile_mhc.fused_pre, reference.fused_pre, delayed_pre_inputs, DELAYED_OUTPUTS
+)
+POST_PRE = Op(
+    "post_pre",
+    tile_mhc.post_pre,
+    post_pre_reference,
+    post_pre_inputs,
+    ("streams", *PRE_OUTPUTS),
+    rounds=True,
+)
+POST_PRE_DELAYED = Op(
+    "post_pre_delayed",
+    tile_mhc.post_pre,
+    post_pre_reference,
+    post_pre_delayed_inputs,
+    ("streams", *DELAYED_OUTPUTS),
+    rounds=True,
+)
 OPS = (
     EXPAND,
     PROJECTION,
@@ -194,6 +256,9 @@ OPS = (
     HEAD_MIX,
     CONTRACT,
     FUSED_PRE,
+    DELAYED_PRE,
+    POST_PRE,
+    POST_PRE_DELAYED,
 )
 
 # Arguments without a token axis: their gradient is a sum over tokens.
@@ -261,6 +326,8 @@ DESTINATIONS = {
     "head_mix": (1, 2),
     "contract": (0, 1, 2, 3, 4),
     "fused_pre": (1, 2, 3, 4),
+    "delayed_pre": (1, 2, 3, 5),
+    "post_pre": (1, 4, 5, 6, 9),
 }
 
 
@@ -285,6 +352,17 @@ def operator_calls(
     pre, leaf_pre = tensors(FUSED_PRE), leaves(FUSED_PRE)
     pre, leaf_pre = ([*t[:2], *t[3:], t[2]] for t in (pre, leaf_pre))
     pre_outputs = torch.ops.tile_mhc.fused_pre(*pre, 1e-6, 1e-6, 1e-6, 2.0, 5, None, False)
+    names = ("residual", "weight", "scale", "bias", "pre_mix", "norm_weight")
+    delayed = [DELAYED_PRE.inputs(lead, n, hidden_size, device)[0][name] for name in names]
+    leaf_delayed = [tensor.clone().requires_grad_() for tensor in delayed]
+    steps = (1e-6, 1e-6, 1e-6, 2.0, 5)
+    delayed_outputs = torch.ops.tile_mhc.delayed_pre(*delayed, *steps, None, False)
+    boundary = POST_PRE_DELAYED.inputs(lead, n, hidden_size, device)[0]
+    boundary["layer_bias"] = normal(hidden_size, device=device)
+    names = ("layer_output", "residual", "post_mix", "comb_mix", *names[1:5], "layer_bias")
+    ends = [boundary[name] for name in (*names, "norm_weight")]
+    leaf_ends = [tensor.clone().requires_grad_() for tensor in ends]
+    ends_outputs = torch.ops.tile_mhc.post_pre(*ends, None, *steps, 1e-6, None, False)
     norm = norm_weight(n * hidden_size, device)
     head, leaf_head = [*tensors(CONTRACT), norm], [*leaves(CONTRACT), norm.clone()]
     head_outputs = torch.ops.tile_mhc.contract(*head, 1e-6, 1e-6, None, False)
@@ -323,6 +401,26 @@ def operator_calls(
             5,
             True,
             wide,
+        ),
+        "delayed_pre": (*leaf_delayed, *steps, None, False),
+        "delayed_pre_backward": (
+            *delayed_outputs[:4],
+            *delayed,
+            *delayed_outputs[4:],
+            *steps[1:],
+            True,
+            True,
+            wide,
+        ),
+        "post_pre": (*leaf_ends, None, *steps, 1e-6, None, False),
+        "post_pre_backward": (
+            *ends_outputs[:5],
+            *ends,
+            ends_outputs[0],
+            *ends_outputs[5:],
+            *steps[1:],
+            True,
+            True,
         ),
         "recompute": (
             initial,

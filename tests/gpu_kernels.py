@@ -10,6 +10,8 @@ from tile_mhc.errors import dtype_name
 # Which ops a test file runs with default dtypes; those not named run the op of their name, or all.
 OPS_OF = {
     "fused_pre": ("fused_pre", "projection", "split_mixes", "sinkhorn", "aggregate"),
+    "delayed_pre": ("fused_pre", "projection", "split_mixes", "sinkhorn", "aggregate"),
+    "post_pre": ("post_pre", "fused_pre", "post"),
     "mixes": ("split_mixes",),
     "contract": ("contract", "projection", "aggregate"),
     "contract_cluster": (),

@@ -95,12 +95,20 @@ def gate_terms() -> Iterator[GateTerms]:
 
 
 def terms_of(
-    op: Op, tensors: Named, options: Mapping[str, Any], upstream: Sequence[Tensor]
+    op: Op,
+    tensors: Named,
+    options: Mapping[str, Any],
+    upstream: Sequence[Tensor],
+    streams: Tensor | None = None,
 ) -> tuple[Named, Named]:
-    """float64's outputs and gradients of an op, and the terms of its gates' gradients."""
+    """float64's outputs and gradients of an op, and the terms of its gates' gradients.
+
+    Of one that goes on with rounded streams, from those that it had.
+    """
     wide = {name: tensor.double() for name, tensor in tensors.items()}
+    function = op.given(streams)
     with gate_terms() as terms:
-        truth = evaluate(op.reference, wide, options, [g.double() for g in upstream], op.outputs)
+        truth = evaluate(function, wide, options, [g.double() for g in upstream], op.outputs)
     return truth, terms.named()
 
 
@@ -110,8 +118,9 @@ def check(
     """Check every output and gradient of `op`; return ours."""
     upstream = upstream_of(op, tensors, options, upstream_size)
     ours = evaluate(op.run, tensors, options, upstream, op.outputs)
-    torch_result = evaluate(op.reference, tensors, options, upstream, op.outputs)
-    truth, terms = terms_of(op, tensors, options, upstream)
+    streams = ours.get("streams")
+    torch_result = evaluate(op.given(streams), tensors, options, upstream, op.outputs)
+    truth, terms = terms_of(op, tensors, options, upstream, streams)
     bars = tolerances.norm_bars(case.num_tokens, case.num_streams, case.hidden_size)
     for name in ours:
         arguments = ours[name], torch_result[name], truth[name], bars, terms.get(name)

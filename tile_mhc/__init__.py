@@ -17,6 +17,7 @@ from tile_mhc.ops.fused_pre import fused_pre
 from tile_mhc.ops.head_mix import head_mix
 from tile_mhc.ops.mixes import split_mixes
 from tile_mhc.ops.post import post
+from tile_mhc.ops.post_pre import post_pre
 from tile_mhc.ops.projection import projection
 from tile_mhc.ops.recompute import recompute
 from tile_mhc.ops.sinkhorn import sinkhorn
@@ -33,6 +34,7 @@ __all__ = [
     "fused_pre",
     "head_mix",
     "post",
+    "post_pre",
     "projection",
     "recompute",
     "sinkhorn",

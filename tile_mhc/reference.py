@@ -440,12 +440,41 @@ def fused_pre_with_mixes(
     return aggregate(residual, pre_mix), post_mix, comb_mix, mixes, inv_rms
 
 
+def delayed_pre_with_mixes(
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    pre_mix: Tensor,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    pre_eps: float,
+    sinkhorn_eps: float,
+    post_mult: float,
+    sinkhorn_repeat: int,
+    tf32: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(layer_input, next pre_mix, post_mix, comb_mix, mixes, inv_rms)
+
+    DeepSeek-V4.1: the collapse takes the `pre_mix` it is given, which the sub-layer before made;
+    what is made here is for the sub-layer after.
+    """
+    mixes, inv_rms = projection_with_rms(residual, weight, norm_weight, norm_eps, tf32)
+    n = residual.shape[-2]
+    next_pre, post_mix, comb = split_mixes(
+        mixes, scale, bias, num_streams=n, post_mult=post_mult, pre_eps=pre_eps
+    )
+    comb_mix = sinkhorn(comb, repeat=sinkhorn_repeat, eps=sinkhorn_eps)
+    return aggregate(residual, pre_mix), next_pre, post_mix, comb_mix, mixes, inv_rms
+
+
 def fused_pre(
     residual: Tensor,
     weight: Tensor,
     scale: Tensor,
     bias: Tensor,
     *,
+    pre_mix: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
     pre_eps: float = 1e-6,
@@ -453,21 +482,15 @@ def fused_pre(
     post_mult: float = 1.0,
     sinkhorn_repeat: int = 10,
     tf32: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(layer_input, post_mix, comb_mix): projection, split_mixes, sinkhorn and aggregate."""
-    return fused_pre_with_mixes(
-        residual,
-        weight,
-        scale,
-        bias,
-        norm_weight,
-        norm_eps,
-        pre_eps,
-        sinkhorn_eps,
-        post_mult,
-        sinkhorn_repeat,
-        tf32,
-    )[:3]
+) -> tuple[Tensor, ...]:
+    """(layer_input, post_mix, comb_mix): projection, split_mixes, sinkhorn and aggregate.
+
+    With a `pre_mix` (layer_input, next pre_mix, post_mix, comb_mix), the layer input by that.
+    """
+    options = (norm_weight, norm_eps, pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat, tf32)
+    if pre_mix is None:
+        return fused_pre_with_mixes(residual, weight, scale, bias, *options)[:3]
+    return delayed_pre_with_mixes(residual, weight, scale, bias, pre_mix, *options)[:4]
 
 
 def fused_pre_backward(
@@ -509,6 +532,194 @@ def fused_pre_backward(
         grad_mixes, residual, weight, norm_weight, mixes, inv_rms, tf32, added=added
     )
     return grad_residual, grad_weight, grad_scale, grad_bias, grad_norm_weight
+
+
+def delayed_pre_backward(
+    grad_input: Tensor,
+    grad_next: Tensor,
+    grad_post: Tensor,
+    grad_comb: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    pre_mix: Tensor,
+    norm_weight: Tensor | None,
+    mixes: Tensor,
+    inv_rms: Tensor,
+    pre_eps: float,
+    sinkhorn_eps: float,
+    post_mult: float,
+    sinkhorn_repeat: int,
+    tf32: bool = False,
+    accumulated: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of residual, weight, scale, bias, pre_mix and norm_weight.
+
+    That of the residual is for both its uses, on top of `accumulated`, and rounded once.
+    """
+    n = residual.shape[-2]
+    _, _, logits = split_mixes(
+        mixes, scale, bias, num_streams=n, post_mult=post_mult, pre_eps=pre_eps
+    )
+    wide = grad_input.to(mixes.dtype).unsqueeze(-2)
+    grad_pre_mix = (wide * residual.to(mixes.dtype)).sum(-1).view_as(pre_mix)
+    grad_logits = sinkhorn_backward(grad_comb, logits, repeat=sinkhorn_repeat, eps=sinkhorn_eps)
+    grad_mixes, grad_scale, grad_bias = split_mixes_backward(
+        grad_next, grad_post, grad_logits, mixes, scale, bias, n, post_mult
+    )
+    added = pre_mix.to(mixes.dtype).reshape(*residual.shape[:-1], 1) * wide
+    if accumulated is not None:
+        added = added + accumulated.to(added.dtype)
+    grad_residual, grad_weight, grad_norm_weight = projection_backward(
+        grad_mixes, residual, weight, norm_weight, mixes, inv_rms, tf32, added=added
+    )
+    return grad_residual, grad_weight, grad_scale, grad_bias, grad_pre_mix, grad_norm_weight
+
+
+def input_norm(layer_input: Tensor, weight: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """layer_input * rsqrt(mean(layer_input**2) + eps) * weight, of what was rounded already"""
+    dtype = _accumulate_dtype(layer_input, weight)
+    wide = layer_input.to(dtype)
+    factor = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (wide * factor * weight.to(dtype)).to(layer_input.dtype)
+
+
+def post_pre_with_mixes(
+    layer_output: Tensor,
+    residual: Tensor,
+    post_mix: Tensor,
+    comb_mix: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    pre_mix: Tensor | None,
+    layer_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    layer_norm_weight: Tensor | None,
+    norm_eps: float,
+    pre_eps: float,
+    sinkhorn_eps: float,
+    post_mult: float,
+    sinkhorn_repeat: int,
+    layer_norm_eps: float,
+    tf32: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    """(streams, layer_input, next pre_mix, post_mix, comb_mix, mixes, inv_rms)
+
+    The next pre_mix is None without a `pre_mix`. The streams are rounded, and read as rounded.
+    """
+    streams = post(layer_output, residual, post_mix, comb_mix, bias=layer_bias)
+    gates = (streams, weight, scale, bias)
+    options = (norm_weight, norm_eps, pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat, tf32)
+    next_pre = None
+    if pre_mix is None:
+        layer_input, *mixed = fused_pre_with_mixes(*gates, *options)
+    else:
+        layer_input, next_pre, *mixed = delayed_pre_with_mixes(*gates, pre_mix, *options)
+    if layer_norm_weight is not None:
+        layer_input = input_norm(layer_input, layer_norm_weight, eps=layer_norm_eps)
+    next_post, next_comb, mixes, inv_rms = mixed
+    return streams, layer_input, next_pre, next_post, next_comb, mixes, inv_rms
+
+
+def post_pre(
+    layer_output: Tensor,
+    residual: Tensor,
+    post_mix: Tensor,
+    comb_mix: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    pre_mix: Tensor | None = None,
+    layer_bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    pre_eps: float = 1e-6,
+    sinkhorn_eps: float = 1e-6,
+    post_mult: float = 1.0,
+    sinkhorn_repeat: int = 10,
+    layer_norm_weight: Tensor | None = None,
+    layer_norm_eps: float = 1e-6,
+    tf32: bool = False,
+) -> tuple[Tensor, ...]:
+    """post, then fused_pre of the streams that it wrote.
+
+    (streams, layer_input, post_mix, comb_mix), and with a `pre_mix`
+    (streams, layer_input, next pre_mix, post_mix, comb_mix).
+    """
+    streams, layer_input, next_pre, *mixed = post_pre_with_mixes(
+        layer_output,
+        residual,
+        post_mix,
+        comb_mix,
+        weight,
+        scale,
+        bias,
+        pre_mix,
+        layer_bias,
+        norm_weight,
+        layer_norm_weight,
+        norm_eps,
+        pre_eps,
+        sinkhorn_eps,
+        post_mult,
+        sinkhorn_repeat,
+        layer_norm_eps,
+        tf32,
+    )
+    given = () if next_pre is None else (next_pre,)
+    return streams, layer_input, *given, *mixed[:2]
+
+
+def post_pre_backward(
+    grad_streams: Tensor | None,
+    grad_input: Tensor,
+    grad_next: Tensor,
+    grad_post: Tensor,
+    grad_comb: Tensor,
+    layer_output: Tensor,
+    residual: Tensor,
+    post_mix: Tensor,
+    comb_mix: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    pre_mix: Tensor | None,
+    layer_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    streams: Tensor,
+    mixes: Tensor,
+    inv_rms: Tensor,
+    pre_eps: float,
+    sinkhorn_eps: float,
+    post_mult: float,
+    sinkhorn_repeat: int,
+    tf32: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of layer_output, residual, post_mix, comb_mix, weight, scale, bias, pre_mix,
+    layer_bias and norm_weight.
+
+    `grad_streams` is what the streams' other readers give; `grad_next`, of the next pre_mix, is
+    read with a `pre_mix` alone. The gradient of the streams is not rounded between the two halves.
+    """
+    gates = (streams.to(mixes.dtype), weight, scale, bias)
+    options = (pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat, tf32, grad_streams)
+    saved = (norm_weight, mixes, inv_rms)
+    grad_pre_mix = None
+    if pre_mix is None:
+        grad, *parameters, grad_norm_weight = fused_pre_backward(
+            grad_input, grad_post, grad_comb, *gates, *saved, *options
+        )
+    else:
+        grad, *parameters, grad_pre_mix, grad_norm_weight = delayed_pre_backward(
+            grad_input, grad_next, grad_post, grad_comb, *gates, pre_mix, *saved, *options
+        )
+    *grads, grad_layer_bias = post_backward(
+        grad, layer_output, residual, post_mix, comb_mix, layer_bias
+    )
+    return *grads, *parameters, grad_pre_mix, grad_layer_bias, grad_norm_weight
 
 
 def recompute(

@@ -16,6 +16,8 @@ from tile_mhc.kernels._shapes import (
     BLOCK_K,
     BLOCK_TOKENS,
     CLUSTER_TOKENS,
+    DELAYED_COLUMNS,
+    DELAYED_TOKENS,
     FAST_HIDDEN,
     HISTORY_STEP,
     SUM_LANES,
@@ -36,6 +38,8 @@ KEPT_BYTES = LIMITS.kept_bytes
 LAST_READ_BYTES = LIMITS.last_read_bytes
 # What the start of the backward's pipeline costs a CTA, in tiles.
 START_TILES = 3
+# delayed_pre, post_pre: the same, in steps.
+DELAYED_START = 2
 # Blocks of a split in the batch-invariant mode: more of them leave a GPU with few tokens idle,
 # fewer make more partial sums where there are many.
 INVARIANT_BLOCKS = 16
@@ -51,6 +55,15 @@ def reads_last(nbytes: int) -> bool:
 def is_fast(dtype: torch.dtype, hidden_size: int) -> bool:
     """Whether the kernels of `projection` take these streams; else those of `projection_any`."""
     return dtype == torch.bfloat16 and hidden_size % FAST_HIDDEN == 0
+
+
+def is_one_pass(dtype: torch.dtype, n: int, hidden_size: int, num_splits: int | None) -> bool:
+    """Whether a pre with a given pre_mix takes one pass over these streams.
+
+    Not with an explicit `num_splits`, which asks for the bits of `projection`: a pass sums by
+    columns of all streams at once, and splits those.
+    """
+    return n == 4 and is_fast(dtype, hidden_size) and num_splits is None
 
 
 def has_many_splits(splits: int) -> bool:
@@ -112,6 +125,26 @@ def divide_blocks(
     if num_splits is not None:
         wanted = min(wanted, num_splits)
     return max(least, -(-blocks // wanted))
+
+
+def delayed_blocks_per_split(num_tokens: int, hidden_size: int) -> int:
+    """delayed_pre, post_pre: how many steps of H one CTA takes; there is one CTA on an SM.
+
+    Where the tiles of tokens leave SMs idle, as many splits as fill them, and else those that take
+    the least time, counted in steps: whole waves of CTAs, each with the start of its pipeline.
+    """
+    steps, tiles = hidden_size // DELAYED_COLUMNS, -(-num_tokens // DELAYED_TOKENS)
+    if config.get_batch_invariant():
+        return min(steps, INVARIANT_BLOCKS)
+    sms = config.get_num_sms()
+    splits = max(1, sms // tiles)
+    if splits < 4:
+
+        def time(splits: int) -> int:
+            return -(-tiles * splits // sms) * (DELAYED_START + -(-steps // splits))
+
+        splits = min(range(1, min(steps, 8) + 1), key=time)
+    return -(-steps // splits)
 
 
 def any_blocks_per_split(num_tokens: int, size: int, num_splits: int | None) -> int:

@@ -156,6 +156,30 @@ def _post_biases(s: Sizes) -> list[Arguments]:
     return [_kernel(s.hidden, layer_bias=bias) for bias in s.parameters]
 
 
+def _input_norms(s: Sizes) -> list[Arguments]:
+    return [_kernel(s.hidden, streams=s.dtype, norm_weight=norm) for norm in s.parameters]
+
+
+def _one_pass(arguments: Callable[[Sizes], list[Arguments]]) -> Callable[[Sizes], list[Arguments]]:
+    """For what a given pre_mix has in one pass over the streams."""
+
+    def of(s: Sizes) -> list[Arguments]:
+        takes = selection.is_one_pass(getattr(torch, s.dtype), s.n, s.hidden, None)
+        return arguments(s) if takes else []
+
+    return of
+
+
+@_one_pass
+def _weight_parts(s: Sizes) -> list[Arguments]:
+    return [_kernel(s.mixes, s.n * s.hidden, **weights) for weights in _weights(s)]
+
+
+@_one_pass
+def _passes(s: Sizes) -> list[Arguments]:
+    return [(s.hidden,)]
+
+
 def _weights(s: Sizes) -> list[dict[str, str]]:
     """The dtypes of the weight, without and with a norm weight."""
     choices = itertools.product(s.parameters, ("", *s.parameters))
@@ -272,7 +296,7 @@ def _projection_weight_backwards(s: Sizes) -> list[Arguments]:
     ]
 
 
-_PROJECTION = ("projection", "contract", "fused_pre")
+_PROJECTION = ("projection", "contract", "fused_pre", "post_pre")
 
 
 def _of_te(arguments: Callable[[Sizes], list[Arguments]]) -> Callable[[Sizes], list[Arguments]]:
@@ -333,6 +357,7 @@ _NORM = ("num_mixes", "size", "many_splits")
 _PRE = ("n", "hidden_size", "many_splits")
 
 _TE = ("transformer_engine",)
+_PRE_OPS = ("fused_pre", "post_pre")
 
 SPECS = (
     Spec("expand_fwd", "expand", ("expand",), _STREAMS, _streams),
@@ -372,31 +397,31 @@ SPECS = (
         _any(_projection_backwards),
         early=("weight", "norm_weight"),
     ),
-    Spec("split_mixes_fwd", "mixes", ("split_mixes", "fused_pre"), _N, _n_gates),
-    Spec("split_mixes_bwd", "mixes", ("split_mixes", "fused_pre"), _N, _n_gates),
+    Spec("split_mixes_fwd", "mixes", ("split_mixes", "fused_pre", "post_pre"), _N, _n_gates),
+    Spec("split_mixes_bwd", "mixes", ("split_mixes", "fused_pre", "post_pre"), _N, _n_gates),
     Spec(
         "column_sums",
         "mixes",
-        ("split_mixes", "contract", "head_mix", "fused_pre", *_TE),
+        ("split_mixes", "contract", "head_mix", "fused_pre", "post_pre", *_TE),
         ("biases", "scales", "directed"),
         _column_sums,
     ),
     Spec("sinkhorn_fwd", "sinkhorn", ("sinkhorn",), _N, _n),
-    Spec("sinkhorn_bwd", "sinkhorn", ("sinkhorn", "fused_pre"), _STEPS, _steps),
-    Spec("aggregate_fwd", "aggregate", ("aggregate",), _STREAMS, _streams),
-    Spec("aggregate_last_fwd", "aggregate", ("aggregate",), _STREAMS, _streams),
+    Spec("sinkhorn_bwd", "sinkhorn", ("sinkhorn", "fused_pre", "post_pre"), _STEPS, _steps),
+    Spec("aggregate_fwd", "aggregate", ("aggregate", *_PRE_OPS), _STREAMS, _streams),
+    Spec("aggregate_last_fwd", "aggregate", ("aggregate", *_PRE_OPS), _STREAMS, _streams),
     Spec("aggregate_bwd", "aggregate", ("aggregate",), _STREAMS, _aggregate_backwards),
     Spec(
         "aggregate_mix_bwd",
         "aggregate",
-        ("fused_pre", "contract"),
+        ("fused_pre", "contract", "post_pre"),
         _STREAMS,
         _streams,
         early=("grad", "residual"),
     ),
-    Spec("post_fwd", "post", ("post",), _STREAMS, _posts),
-    Spec("post_bwd", "post", ("post",), _STREAMS, _post_backwards),
-    Spec("post_bias_bwd", "post", ("post", *_TE), ("hidden_size",), _post_biases),
+    Spec("post_fwd", "post", ("post", "post_pre"), _STREAMS, _posts),
+    Spec("post_bwd", "post", ("post", "post_pre"), _STREAMS, _post_backwards),
+    Spec("post_bias_bwd", "post", ("post", "post_pre", *_TE), ("hidden_size",), _post_biases),
     Spec("head_mix_fwd", "head_mix", ("head_mix", "contract"), _N, _n_gates),
     Spec("head_mix_bwd", "head_mix", ("head_mix", "contract"), _N, _n_gates),
     Spec("contract_fwd", "contract", ("contract",), _PRE, _pres),
@@ -414,7 +439,12 @@ SPECS = (
         _STREAMS,
         _clusters(backward=True),
     ),
-    Spec("fused_pre", "fused_pre", ("fused_pre",), _PRE, _pres),
+    Spec("fused_pre", "fused_pre", _PRE_OPS, _PRE, _pres),
+    Spec("delayed_mixes", "delayed_pre", _PRE_OPS, _PRE, _pres),
+    Spec("weight_parts", "delayed_pre", _PRE_OPS, _MATMUL, _weight_parts),
+    Spec("delayed_pre_fwd", "delayed_pre", _PRE_OPS, ("hidden_size",), _passes),
+    Spec("post_pre_fwd", "post_pre", ("post_pre",), ("hidden_size",), _passes),
+    Spec("input_norm", "post_pre", ("post_pre",), ("hidden_size",), _input_norms),
     Spec("interleaved_aggregate_fwd", "interleaved_aggregate", _TE, _CHANNELS, _interleaved),
     Spec(
         "interleaved_aggregate_bwd", "interleaved_aggregate", _TE, _CHANNELS, _interleaved_backwards
@@ -425,8 +455,8 @@ SPECS = (
     Spec("padded_projection_pack", "padded_projection", _TE, _MATMUL, _padded_projections),
     Spec("padded_mixes_fwd", "padded_mixes", _TE, _N, _padded_mixes),
     Spec("padded_mixes_bwd", "padded_mixes", _TE, _N, _padded_mixes),
-    Spec("log_sinkhorn_fwd", "log_sinkhorn", ("sinkhorn", "fused_pre", *_TE), _N, _n),
-    Spec("log_sinkhorn_bwd", "log_sinkhorn", ("sinkhorn", "fused_pre", *_TE), _STEPS, _steps),
+    Spec("log_sinkhorn_fwd", "log_sinkhorn", ("sinkhorn", *_PRE_OPS, *_TE), _N, _n),
+    Spec("log_sinkhorn_bwd", "log_sinkhorn", ("sinkhorn", *_PRE_OPS, *_TE), _STEPS, _steps),
     Spec("recompute", "recompute", ("recompute",), _STREAMS, _streams),
     Spec("recompute_table", "recompute", ("recompute",), ("slots",), lambda _: [(TABLE_SLOTS,)]),
 )

@@ -21,6 +21,12 @@ ANY_TOKENS = BACKWARD_TOKENS
 ANY_K = 64
 ANY_COLUMNS = 32
 
+# delayed_pre, post_pre: the tile of tokens, and the columns of each stream, that one CTA takes.
+DELAYED_TOKENS = 64
+DELAYED_COLUMNS = PIECE
+# Their backward: tokens of a tile; two such fit the shared memory beside the weight.
+DELAYED_BACKWARD_TOKENS = 32
+
 # mixes, contract: tokens summed by one CTA into one row of partial sums.
 TOKENS_PER_PARTIAL = 128
 

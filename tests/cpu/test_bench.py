@@ -39,6 +39,17 @@ READS = {
     "fused_pre.bwd": "residual weight scale bias mixes inv_rms grad_hidden grad_post grad_comb",
     "fused_pre.bwd_add": "residual weight scale bias mixes inv_rms grad_hidden grad_post grad_comb "
     "grad_residual",
+    "delayed_pre.fwd": "residual weight scale bias pre_mix",
+    "delayed_pre.bwd": "residual weight scale bias pre_mix mixes inv_rms grad_hidden grad_pre "
+    "grad_post grad_comb",
+    "delayed_pre.bwd_add": "residual weight scale bias pre_mix mixes inv_rms grad_hidden grad_pre "
+    "grad_post grad_comb grad_residual",
+    "post_pre.fwd": "hidden residual post_mix comb_mix weight scale bias",
+    "post_pre.bwd": "hidden residual post_mix comb_mix weight scale bias mixes inv_rms "
+    "grad_residual grad_hidden grad_post grad_comb",
+    "post_pre_delayed.fwd": "hidden residual post_mix comb_mix weight scale bias pre_mix",
+    "post_pre_delayed.bwd": "hidden residual post_mix comb_mix weight scale bias pre_mix mixes "
+    "inv_rms grad_residual grad_hidden grad_pre grad_post grad_comb",
     "recompute.fwd": "residual pre_mixes post_mixes comb_mixes layer_outputs",
 }
 # Forward and backward are passes of their own: read and written by each, and the weight by both.
@@ -108,6 +119,9 @@ def test_every_op_has_a_floor_of_its_own():
         ("post.bwd", lambda H: 28 * H + 160, lambda H: 0),
         ("contract.fwd", lambda H: 10 * H, lambda H: 64 * H + 20),
         ("fused_pre.fwd", lambda H: 10 * H + 80, lambda H: 384 * H + 108),
+        ("post_pre.fwd", lambda H: 20 * H + 160, lambda H: 384 * H + 108),
+        ("post_pre.bwd", lambda H: 30 * H + 340, lambda H: 768 * H + 216),
+        ("post_pre_delayed.fwd", lambda H: 20 * H + 192, lambda H: 384 * H + 108),
         ("recompute.fwd", lambda H: 8 * H + 10 * (2 * H + 16) + 10 * (10 * H + 80), lambda H: 0),
         ("sub_layer.fwd+bwd", lambda H: 82 * H, lambda H: 1152 * H),
     ],

@@ -11,7 +11,18 @@ from torch.autograd import gradcheck
 import far_apart
 import oracle
 import saturation
-from cases import CONTRACT, DTYPES, FUSED_PRE, OPS, POST, POST_BIAS, PROJECTION, SPLIT_MIXES
+from cases import (
+    CONTRACT,
+    DTYPES,
+    FUSED_PRE,
+    OPS,
+    POST,
+    POST_BIAS,
+    POST_PRE,
+    POST_PRE_DELAYED,
+    PROJECTION,
+    SPLIT_MIXES,
+)
 from tile_mhc import reference
 
 F64 = torch.float64
@@ -52,6 +63,31 @@ def fused_pre_backward(grads, tensors, options, tf32=False):
     return [by_name[name] for name in tensors]
 
 
+def delayed_pre_backward(grads, tensors, options):
+    names = ("residual", "weight", "scale", "bias", "pre_mix", "norm_weight")
+    inputs = [tensors[name] for name in names]
+    steps = (options["post_mult"], options["sinkhorn_repeat"])
+    saved = reference.delayed_pre_with_mixes(*inputs, 1e-6, 1e-6, 1e-6, *steps)[4:]
+    results = reference.delayed_pre_backward(*grads, *inputs, *saved, 1e-6, 1e-6, *steps)
+    by_name = dict(zip(names, results, strict=True))
+    return [by_name[name] for name in tensors]
+
+
+def post_pre_backward(grads, tensors, options):
+    names = ("layer_output", "residual", "post_mix", "comb_mix", "weight", "scale", "bias")
+    names = (*names, "pre_mix", "layer_bias", "norm_weight")
+    inputs = [tensors.get(name) for name in names]
+    steps = (options["post_mult"], options["sinkhorn_repeat"])
+    eps = (1e-6, 1e-6, 1e-6)
+    outputs = reference.post_pre_with_mixes(*inputs, None, *eps, *steps, 1e-6)
+    if len(grads) == 4:
+        grads = (*grads[:2], None, *grads[2:])
+    saved = (outputs[0], *outputs[5:])
+    results = reference.post_pre_backward(*grads, *inputs, *saved, *eps[1:], *steps)
+    by_name = dict(zip(names, results, strict=True))
+    return [by_name[name] for name in tensors]
+
+
 def backward_of(op, tensors, options):
     """(closed-form gradients, autograd's) for the same random upstream gradients."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
@@ -70,6 +106,10 @@ def backward_of(op, tensors, options):
         ours = (reference.sinkhorn_backward(*grads, *tensors.values(), **options, eps=1e-6),)
     elif op.name == "fused_pre":
         ours = fused_pre_backward(grads, tensors, options)
+    elif op.name == "delayed_pre":
+        ours = delayed_pre_backward(grads, tensors, options)
+    elif op.rounds:
+        ours = post_pre_backward(grads, tensors, options)
     elif op.name == "expand":
         ours = (reference.expand_backward(*grads),)
     elif op in (POST, POST_BIAS):
@@ -102,7 +142,8 @@ def test_backward_rounds_once_to_the_dtype_of_its_input(op, dtypes):
     outputs = op.reference(**tensors, **options)
     outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
     grads = [torch.randn_like(out).double() for out in outputs]
-    expected, terms = oracle.terms_of(op, wide_tensors, options, grads)
+    streams = outputs[0] if op.rounds else None
+    expected, terms = oracle.terms_of(op, wide_tensors, options, grads, streams)
     for (name, tensor), mine in zip(tensors.items(), ours, strict=True):
         assert mine.dtype == tensor.dtype
         exact = expected[f"grad_{name}"]
@@ -598,3 +639,106 @@ def test_sinkhorn_of_an_eps_that_counts_as_none(eps):
     assert torch.equal(reference.sinkhorn(logits, **options), reference.sinkhorn(logits, **zero))
     ours = reference.sinkhorn_backward(grad, logits, **options)
     assert torch.equal(ours, reference.sinkhorn_backward(grad, logits, **zero))
+
+
+def delayed_by_hand(streams, gates, before, steps):
+    """One token of DeepSeek-V4.1, number by number: the collapse, and three gates for later."""
+    (weight, scale, bias), (n, hidden_size) = gates, streams.shape
+    flat = [float(x) for x in streams.flatten()]
+    rms = math.sqrt(sum(x * x for x in flat) / len(flat) + 1e-20)
+    z = [sum(float(w) * x for w, x in zip(row, flat, strict=True)) / rms for row in weight]
+    group = [0] * n + [1] * n + [2] * n * n
+    z = [value * float(scale[g]) + float(b) for value, g, b in zip(z, group, bias, strict=True)]
+    gate = [1 / (1 + math.exp(-value)) for value in z[: 2 * n]]
+    rows = [z[2 * n + i * n : 2 * n + (i + 1) * n] for i in range(n)]
+    comb = [[math.exp(v) / sum(map(math.exp, row)) + 1e-6 for v in row] for row in rows]
+    for step in range(steps):
+        if step:
+            comb = [[v / (sum(row) + 1e-6) for v in row] for row in comb]
+        sums = [sum(row[j] for row in comb) + 1e-6 for j in range(n)]
+        comb = [[v / s for v, s in zip(row, sums, strict=True)] for row in comb]
+    layer_input = [
+        sum(float(before[i] * streams[i, h]) for i in range(n)) for h in range(hidden_size)
+    ]
+    return layer_input, [g + 1e-6 for g in gate[:n]], [2 * g for g in gate[n:]], comb
+
+
+def test_delayed_collapse_number_by_number():
+    """Entry, a boundary and the exit of DeepSeek-V4.1."""
+    n, hidden_size, steps = 4, 6, 3
+    options = {"norm_eps": 1e-20, "post_mult": 2.0, "sinkhorn_repeat": steps}
+    streams = torch.randn(1, n, hidden_size, dtype=F64)
+    gates = [
+        (torch.randn(24, n * hidden_size).double(), torch.randn(3).double(), torch.randn(24))
+        for _ in range(2)
+    ]
+    entry = torch.eye(n, dtype=F64)[:1]
+    found = reference.fused_pre(streams, *gates[0], pre_mix=entry, **options)
+    expected = delayed_by_hand(streams[0], gates[0], entry[0], steps)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a[0], torch.tensor(b, dtype=F64))
+    assert torch.equal(found[0], streams[:, 0])
+    layer_output = torch.tanh(found[0])
+    after, *found = reference.post_pre(
+        layer_output, streams, *found[2:], *gates[1], pre_mix=found[1], **options
+    )
+    _, pre_mix, post_mix, comb_mix = expected
+    wanted = [
+        [
+            post_mix[j] * float(layer_output[0, h])
+            + sum(comb_mix[i][j] * float(streams[0, i, h]) for i in range(n))
+            for h in range(hidden_size)
+        ]
+        for j in range(n)
+    ]
+    torch.testing.assert_close(after[0], torch.tensor(wanted, dtype=F64))
+    expected = delayed_by_hand(after[0], gates[1], torch.tensor(pre_mix), steps)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a[0], torch.tensor(b, dtype=F64))
+    # The exit: what the last sub-layer made collapses the streams.
+    last = torch.tensor(expected[1], dtype=F64)
+    out = reference.aggregate(after, last[None])
+    torch.testing.assert_close(out[0], last @ after[0])
+
+
+@pytest.mark.parametrize("op", [POST_PRE, POST_PRE_DELAYED], ids=str)
+def test_boundary_is_the_post_and_the_pre(op):
+    """With what only it has: the bias of the layer, and streams that are rounded in between."""
+    tensors, options = op.inputs((5,), 4, 64, "cpu")
+    of_post = [tensors.pop(name) for name in ("layer_output", "residual", "post_mix", "comb_mix")]
+    bias = torch.randn(64)
+    streams = reference.post(*of_post, bias=bias)
+    assert streams.dtype == torch.bfloat16
+    expected = streams, *reference.fused_pre(streams, **tensors, **options)
+    found = reference.post_pre(*of_post, **tensors, **options, layer_bias=bias)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("pre", [False, True], ids=["V4", "V4.1"])
+@pytest.mark.parametrize("others", [False, True], ids=["alone", "read by others"])
+def test_boundary_backward_of_every_input(pre, others):
+    """With a bias of the layer, without a norm weight, and a gradient of the streams or none."""
+    op = POST_PRE_DELAYED if pre else POST_PRE
+    tensors, options = wide(op, (3,), 4)
+    del tensors["norm_weight"]
+    tensors["layer_bias"] = torch.randn(3, dtype=F64)
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    outputs = op.reference(**leaves, **options)
+    grads = [torch.randn_like(out) for out in outputs]
+    used = slice(0 if others else 1, None)
+    expected = torch.autograd.grad(outputs[used], list(leaves.values()), grads[used])
+    if not others:
+        grads[0] = None
+    ours = post_pre_backward(tuple(grads), tensors, options)
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_norm_of_the_layer_input():
+    tensors, options = POST_PRE.inputs((5,), 4, 64, "cpu")
+    norm = torch.rand(64) + 0.5
+    plain = reference.post_pre(**tensors, **options)
+    normed = reference.post_pre(**tensors, **options, layer_norm_weight=norm, layer_norm_eps=0.25)
+    wanted = torch.nn.functional.rms_norm(plain[1].float(), (64,), norm, 0.25).bfloat16()
+    torch.testing.assert_close(normed[1], wanted)
+    assert all(torch.equal(plain[i], normed[i]) for i in (0, 2, 3))

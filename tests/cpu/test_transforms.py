@@ -97,8 +97,7 @@ def test_every_op_refuses_a_tangent(op, way):
         def run(*values, names=tuple(tensors)):
             return op.run(**dict(zip(names, values, strict=True)), **options)
 
-        name = op.name.removesuffix("_bias")
-        with pytest.raises(UnsupportedError, match=f"^{name}: {NO_TANGENT}"):
+        with pytest.raises(UnsupportedError, match=f"^{op.run.__name__}: {NO_TANGENT}"):
             way(run, list(tensors.values()), position)
 
 

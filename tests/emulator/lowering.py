@@ -133,8 +133,15 @@ def _traced_and_lowered(name: str, args: specs.Arguments, arch: str, sibling: bo
 
 @contextlib.contextmanager
 def _plain_language(builder: Any) -> Iterator[None]:
-    module = sys.modules[builder.__module__]
-    language = module.T
+    # Its own, and those that it takes parts of a kernel from.
+    builders = sys.modules[builder.__module__]
+    prefix = f"{kernels.__name__}."
+    modules = [
+        module
+        for name, module in sys.modules.items()
+        if name.startswith(prefix) and hasattr(module, "T")
+    ]
+    language = builders.T
 
     class Language:
         def __getattr__(self, name: str) -> Any:
@@ -152,11 +159,14 @@ def _plain_language(builder: Any) -> Iterator[None]:
         def warpgroup_fence_operand(self, *_: Any, **options: Any) -> Any:
             return language.evaluate(0)
 
-    module.T = Language()
+    plain = Language()
+    for module in modules:
+        module.T = plain
     try:
         yield
     finally:
-        module.T = language
+        for module in modules:
+            module.T = language
 
 
 def _describe(name: str, func: Any, artifact: Any) -> dict[str, Any]:

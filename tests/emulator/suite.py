@@ -17,6 +17,7 @@ from cases import (
     DEFAULT_DTYPES,
     FUSED_PRE,
     OPS,
+    POST_PRE,
     PROJECTION,
     SINKHORN,
     Case,
@@ -26,7 +27,7 @@ from cases import (
     norm_weight,
     recompute_inputs,
 )
-from tile_mhc import contract, fused_pre, recompute, reference, selection, sinkhorn
+from tile_mhc import contract, fused_pre, post_pre, recompute, reference, selection, sinkhorn
 
 TE_DTYPES = te_cases.DTYPES[0]
 PAIRS = ((2, 64), (4, 192), (8, 128))
@@ -120,6 +121,16 @@ def run_transformer_engine(case: Case) -> None:
         out.backward(torch.randn_like(out))
 
 
+def run_input_norm(case: Case, dtypes: Dtypes = DEFAULT_DTYPES) -> None:
+    """A boundary with a norm of the layer input, which has no gradient."""
+    tensors, options = POST_PRE.inputs(*case.shape, "cpu")
+    given = dtypes.of(tensors | {"norm_weight": norm_weight(case.hidden_size, "cpu")})
+    weight = given.pop("norm_weight")
+    plain = post_pre(**given, **options)[1]
+    normed = post_pre(**given, **options, layer_norm_weight=weight)[1]
+    torch.testing.assert_close(normed, reference.input_norm(plain, weight), rtol=2**-7, atol=1e-5)
+
+
 def run_everything(case: Case, dtypes: Dtypes = DEFAULT_DTYPES) -> None:
     """Every op forward and backward, in every form that has kernels of its own."""
     if case.num_streams == te_cases.N and dtypes is DEFAULT_DTYPES:
@@ -137,3 +148,4 @@ def run_everything(case: Case, dtypes: Dtypes = DEFAULT_DTYPES) -> None:
             ):
                 op.run(**given, **options)
     run_recompute(case, dtype=dtypes.streams)
+    run_input_norm(case, dtypes)

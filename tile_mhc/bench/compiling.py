@@ -20,7 +20,11 @@ from tile_mhc.bench.peer import NAME, STREAMS, TileKernels
 
 PEER_SECONDS = 120
 # The ops of `specs` behind a stem that is not one of them, and the peer's.
-PARTS = {"sub_layer": ("fused_pre", "post")}
+PARTS = {
+    "sub_layer": ("fused_pre", "post"),
+    "delayed_pre": ("fused_pre",),
+    "post_pre_delayed": ("post_pre",),
+}
 PEER_PARTS = {"sub_layer": ("projection", "split_mixes", "sinkhorn", "aggregate", "post")}
 
 

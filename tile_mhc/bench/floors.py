@@ -101,6 +101,49 @@ def fused_pre_bwd_add(T: int, H: int, n: int) -> int:
     return fused_pre_bwd(T, H, n) + BF16 * T * n * H
 
 
+def delayed_pre_fwd(T: int, H: int, n: int) -> int:
+    """As fused_pre's, with a pre_mix in and one out."""
+    return fused_pre_fwd(T, H, n) + FP32 * T * 2 * n
+
+
+def delayed_pre_bwd(T: int, H: int, n: int) -> int:
+    """As fused_pre's, with a pre_mix, the gradient of the next one, and its own that is written."""
+    return fused_pre_bwd(T, H, n) + FP32 * T * 3 * n
+
+
+def delayed_pre_bwd_add(T: int, H: int, n: int) -> int:
+    """The same, and a gradient that x already has."""
+    return delayed_pre_bwd(T, H, n) + BF16 * T * n * H
+
+
+def post_pre_fwd(T: int, H: int, n: int) -> int:
+    """Reads the streams, the layer's output and its mixes; writes streams, layer input, mixes."""
+    mixes = n * (n + 2)
+    streams = BF16 * T * H * (2 * n + 2)
+    return streams + FP32 * (T * 2 * n * (n + 1) + mixes * n * H + mixes + 3)
+
+
+def post_pre_bwd(T: int, H: int, n: int) -> int:
+    """Reads what the forward did, but for the parameters' part, with two gradients of streams'
+    width and what is by token of the next pre; writes gradients of all of it. The streams between
+    the two are made again.
+    """
+    mixes = n * (n + 2)
+    streams = BF16 * T * H * (3 * n + 3)
+    by_token = 2 * n * (n + 1) + mixes + 1 + n * (n + 1)
+    return streams + FP32 * (T * by_token + 2 * (mixes * n * H + mixes + 3))
+
+
+def post_pre_delayed_fwd(T: int, H: int, n: int) -> int:
+    """The same with a pre_mix in and one out."""
+    return post_pre_fwd(T, H, n) + FP32 * T * 2 * n
+
+
+def post_pre_delayed_bwd(T: int, H: int, n: int) -> int:
+    """The same with a pre_mix, the gradient of the next one, and its own that is written."""
+    return post_pre_bwd(T, H, n) + FP32 * T * 3 * n
+
+
 def recompute_fwd(T: int, H: int, n: int, layers: int = 10) -> int:
     """The first residual; by layer its mixes, its input, its output and the residual after it."""
     return BF16 * T * H * (n + layers * (n + 2)) + FP32 * T * layers * n * (n + 2)

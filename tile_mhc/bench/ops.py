@@ -138,6 +138,57 @@ def _fused_pre_bwd_truth(x: Inputs, accumulated: Tensor | None = None) -> Output
     return reference.fused_pre_backward(*arguments)[:4]
 
 
+def _delayed_pre(x: Inputs) -> tuple[Tensor, ...]:
+    """The operator's inputs before its options."""
+    return *x.gates, x.pre_mix, None
+
+
+def _delayed_grads(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_input, *others = _pre_grads(x)
+    return grad_input, x.grad_pre.squeeze(-1), others[0], others[1]
+
+
+def _delayed_pre_bwd(x: Inputs, accumulated: Tensor | None = None) -> Call:
+    op = torch.ops.tile_mhc
+    inputs = _delayed_pre(x)
+    saved = op.delayed_pre(*inputs, EPS, *PRE_OPTIONS, None, False)[4:]
+    arguments = (*_delayed_grads(x), *inputs, *saved, *PRE_OPTIONS, False, True, accumulated)
+    return lambda: op.delayed_pre_backward(*arguments)[:5]
+
+
+def _delayed_pre_bwd_truth(x: Inputs, accumulated: Tensor | None = None) -> Outputs:
+    inputs = _delayed_pre(x)
+    saved = reference.delayed_pre_with_mixes(*inputs, EPS, *PRE_OPTIONS)[4:]
+    arguments = (*_delayed_grads(x), *inputs, *saved, *PRE_OPTIONS, False, accumulated)
+    return reference.delayed_pre_backward(*arguments)[:5]
+
+
+def _post_pre(x: Inputs) -> tuple[Tensor, ...]:
+    """What both kinds of boundaries read."""
+    return x.hidden, x.residual, x.post_mix, x.comb_mix, *x.gates[1:]
+
+
+def _post_pre_bwd(x: Inputs, pre_mix: Tensor | None) -> Call:
+    op = torch.ops.tile_mhc
+    inputs = (*_post_pre(x), pre_mix, None, None)
+    outputs = op.post_pre(*inputs, None, EPS, *PRE_OPTIONS, EPS, None, False)
+    saved = (outputs[0], *outputs[5:])
+    options = (*PRE_OPTIONS, False, pre_mix is not None)
+    arguments = (x.grad_residual, *_delayed_grads(x), *inputs, *saved, *options)
+    count = 7 if pre_mix is None else 8
+    return lambda: op.post_pre_backward(*arguments)[:count]
+
+
+def _post_pre_bwd_truth(x: Inputs, pre_mix: Tensor | None) -> Outputs:
+    inputs = (*_post_pre(x), pre_mix, None, None)
+    # What is projected was rounded: the gradient of the weight is a product with it.
+    streams = reference.post(*inputs[:4]).bfloat16().to(x.residual.dtype)
+    mixes, inv_rms = reference.projection_with_rms(streams, x.weight, None, EPS)
+    arguments = (x.grad_residual, *_delayed_grads(x), *inputs, streams, mixes, inv_rms)
+    grads = reference.post_pre_backward(*arguments, *PRE_OPTIONS)
+    return [grad for grad in grads if grad is not None]
+
+
 def recompute_outputs(x: Inputs) -> tuple[list[Tensor], list[Tensor]]:
     """Layer inputs and residuals to be written."""
     layers = len(x.pre_mixes)
@@ -351,6 +402,52 @@ def make_ops() -> list[Op]:
             lambda x: _fused_pre_bwd(x, x.grad_residual),
             lambda x: _fused_pre_bwd_truth(x, x.grad_residual),
             summed=(1, 2, 3),
+        ),
+        Op(
+            "delayed_pre.fwd",
+            floors.delayed_pre_fwd,
+            lambda x: lambda: tile_mhc.fused_pre(*x.gates, pre_mix=x.pre_mix, **PRE),
+            lambda x: reference.fused_pre(*x.gates, pre_mix=x.pre_mix, **PRE),
+        ),
+        Op(
+            "delayed_pre.bwd",
+            floors.delayed_pre_bwd,
+            _delayed_pre_bwd,
+            _delayed_pre_bwd_truth,
+            summed=(1, 2, 3),
+        ),
+        Op(
+            "delayed_pre.bwd_add",
+            floors.delayed_pre_bwd_add,
+            lambda x: _delayed_pre_bwd(x, x.grad_residual),
+            lambda x: _delayed_pre_bwd_truth(x, x.grad_residual),
+            summed=(1, 2, 3),
+        ),
+        Op(
+            "post_pre.fwd",
+            floors.post_pre_fwd,
+            lambda x: lambda: tile_mhc.post_pre(*_post_pre(x), **PRE),
+            lambda x: reference.post_pre(*_post_pre(x), **PRE),
+        ),
+        Op(
+            "post_pre.bwd",
+            floors.post_pre_bwd,
+            lambda x: _post_pre_bwd(x, None),
+            lambda x: _post_pre_bwd_truth(x, None),
+            summed=(4, 5, 6),
+        ),
+        Op(
+            "post_pre_delayed.fwd",
+            floors.post_pre_delayed_fwd,
+            lambda x: lambda: tile_mhc.post_pre(*_post_pre(x), pre_mix=x.pre_mix, **PRE),
+            lambda x: reference.post_pre(*_post_pre(x), pre_mix=x.pre_mix, **PRE),
+        ),
+        Op(
+            "post_pre_delayed.bwd",
+            floors.post_pre_delayed_bwd,
+            lambda x: _post_pre_bwd(x, x.pre_mix),
+            lambda x: _post_pre_bwd_truth(x, x.pre_mix),
+            summed=(4, 5, 6),
         ),
         Op(
             "recompute.fwd",

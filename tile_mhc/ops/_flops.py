@@ -123,6 +123,43 @@ def fused_pre_backward(
     return 2 * projection_and_aggregate(residual, weight)
 
 
+def delayed_pre_backward(
+    _grad_input: Shape,
+    _grad_next: Shape,
+    _grad_post: Shape,
+    _grad_comb: Shape,
+    residual: Shape,
+    weight: Shape,
+    *_: Any,
+    **__: Any,
+) -> int:
+    return 2 * projection_and_aggregate(residual, weight)
+
+
+def post_pre(
+    layer_output: Shape,
+    residual: Shape,
+    _post_mix: Shape,
+    _comb_mix: Shape,
+    weight: Shape,
+    *_: Any,
+    **__: Any,
+) -> int:
+    return post(layer_output, residual) + projection_and_aggregate(residual, weight)
+
+
+def post_pre_backward(
+    _grad_streams: Shape | None,
+    _grad_input: Shape,
+    _grad_next: Shape | None,
+    _grad_post: Shape,
+    _grad_comb: Shape,
+    *inputs: Any,
+    **__: Any,
+) -> int:
+    return 2 * post_pre(*inputs)
+
+
 def recompute(
     residual: Shape, pre_mixes: Sequence[Shape], layer_outputs: Sequence[Shape], *_: Any, **__: Any
 ) -> int:

@@ -148,7 +148,7 @@ def _reference(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
     It reads contiguous copies, as the kernels do: the same bits for any layout.
     """
     mutated = _mutated(schema)
-    op, names = schema.partition("(")[0], _names(schema)
+    op, names = _shown(schema), _names(schema)
 
     def compute(*args: Any) -> Any:
         for name, value in zip(names, args, strict=True):
@@ -178,13 +178,18 @@ def _names(schema: str) -> list[str]:
     return [argument.rpartition(" ")[2] for argument in _arguments(schema)]
 
 
+def _shown(schema: str) -> str:
+    """What messages call an operator: as the public function of which it is one form."""
+    return schema.partition("(")[0].replace("delayed_pre", "fused_pre")
+
+
 def _prepared(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """TileLang launches on torch's current device and stream: make them the tensors' own.
 
     Its kernels trust the alignment of an allocation: an input that starts elsewhere is copied. And
     autograd does not see what they write to an `out`: its version says that it changed.
     """
-    name = schema.partition("(")[0]
+    name = _shown(schema)
     has_out = schema.endswith(_OUT)
     types = [argument.partition(" ")[0] for argument in _arguments(schema)]
     device_of = types.index("Tensor")

@@ -34,8 +34,8 @@ from tile_mhc._descriptors import CUDA, TYPES, Descriptors, stream_setter
 # calls of one key. Past the first it forgets all, past the second it learns no more.
 MOST_KEYS = 1024
 MOST_KINDS = 8
-# The call of a key at which its launcher is written down: that costs what some ten known calls save,
-# and sequences of ever new lengths should not pay for it.
+# The call of a key at which its launcher is written down. That costs what some ten known calls
+# save, and sequences of ever new lengths should not pay for it.
 SIGHTINGS = 5
 # Bytes: as torch aligns what it allocates.
 _ALIGNMENT = 512
@@ -73,7 +73,7 @@ class _Notes(TorchFunctionMode):
     """What a launcher does with its inputs, which must be distinct objects."""
 
     def __init__(self, inputs: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         # Whether all that the launcher does is written down.
         self.complete = True
         self.allocated: list[Tensor] = []

@@ -70,7 +70,7 @@ def check_mix(op: str, name: str, mix: Tensor, streams: tuple[str, Tensor]) -> N
     errors.check_tensor(op, name, mix, [shape, (*shape, 1)], torch.float32, streams)
 
 
-def _launch(residual: Tensor, pre_mix: Tensor, out: Tensor) -> None:
+def launch(residual: Tensor, pre_mix: Tensor, out: Tensor) -> None:
     n, hidden_size = residual.shape[-2:]
     if out.numel():
         given = dtypes(streams=residual.dtype)
@@ -87,7 +87,7 @@ def _launch(residual: Tensor, pre_mix: Tensor, out: Tensor) -> None:
 
 def _cuda(residual: Tensor, pre_mix: Tensor) -> Tensor:
     out = _fake(residual, pre_mix)
-    _launch(residual, pre_mix, out)
+    launch(residual, pre_mix, out)
     return out
 
 
@@ -152,7 +152,7 @@ _aggregate = register(
 )
 _aggregate_out = register(
     "aggregate_out(Tensor residual, Tensor pre_mix, Tensor(a!) out) -> ()",
-    cuda=_launch,
+    cuda=launch,
     cpu=_cpu_out,
     fake=lambda residual, pre_mix, out: None,
     flops=_flops.aggregate,

@@ -9,6 +9,7 @@ from torch import Tensor
 from tile_mhc import errors, jit, reference, selection
 from tile_mhc.kernels._shapes import is_no_eps
 from tile_mhc.ops import _flops
+from tile_mhc.ops import delayed_pre as delayed_op
 from tile_mhc.ops import log_sinkhorn as log_sinkhorn_op
 from tile_mhc.ops import mixes as mixes_op
 from tile_mhc.ops import projection as projection_op
@@ -25,6 +26,7 @@ from tile_mhc.ops._destinations import (
     room,
 )
 from tile_mhc.ops._library import dtype_of, dtypes, empty_gradients, register, temporaries
+from tile_mhc.ops.aggregate import check_mix
 
 
 def fused_pre(
@@ -33,6 +35,7 @@ def fused_pre(
     scale: Tensor,
     bias: Tensor,
     *,
+    pre_mix: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
     pre_eps: float = 1e-6,
@@ -48,7 +51,8 @@ def fused_pre(
     mixes = projection(residual, weight);  pre_mix, post_mix, logits = split_mixes(mixes)
     layer_input = aggregate(residual, pre_mix);  comb_mix = sinkhorn(logits)
 
-    The outputs are the bits of the four ops one after another, with the same `num_splits`. The
+    The outputs are the bits of the four ops one after another, with the same `num_splits`; but for
+    a `pre_mix` with `num_splits` None, see `post_pre`. The
     gradient of the residual is rounded once for both its uses, where the four ops round it twice
     and autograd their sum.
 
@@ -56,6 +60,11 @@ def fused_pre(
     The gradient that comes back for it is then added inside this op's backward, before the one
     rounding: a pass over three stream tensors less than when autograd adds it. Anything may read
     that output, or nothing; any other use of the residual itself stays right too.
+
+    With a `pre_mix`, as in DeepSeek-V4.1, the layer input is aggregate(residual, pre_mix): what the
+    sub-layer before has made. The pre_mix of split_mixes is then an output, for the sub-layer after
+    (`post_pre` takes it; behind the last one `aggregate` does). The first sub-layer takes one that
+    is 1 for stream 0 and 0 for the others.
 
     Gradients of parameters that carry `main_grad` go into that: see `tile_mhc.main_grad`.
 
@@ -65,8 +74,9 @@ def fused_pre(
         weight: (n*(n+2), n*H) float32 or bfloat16.
         scale: (3,) float32 or bfloat16.
         bias: (n*(n+2),) float32 or bfloat16.
+        pre_mix: optional (..., n) or (..., n, 1) float32, the weights of the layer input.
         norm_weight: optional (n*H,) float32 or bfloat16, a learnable weight of the RMS norm.
-        norm_eps: added to the mean square of the RMS norm.
+        norm_eps: added to the mean square of the RMS norm (DeepSeek-V4.1 uses 1e-20).
         pre_eps: added to pre_mix.
         sinkhorn_eps: added to the softmax and the divisors of Sinkhorn; 0 as in `sinkhorn`, which
             takes two kernels more.
@@ -77,8 +87,9 @@ def fused_pre(
         passes_residual: whether to return the residual, too.
 
     Returns:
-        layer_input (..., H), of the dtype of the residual; post_mix (..., n) and comb_mix
-        (..., n, n) float32; with `passes_residual`, then a view of the residual.
+        layer_input (..., H), of the dtype of the residual; with a `pre_mix`, then the next one
+        (..., n); post_mix (..., n) and comb_mix (..., n, n), all mixes float32; with
+        `passes_residual`, then a view of the residual.
 
     Raises:
         ShapeError: a shape, dtype, device or layout does not match.
@@ -86,11 +97,7 @@ def fused_pre(
 
     Source: mHC paper (arXiv 2512.24880), sec. 4.3.1; TileKernels `mhc_pre`, `mhc_pre_big_fuse`.
     """
-    inputs = (
-        residual,
-        weight,
-        scale,
-        bias,
+    options = (
         norm_weight,
         norm_eps,
         pre_eps,
@@ -100,28 +107,54 @@ def fused_pre(
         num_splits,
         tf32,
     )
-    route = _PASSING_ROUTE if passes_residual is True else _ROUTE
+    passes = passes_residual is True
+    if pre_mix is None:
+        inputs: tuple[Any, ...] = (residual, weight, scale, bias, *options)
+        route, plain = (_PASSING_ROUTE, _passed) if passes else (_ROUTE, None)
+    else:
+        inputs = (residual, weight, scale, bias, pre_mix, *options)
+        route, plain = delayed_op.route(passes)
     known = route.find(inputs) if type(passes_residual) is bool else None
-    if known is not None:
-        return call(route, inputs, known)
-    op = "fused_pre"
-    n, _ = errors.check_streams(op, "residual", residual)
+    if known is None:
+        op = "fused_pre"
+        errors.check_streams(op, "residual", residual)
+        check_pre(op, residual, weight, scale, bias, pre_mix, *options)
+        errors.check_bool(op, "passes_residual", passes_residual)
+    outputs = call(route, inputs, known, plain=plain)
+    return (*outputs[: route.visible], outputs[-1]) if passes else outputs[: route.visible]
+
+
+def check_pre(
+    op: str,
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    pre_mix: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    pre_eps: float,
+    sinkhorn_eps: float,
+    post_mult: float,
+    sinkhorn_repeat: int,
+    num_splits: int | None,
+    tf32: bool,
+) -> None:
+    """The inputs of a pre, but for the streams."""
+    n = residual.shape[-2]
     rows = n * (n + 2)
     projection_op.check_parameters(
         op, residual, weight, norm_weight, norm_eps, num_splits, tf32, (rows,)
     )
     mixes_op.check_gates(op, scale, bias, 3, rows, ("residual", residual))
+    if pre_mix is not None:
+        check_mix(op, "pre_mix", pre_mix, ("residual", residual))
     sinkhorn_op.check_sinkhorn(op, sinkhorn_repeat, sinkhorn_eps, prefix="sinkhorn_")
     errors.check_number(op, "post_mult", post_mult)
     errors.check_number(op, "pre_eps", pre_eps)
-    errors.check_bool(op, "passes_residual", passes_residual)
-    if not passes_residual:
-        return call(_ROUTE, inputs)[:3]
-    outputs = call(_PASSING_ROUTE, inputs, plain=_passed)
-    return *outputs[:3], outputs[-1]
 
 
-def _cuda(
+def launch(
     residual: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -173,20 +206,8 @@ def _cuda(
             tf32,
         )
         if is_no_eps(sinkhorn_eps):
-            _comb_without_eps(mixes, scale, bias, comb_mix, sinkhorn_repeat)
+            log_sinkhorn_op.launch_comb(mixes, scale, bias, comb_mix, sinkhorn_repeat)
     return outputs
-
-
-def _comb_without_eps(
-    mixes: Tensor, scale: Tensor, bias: Tensor, comb_mix: Tensor, repeat: int
-) -> None:
-    """Write comb_mix, which the one kernel for all has left undefined: it divides by eps."""
-    n = comb_mix.shape[-1]
-    rows = mixes.view(-1, n * (n + 2))
-    sizes = ((rows.shape[0], columns) for columns in (n, n, n * n))
-    pre_mix, post_mix, logits = temporaries(rows, *sizes)
-    mixes_op.launch_rows(rows, scale, bias, pre_mix, post_mix, logits, 1.0, 0.0)
-    log_sinkhorn_op.launch_rows(n, logits, comb_mix.view(-1, n * n), repeat)
 
 
 def _cpu(*args: Any) -> tuple[Tensor, ...]:
@@ -202,7 +223,7 @@ def _empty(residual: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return residual.new_empty((*lead, hidden_size)), *mixes
 
 
-def _backward_cuda(
+def launch_backward(
     grad_input: Tensor,
     grad_post: Tensor,
     grad_comb: Tensor,
@@ -327,7 +348,7 @@ _BACKWARD = (
 )
 _fused_pre_backward = register(
     _BACKWARD,
-    cuda=_backward_cuda,
+    cuda=launch_backward,
     cpu=_backward_cpu,
     fake=_backward_fake,
     flops=_flops.fused_pre_backward,
@@ -336,7 +357,7 @@ _fused_pre = register(
     "fused_pre(Tensor residual, Tensor weight, Tensor scale, Tensor bias, Tensor? norm_weight, "
     "float norm_eps, float pre_eps, float sinkhorn_eps, float post_mult, int sinkhorn_repeat, "
     "int? num_splits, bool tf32) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    cuda=_cuda,
+    cuda=launch,
     cpu=_cpu,
     fake=_empty,
     flops=_flops.projection_and_aggregate,
@@ -391,7 +412,7 @@ def _passed(*inputs: Any) -> tuple[Tensor, ...]:
 _backward_into = register_into(
     _BACKWARD,
     (1, 2, 3, 4),
-    cuda=_backward_cuda,
+    cuda=launch_backward,
     cpu=_backward_cpu,
     fake=_backward_fake,
     flops=_flops.fused_pre_backward,

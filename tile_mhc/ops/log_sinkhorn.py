@@ -7,7 +7,8 @@ from torch import Tensor
 
 from tile_mhc import jit, reference, selection
 from tile_mhc.ops import _flops
-from tile_mhc.ops._library import register
+from tile_mhc.ops import mixes as mixes_op
+from tile_mhc.ops._library import register, temporaries
 
 
 def _cuda(logits: Tensor, repeat: int) -> Tensor:
@@ -21,6 +22,16 @@ def _cuda(logits: Tensor, repeat: int) -> Tensor:
 def launch_rows(num_streams: int, logits: Tensor, out: Tensor, repeat: int) -> None:
     """Of contiguous (tokens, n*n)."""
     jit.kernel("log_sinkhorn_fwd", num_streams)(logits, out, repeat)
+
+
+def launch_comb(mixes: Tensor, scale: Tensor, bias: Tensor, comb_mix: Tensor, repeat: int) -> None:
+    """Write comb_mix, which a kernel for all mixes has left undefined: it divides by eps."""
+    n = comb_mix.shape[-1]
+    rows = mixes.view(-1, n * (n + 2))
+    sizes = ((rows.shape[0], columns) for columns in (n, n, n * n))
+    pre_mix, post_mix, logits = temporaries(rows, *sizes)
+    mixes_op.launch_rows(rows, scale, bias, pre_mix, post_mix, logits, 1.0, 0.0)
+    launch_rows(n, logits, comb_mix.view(-1, n * n), repeat)
 
 
 def _fake(logits: Tensor, repeat: int) -> Tensor:

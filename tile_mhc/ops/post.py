@@ -66,16 +66,8 @@ def post(
     known = _ROUTE.find(inputs) if out is None else None
     if known is not None:
         return call(_ROUTE, inputs, known, grad_accumulator)[0]
-    num_streams, hidden_size = errors.check_streams("post", "residual", residual)
+    check_post("post", layer_output, residual, post_mix, comb_mix, ("bias", bias))
     like = ("residual", residual)
-    shape = (*residual.shape[:-2], hidden_size)
-    errors.check_tensor("post", "layer_output", layer_output, [shape], residual.dtype, like)
-    errors.check_contiguous("post", "layer_output", layer_output)
-    check_mix("post", "post_mix", post_mix, like)
-    comb_shape = (*residual.shape[:-1], num_streams)
-    errors.check_tensor("post", "comb_mix", comb_mix, [comb_shape], torch.float32, like)
-    if bias is not None:
-        errors.check_tensor("post", "bias", bias, [(hidden_size,)], errors.PARAMETERS, like)
     if out is None:
         return call(_ROUTE, inputs, None, grad_accumulator)[0]
     errors.check_tensor("post", "out", out, [residual.shape], residual.dtype, like)
@@ -87,7 +79,28 @@ def post(
     return out
 
 
-def _launch(
+def check_post(
+    op: str,
+    layer_output: Tensor,
+    residual: Tensor,
+    post_mix: Tensor,
+    comb_mix: Tensor,
+    bias: tuple[str, Tensor | None],
+) -> None:
+    """The inputs of a post; the bias of the layer has another name in another op."""
+    num_streams, hidden_size = errors.check_streams(op, "residual", residual)
+    like = ("residual", residual)
+    shape = (*residual.shape[:-2], hidden_size)
+    errors.check_tensor(op, "layer_output", layer_output, [shape], residual.dtype, like)
+    errors.check_contiguous(op, "layer_output", layer_output)
+    check_mix(op, "post_mix", post_mix, like)
+    comb_shape = (*residual.shape[:-1], num_streams)
+    errors.check_tensor(op, "comb_mix", comb_mix, [comb_shape], torch.float32, like)
+    if bias[1] is not None:
+        errors.check_tensor(op, *bias, [(hidden_size,)], errors.PARAMETERS, like)
+
+
+def launch(
     layer_output: Tensor,
     residual: Tensor,
     post_mix: Tensor,
@@ -116,7 +129,7 @@ def _cuda(
     bias: Tensor | None,
 ) -> Tensor:
     out = empty_like(residual)
-    _launch(layer_output, residual, post_mix, comb_mix, bias, out)
+    launch(layer_output, residual, post_mix, comb_mix, bias, out)
     return out
 
 
@@ -134,7 +147,7 @@ def _cpu_out(*tensors: Any) -> None:
     out.copy_(_cpu(*inputs))
 
 
-def _backward_cuda(
+def launch_backward(
     grad: Tensor,
     layer_output: Tensor,
     residual: Tensor,
@@ -213,7 +226,7 @@ _BACKWARD = (
 )
 _post_backward = register(
     _BACKWARD,
-    cuda=_backward_cuda,
+    cuda=launch_backward,
     cpu=_backward_cpu,
     fake=_backward_fake,
     flops=_flops.post_backward,
@@ -231,7 +244,7 @@ _post = register(
 _post_out = register(
     "post_out(Tensor layer_output, Tensor residual, Tensor post_mix, Tensor comb_mix, "
     "Tensor? bias, Tensor(a!) out) -> ()",
-    cuda=_launch,
+    cuda=launch,
     cpu=_cpu_out,
     fake=lambda *_: None,
     flops=_flops.post,
@@ -246,7 +259,7 @@ _ROUTE = Route(
     backward=register_into(
         _BACKWARD,
         (1,),
-        cuda=_backward_cuda,
+        cuda=launch_backward,
         cpu=_backward_cpu,
         fake=_backward_fake,
         flops=_flops.post_backward,

@@ -1,0 +1,125 @@
+"""The boundary between two sub-layers, of DeepSeek-V4 and of V4.1."""
+
+import pytest
+import torch
+
+import oracle
+from cases import POST_PRE, POST_PRE_DELAYED, Case, streams, widths
+from tile_mhc import GradAccumulator, config, fused_pre, post, post_pre
+
+BOTH = pytest.mark.parametrize("op", [POST_PRE, POST_PRE_DELAYED], ids=str)
+OF_POST = ("layer_output", "residual", "post_mix", "comb_mix")
+
+
+def separate(tensors, options, layer_bias=None):
+    tensors = dict(tensors)
+    ends = post(*(tensors.pop(name) for name in OF_POST), bias=layer_bias)
+    return ends, *fused_pre(ends, **tensors, **options)
+
+
+def check_bits(op, tensors, options):
+    names = op.outputs
+    ours = dict(zip(names, post_pre(**tensors, **options), strict=True))
+    others = dict(zip(names, separate(tensors, options), strict=True))
+    oracle.check_same_bits(ours, others, f"{op} and the two ops:")
+
+
+@BOTH
+@streams
+def test_against_float64(op, case):
+    oracle.check(op, case, *op.inputs(*case.shape, "cuda"))
+
+
+@BOTH
+@widths
+def test_any_width(op, case):
+    oracle.check(op, case, *op.inputs(*case.shape, "cuda"))
+
+
+@BOTH
+@streams
+@pytest.mark.parametrize("num_splits", [1, 1000])
+def test_same_bits_as_the_ops(op, case, num_splits):
+    tensors, options = op.inputs(*case.shape, "cuda")
+    check_bits(op, tensors, options | {"num_splits": num_splits})
+
+
+@BOTH
+def test_streams_and_layer_input_are_the_ops_own(op):
+    """With any splits: the bits of what is not a sum over K of V4.1, and of all of V4."""
+    tensors, options = op.inputs((700,), 4, 1280, "cuda")
+    ours, others = post_pre(**tensors, **options), separate(tensors, options)
+    assert torch.equal(ours[0], others[0])
+    assert torch.equal(ours[1], others[1])
+
+
+@BOTH
+def test_bias_of_the_layer(op):
+    tensors, options = op.inputs((130,), 4, 192, "cuda")
+    tensors["layer_bias"] = torch.randn(192, device="cuda")
+    oracle.check(op, Case(130, 4, 192, "with a bias of the layer"), tensors, options)
+
+
+@BOTH
+def test_accumulator(op):
+    """What autograd would add up, but for the roundings."""
+    tensors, options = op.inputs((130,), 4, 192, "cuda")
+    upstream = oracle.upstream_of(op, tensors, options)
+    plain = oracle.evaluate(op.run, tensors, options, upstream, op.outputs)
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    accumulator = GradAccumulator(leaves["residual"])
+    outputs = op.run(**leaves, **options, grad_accumulator=accumulator)
+    torch.autograd.backward(outputs, upstream)
+    for name, leaf in leaves.items():
+        assert torch.equal(leaf.grad, plain[f"grad_{name}"]), name
+
+
+@BOTH
+def test_a_token_does_not_depend_on_its_batch(op):
+    tensors, options = op.inputs((700,), 4, 1280, "cuda")
+    by_token = [name for name, tensor in tensors.items() if tensor.shape[0] == 700]
+    config.set_batch_invariant(True)
+    try:
+        every = op.run(**tensors, **options)
+        few = op.run(**tensors | {name: tensors[name][:5] for name in by_token}, **options)
+    finally:
+        config.set_batch_invariant(False)
+    assert all(torch.equal(a[:5], b) for a, b in zip(every, few, strict=True))
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norm_of_the_layer_input(op, dtype):
+    for hidden_size in (65, 1280, 7168):
+        tensors, options = op.inputs((13,), 4, hidden_size, "cuda")
+        norm = (torch.rand(hidden_size, device="cuda") + 0.5).to(dtype)
+        plain = op.run(**tensors, **options)
+        normed = op.run(**tensors, **options, layer_norm_weight=norm, layer_norm_eps=0.25)
+        wide = plain[1].double()
+        factor = (wide.square().mean(-1, keepdim=True) + 0.25).rsqrt()
+        wanted = (wide * factor * norm.double()).bfloat16()
+        torch.testing.assert_close(normed[1], wanted, rtol=2**-7, atol=2**-12)
+        others = [i for i in range(len(plain)) if i != 1]
+        assert all(torch.equal(plain[i], normed[i]) for i in others)
+
+
+@BOTH
+def test_replayed_graph(op):
+    tensors, options = op.inputs((130,), 4, 192, "cuda")
+    expected = op.run(**tensors, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = op.run(**tensors, **options)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+
+
+@BOTH
+@pytest.mark.parametrize("num_tokens", [130, 4096])
+def test_same_bits_every_run(op, num_tokens):
+    oracle.check_repeatable(op, *op.inputs((num_tokens,), 4, 1280, "cuda"))
+
+
+@BOTH
+def test_nonfinite_stays_in_its_token(op):
+    oracle.check_isolation(op, *op.inputs((130,), 4, 1280, "cuda"), "residual")

@@ -1,0 +1,426 @@
+"""`fused_pre` with a pre_mix: the collapse does not wait for the projection of the same streams."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tile_mhc import jit, reference, selection
+from tile_mhc.kernels._shapes import DELAYED_COLUMNS, is_no_eps
+from tile_mhc.ops import _flops
+from tile_mhc.ops import aggregate as aggregate_op
+from tile_mhc.ops import log_sinkhorn as log_sinkhorn_op
+from tile_mhc.ops import mixes as mixes_op
+from tile_mhc.ops import projection as projection_op
+from tile_mhc.ops import sinkhorn as sinkhorn_op
+from tile_mhc.ops._autograd import transforms_active
+from tile_mhc.ops._destinations import (
+    NOWHERE,
+    Destinations,
+    Route,
+    clear,
+    moved,
+    register_into,
+    room,
+)
+from tile_mhc.ops._library import dtype_of, dtypes, empty_gradients, register, temporaries
+
+# Of the operator's inputs: what has a gradient comes first.
+GRADIENTS = 6
+
+
+def route(passes_residual: bool) -> tuple[Route, Callable[..., Any] | None]:
+    """How `fused_pre` with a pre_mix, which is the fifth of its inputs, is called; see `call`."""
+    return (_PASSING_ROUTE, _passed) if passes_residual else (_ROUTE, None)
+
+
+def launch(
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    pre_mix: Tensor,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    pre_eps: float,
+    sinkhorn_eps: float,
+    post_mult: float,
+    sinkhorn_repeat: int,
+    num_splits: int | None,
+    tf32: bool,
+) -> tuple[Tensor, ...]:
+    outputs = empty(residual)
+    if residual.numel():
+        if selection.is_one_pass(residual.dtype, *residual.shape[-2:], num_splits):
+            products, squares = _launch_pass(
+                residual, weight, pre_mix, norm_weight, tf32, outputs[0]
+            )
+        else:
+            products, squares = projection_op.split_products(
+                residual, weight, norm_weight, num_splits, tf32
+            )
+            # Right behind the projection, which has left the first tokens in L2.
+            aggregate_op.launch(residual, pre_mix, outputs[0])
+        launch_mixes(
+            products,
+            squares,
+            residual,
+            weight,
+            scale,
+            bias,
+            norm_weight,
+            norm_eps,
+            pre_eps,
+            sinkhorn_eps,
+            post_mult,
+            sinkhorn_repeat,
+            tf32,
+            outputs[1:],
+        )
+    return outputs
+
+
+def _launch_pass(
+    residual: Tensor,
+    weight: Tensor,
+    pre_mix: Tensor,
+    norm_weight: Tensor | None,
+    tf32: bool,
+    layer_input: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Write the layer input, and return the products and squares as `split_products` does."""
+    n, hidden_size = residual.shape[-2:]
+    parts, products, squares, block = prepare_pass(residual, weight, norm_weight, tf32)
+    jit.kernel("delayed_pre_fwd", hidden_size)(
+        residual.view(-1, weight.shape[1]),
+        pre_mix.contiguous().view(-1, n),
+        parts,
+        layer_input.view(-1, hidden_size),
+        products,
+        squares,
+        block,
+    )
+    return products, squares
+
+
+def prepare_pass(
+    residual: Tensor, weight: Tensor, norm_weight: Tensor | None, tf32: bool
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The weight in two parts, room for products and squares, and the steps of a split."""
+    num_mixes, size = weight.shape
+    num_tokens, hidden_size = residual.numel() // size, residual.shape[-1]
+    block = selection.delayed_blocks_per_split(num_tokens, hidden_size)
+    splits = -(-hidden_size // (block * DELAYED_COLUMNS))
+    parts = weight.new_empty(2 * num_mixes, size, dtype=torch.bfloat16)
+    products = weight.new_empty(splits, num_tokens, num_mixes, dtype=torch.float32)
+    squares = weight.new_empty(splits, num_tokens, dtype=torch.float32)
+    given = dtypes(weight=weight.dtype, norm_weight=dtype_of(norm_weight))
+    jit.kernel("weight_parts", num_mixes, size, *given)(
+        *projection_op.parameters(weight, norm_weight), parts, tf32
+    )
+    return parts, products, squares, block
+
+
+def launch_mixes(
+    products: Tensor,
+    squares: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    pre_eps: float,
+    sinkhorn_eps: float,
+    post_mult: float,
+    sinkhorn_repeat: int,
+    tf32: bool,
+    outputs: Sequence[Tensor],
+) -> None:
+    """Write pre_mix, post_mix, comb_mix, mixes and inv_rms from the splits' products."""
+    n, hidden_size = residual.shape[-2:]
+    num_mixes, size = weight.shape
+    given = dtypes(
+        streams=residual.dtype,
+        weight=weight.dtype,
+        norm_weight=dtype_of(norm_weight),
+        scale=scale.dtype,
+        bias=bias.dtype,
+    )
+    next_pre, post_mix, comb_mix, mixes, inv_rms = outputs
+    many_splits = selection.has_many_splits(products.shape[0])
+    jit.kernel("delayed_mixes", n, hidden_size, many_splits, *given)(
+        products,
+        squares,
+        scale.contiguous(),
+        bias.contiguous(),
+        residual.view(-1, size),
+        *projection_op.parameters(weight, norm_weight),
+        next_pre.view(-1, n),
+        post_mix.view(-1, n),
+        comb_mix.view(-1, n * n),
+        mixes.view(-1, num_mixes),
+        inv_rms.view(-1),
+        norm_eps,
+        pre_eps,
+        sinkhorn_eps,
+        post_mult,
+        sinkhorn_repeat,
+        tf32,
+    )
+    if is_no_eps(sinkhorn_eps):
+        log_sinkhorn_op.launch_comb(mixes, scale, bias, comb_mix, sinkhorn_repeat)
+
+
+def _cpu(*args: Any) -> tuple[Tensor, ...]:
+    arguments = list(args)
+    del arguments[-2]  # num_splits: the reference sums K at once
+    return tuple(out.contiguous() for out in reference.delayed_pre_with_mixes(*arguments))
+
+
+def empty(residual: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    *lead, n, hidden_size = residual.shape
+    sizes = ((n,), (n,), (n, n), (n * (n + 2),), ())
+    mixes = (residual.new_empty((*lead, *size), dtype=torch.float32) for size in sizes)
+    return residual.new_empty((*lead, hidden_size)), *mixes
+
+
+def launch_backward(
+    grad_input: Tensor,
+    grad_next: Tensor,
+    grad_post: Tensor,
+    grad_comb: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    pre_mix: Tensor,
+    norm_weight: Tensor | None,
+    mixes: Tensor,
+    inv_rms: Tensor,
+    pre_eps: float,
+    sinkhorn_eps: float,
+    post_mult: float,
+    sinkhorn_repeat: int,
+    tf32: bool,
+    wants_pre: bool,
+    accumulated: Tensor | None,
+    into: Destinations = NOWHERE,
+) -> tuple[Tensor, ...]:
+    """Gradients of the first inputs; without `wants_pre` that of pre_mix has no element."""
+    n, hidden_size = residual.shape[-2:]
+    grads = _room(into, residual, weight, scale, bias, pre_mix, norm_weight, wants_pre)
+    grad_residual, grad_weight, grad_scale, grad_bias, grad_pre_mix, grad_norm_weight = grads
+    if residual.numel() == 0:
+        clear(into, dict(enumerate(grads)))
+        return grads
+    num_mixes = weight.shape[0]
+    mixes = mixes.view(-1, num_mixes)
+    num_tokens = mixes.shape[0]
+    grad_input = grad_input.contiguous().view(-1, hidden_size)
+    *unread, logits, grad_logits, grad_mixes, partials, first, second = temporaries(
+        mixes,
+        (num_tokens, n),
+        (num_tokens, n),
+        (num_tokens, n * n),
+        (num_tokens, n * n),
+        (num_tokens, num_mixes),
+        mixes_op.partial_shape(num_tokens, num_mixes),
+        *projection_op.factor_shapes(num_tokens, num_mixes, n),
+    )
+    mixes_op.launch_rows(mixes, scale, bias, *unread, logits, post_mult, pre_eps)
+    sinkhorn_op.launch_backward_rows(
+        n,
+        grad_comb.contiguous().view(-1, n * n),
+        logits,
+        grad_logits,
+        sinkhorn_repeat,
+        sinkhorn_eps,
+    )
+    if wants_pre:
+        jit.kernel("aggregate_mix_bwd", n, hidden_size, *dtypes(streams=residual.dtype))(
+            grad_input, residual.view(-1, n, hidden_size), grad_pre_mix.view(-1, n)
+        )
+    mixes_op.launch_backward_rows(
+        grad_next.contiguous().view(-1, n),
+        grad_post.contiguous().view(-1, n),
+        grad_logits,
+        mixes,
+        scale,
+        bias,
+        grad_mixes,
+        partials,
+        post_mult,
+    )
+    mixes_op.launch_sums(partials, grad_scale, grad_bias, moved(into, {2: 1, 3: 2}))
+    projection_op.launch_backward_rows(
+        grad_mixes,
+        residual,
+        weight,
+        norm_weight,
+        mixes,
+        inv_rms.view(-1),
+        tf32,
+        aggregated=(grad_input, pre_mix.contiguous().view(-1, n)),
+        accumulated=None if accumulated is None else accumulated.contiguous(),
+        factors=(first, second),
+        grads=(grad_residual, grad_weight, grad_norm_weight),
+        into=moved(into, {1: 1, 5: 2}),
+    )
+    return grads
+
+
+def _room(into: Destinations, *inputs: Any) -> tuple[Tensor, ...]:
+    """As `room`, but for a gradient of pre_mix that nobody wants."""
+    *tensors, wants_pre = inputs
+    if not wants_pre:
+        tensors[4] = tensors[4].new_empty(0)
+    return room(into, *tensors)
+
+
+def _backward_cpu(*args: Any) -> tuple[Tensor, ...]:
+    *arguments, wants_pre, accumulated = args
+    *grads, grad_norm_weight = reference.delayed_pre_backward(*arguments, accumulated)
+    if not wants_pre:
+        grads[4] = grads[4].new_empty(0)
+    if grad_norm_weight is None:
+        grad_norm_weight = grads[-1].new_empty(0)
+    return *(grad.contiguous() for grad in grads), grad_norm_weight
+
+
+def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    tensors = list(args[4:10])  # residual to norm_weight
+    if not args[-2]:
+        tensors[4] = tensors[4].new_empty(0)
+    return empty_gradients(*tensors)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _save(ctx, inputs, output)
+    ctx.mark_non_differentiable(*output[4:6])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, *options, _, tf32 = inputs[GRADIENTS:]
+    ctx.save_for_backward(*inputs[:GRADIENTS], *output[4:6])
+    ctx.options = (*options, tf32, inputs[4].requires_grad)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_arguments(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    """Gradients that autograd left out are zeros; that of the residual joins what it has."""
+    saved = ctx.saved_tensors  # once: checkpointing unpacks it only once
+    passed = grads[-1] if len(grads) in (5, 7) else None
+    return *filled(grads[:4], saved[0]), *saved, *ctx.options, passed
+
+
+def filled(grads: Sequence[Tensor | None], residual: Tensor) -> list[Tensor]:
+    """The gradients of the first outputs, and zeros where there is none."""
+    if any(grad is None for grad in grads):
+        pairs = zip(grads, empty(residual)[: len(grads)], strict=True)
+        return [out.zero_() if grad is None else grad for grad, out in pairs]
+    return [grad for grad in grads if grad is not None]
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _gradients(_backward_arguments(ctx, *grads))
+
+
+def _gradients(arguments: Sequence[Any]) -> tuple[Tensor | None, ...]:
+    result: list[Tensor | None] = list(_delayed_pre_backward(*arguments))
+    if not arguments[-2]:
+        result[4] = None
+    if arguments[9] is None:
+        result[5] = None
+    return *result, *[None] * 7
+
+
+_BACKWARD = (
+    "delayed_pre_backward(Tensor grad_input, Tensor grad_next, Tensor grad_post, "
+    "Tensor grad_comb, Tensor residual, Tensor weight, Tensor scale, Tensor bias, Tensor pre_mix, "
+    "Tensor? norm_weight, Tensor mixes, Tensor inv_rms, float pre_eps, float sinkhorn_eps, "
+    "float post_mult, int sinkhorn_repeat, bool tf32, bool wants_pre, Tensor? accumulated) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_delayed_pre_backward = register(
+    _BACKWARD,
+    cuda=launch_backward,
+    cpu=_backward_cpu,
+    fake=_backward_fake,
+    flops=_flops.delayed_pre_backward,
+)
+_delayed_pre = register(
+    "delayed_pre(Tensor residual, Tensor weight, Tensor scale, Tensor bias, Tensor pre_mix, "
+    "Tensor? norm_weight, float norm_eps, float pre_eps, float sinkhorn_eps, float post_mult, "
+    "int sinkhorn_repeat, int? num_splits, bool tf32) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    cuda=launch,
+    cpu=_cpu,
+    fake=empty,
+    flops=_flops.projection_and_aggregate,
+    backward=_backward,
+    setup_context=_setup_context,
+    hidden=(4, 5),
+)
+
+
+def _with_residual(*inputs: Any) -> tuple[Tensor, ...]:
+    return *_delayed_pre(*inputs), inputs[0].view_as(inputs[0])
+
+
+class _DelayedPreAndResidual(torch.autograd.Function):
+    """As `_FusedPreAndResidual`: the operator and, as an output, its input."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _with_residual(*inputs)
+        _save(ctx, inputs, output)
+        return *output[:4], output[-1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(grad is None for grad in grads[:4]):
+            return grads[-1], *[None] * 12
+        return _gradients(_backward_arguments(ctx, *grads))
+
+
+def _passed(*inputs: Any) -> tuple[Tensor, ...]:
+    if transforms_active():  # takes only what torch.func can transform: the operator, and a view
+        return _with_residual(*inputs)
+    outputs: tuple[Tensor, ...] = _DelayedPreAndResidual.apply(*inputs)  # type: ignore[no-untyped-call]
+    return outputs
+
+
+_backward_into = register_into(
+    _BACKWARD,
+    (1, 2, 3, 5),
+    cuda=launch_backward,
+    cpu=_backward_cpu,
+    fake=_backward_fake,
+    flops=_flops.delayed_pre_backward,
+)
+_PARAMETERS = {1: "weight", 2: "scale", 3: "bias", 5: "norm_weight"}
+_ROUTE = Route(
+    name="fused_pre",
+    operator=_delayed_pre,
+    save=_save,
+    gradients=_backward,
+    tensors=GRADIENTS,
+    arguments=_backward_arguments,
+    backward=_backward_into,
+    visible=4,
+    parameters=_PARAMETERS,
+)
+_PASSING_ROUTE = Route(
+    name="fused_pre",
+    operator=_delayed_pre,
+    save=_save,
+    gradients=_DelayedPreAndResidual.backward,
+    tensors=GRADIENTS,
+    arguments=_backward_arguments,
+    backward=_backward_into,
+    visible=4,
+    passes=True,
+    parameters=_PARAMETERS,
+)

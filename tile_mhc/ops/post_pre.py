@@ -1,0 +1,450 @@
+"""The boundary between two sub-layers: the post of one and all that is before the next."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tile_mhc import errors, jit, reference, selection
+from tile_mhc.accumulator import GradAccumulator
+from tile_mhc.ops import _flops
+from tile_mhc.ops import delayed_pre as delayed_op
+from tile_mhc.ops import fused_pre as fused_op
+from tile_mhc.ops import post as post_op
+from tile_mhc.ops._destinations import (
+    NOWHERE,
+    Destinations,
+    Route,
+    call,
+    moved,
+    register_into,
+)
+from tile_mhc.ops._library import dtypes, empty_gradients, empty_like, register
+
+OP = "post_pre"
+# Of the operator's inputs: what has a gradient comes first.
+GRADIENTS = 10
+# Positions of gradients here and in the halves that the backward is made of.
+OF_POST = {1: 1}
+OF_FUSED_PRE = {4: 1, 5: 2, 6: 3, 9: 4}
+OF_DELAYED_PRE = {4: 1, 5: 2, 6: 3, 9: 5}
+
+
+def post_pre(
+    layer_output: Tensor,
+    residual: Tensor,
+    post_mix: Tensor,
+    comb_mix: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    pre_mix: Tensor | None = None,
+    layer_bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    pre_eps: float = 1e-6,
+    sinkhorn_eps: float = 1e-6,
+    post_mult: float = 1.0,
+    sinkhorn_repeat: int = 10,
+    layer_norm_weight: Tensor | None = None,
+    layer_norm_eps: float = 1e-6,
+    num_splits: int | None = None,
+    tf32: bool = False,
+    grad_accumulator: GradAccumulator | None = None,
+) -> tuple[Tensor, ...]:
+    """Write a sub-layer's output into the streams, and read from them what the next one needs.
+
+    streams = post(layer_output, residual, post_mix, comb_mix, bias=layer_bias)
+    layer_input, post_mix, comb_mix = fused_pre(streams, weight, scale, bias)
+
+    With a `pre_mix`, as in DeepSeek-V4.1:
+    layer_input, pre_mix, post_mix, comb_mix = fused_pre(streams, weight, scale, bias,
+                                                         pre_mix=pre_mix)
+
+    and with a `layer_norm_weight`, for inference alone:
+    layer_input = layer_input * rsqrt(mean(layer_input**2) + layer_norm_eps) * layer_norm_weight
+
+    The streams are rounded to their dtype once, and projected and collapsed as they were rounded;
+    so is the layer input before its norm. With an explicit `num_splits` the outputs are the bits of
+    the separate ops; without, so are the streams and the layer input, while with a `pre_mix` the
+    mixes may differ in their last bits, as one pass over bfloat16 streams (n = 4, H a multiple of
+    64) sums them in another order. The gradient of the streams is for all their uses, this op's and
+    later ones', and is rounded at most once on its way to those of residual and layer_output.
+
+    Gradients of parameters that carry `main_grad` go into that: see `tile_mhc.main_grad`.
+
+    Args:
+        layer_output: (..., H), contiguous, of the dtype of the residual.
+        residual: (..., n, H) bfloat16, float16 or float32, contiguous; n in 2, 4, 8; H up to
+            16384.
+        post_mix: (..., n) or (..., n, 1) float32, of the sub-layer that ends.
+        comb_mix: (..., n, n) float32, index [in, out], of the sub-layer that ends.
+        weight: (n*(n+2), n*H) float32 or bfloat16, as the other parameters of the sub-layer that
+            begins.
+        scale: (3,) float32 or bfloat16.
+        bias: (n*(n+2),) float32 or bfloat16, of the gates.
+        pre_mix: optional (..., n) or (..., n, 1) float32: the weights of the layer input, which the
+            pre before has returned.
+        layer_bias: optional (H,) float32 or bfloat16, the bias of the last linear map of the
+            sub-layer that ends.
+        norm_weight: optional (n*H,) float32 or bfloat16, a learnable weight of the RMS norm of the
+            streams.
+        norm_eps: added to the mean square of that norm (DeepSeek-V4.1 uses 1e-20).
+        pre_eps: added to the new pre_mix.
+        sinkhorn_eps: as in `fused_pre`.
+        post_mult: factor of the new post_mix (DeepSeek-V4 uses 2).
+        sinkhorn_repeat: Sinkhorn steps, from 1 to 1024 (DeepSeek-V4 uses 20).
+        layer_norm_weight: optional (H,) float32 or bfloat16, of an RMS norm of the layer input;
+            not allowed when a gradient is needed.
+        layer_norm_eps: added to the mean square of that norm.
+        num_splits: as in `projection`.
+        tf32: as in `projection`.
+        grad_accumulator: gathers the gradient of the residual from all ops that get it.
+
+    Returns:
+        The streams (..., n, H) and layer_input (..., H), of the dtype of the residual; with a
+        `pre_mix`, the next one (..., n); post_mix (..., n) and comb_mix (..., n, n), of the
+        sub-layer that begins, all mixes float32.
+
+    Raises:
+        ShapeError: a shape, dtype, device or layout does not match.
+        UnsupportedError: n, H or the dtype has no kernel, or a layer_norm_weight has no gradient.
+
+    Source: mHC paper (arXiv 2512.24880), sec. 4.3.1; that of DeepSeek-V4.1, vLLM's
+    `mhc_fused_post_pre_delayed` and DeepGEMM's `mega_mhc`.
+    """
+    options = (norm_eps, pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat)
+    inputs = (
+        layer_output,
+        residual,
+        post_mix,
+        comb_mix,
+        weight,
+        scale,
+        bias,
+        pre_mix,
+        layer_bias,
+        norm_weight,
+        layer_norm_weight,
+        *options,
+        layer_norm_eps,
+        num_splits,
+        tf32,
+    )
+    # What is refused with a gradient is looked at in each call.
+    known = _ROUTE.find(inputs) if layer_norm_weight is None else None
+    if known is None:
+        _check(inputs)
+    streams, layer_input, next_pre, *mixes = call(_ROUTE, inputs, known, grad_accumulator)
+    given = () if pre_mix is None else (next_pre,)
+    return streams, layer_input, *given, *mixes[:2]
+
+
+def _check(inputs: tuple[Any, ...]) -> None:
+    layer_output, residual, post_mix, comb_mix, *gates, layer_bias, norm_weight = inputs[:GRADIENTS]
+    layer_norm_weight, *options, layer_norm_eps, num_splits, tf32 = inputs[GRADIENTS:]
+    post_op.check_post(OP, layer_output, residual, post_mix, comb_mix, ("layer_bias", layer_bias))
+    fused_op.check_pre(OP, residual, *gates, norm_weight, *options, num_splits, tf32)
+    errors.check_number(OP, "layer_norm_eps", layer_norm_eps)
+    if layer_norm_weight is not None:
+        shapes, like = [residual.shape[-1:]], ("residual", residual)
+        errors.check_tensor(
+            OP, "layer_norm_weight", layer_norm_weight, shapes, errors.PARAMETERS, like
+        )
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            _refuse_gradient(layer_norm_weight)
+
+
+def _refuse_gradient(layer_norm_weight: Tensor) -> None:
+    raise errors.UnsupportedError(
+        f"{OP}: layer_norm_weight must be None when a gradient is needed; got "
+        f"{errors.describe(layer_norm_weight)}, whose norm is for inference (torch.no_grad() "
+        "allows it)"
+    )
+
+
+def _cuda(
+    layer_output: Tensor,
+    residual: Tensor,
+    post_mix: Tensor,
+    comb_mix: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    pre_mix: Tensor | None,
+    layer_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    layer_norm_weight: Tensor | None,
+    norm_eps: float,
+    pre_eps: float,
+    sinkhorn_eps: float,
+    post_mult: float,
+    sinkhorn_repeat: int,
+    layer_norm_eps: float,
+    num_splits: int | None,
+    tf32: bool,
+) -> tuple[Tensor, ...]:
+    options = (norm_weight, norm_eps, pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat)
+    streams = empty_like(residual)
+    gates = (streams, weight, scale, bias)
+    one_pass = selection.is_one_pass(residual.dtype, *residual.shape[-2:], num_splits)
+    if one_pass and pre_mix is not None and layer_bias is None and residual.numel():
+        of_post = (layer_output, residual, post_mix, comb_mix)
+        layer_input, *mixes = delayed_op.empty(residual)
+        sums = _launch_pass(*of_post, pre_mix, weight, norm_weight, tf32, streams, layer_input)
+        delayed_op.launch_mixes(*sums, *gates, *options, tf32, mixes)
+    else:
+        post_op.launch(layer_output, residual, post_mix, comb_mix, layer_bias, streams)
+        if pre_mix is None:
+            layer_input, *mixes = fused_op.launch(*gates, *options, num_splits, tf32)
+            mixes.insert(0, _no_mix(residual))
+        else:
+            layer_input, *mixes = delayed_op.launch(*gates, pre_mix, *options, num_splits, tf32)
+    if layer_norm_weight is not None and residual.numel():
+        _launch_norm(layer_input, layer_norm_weight, layer_norm_eps)
+    return streams, layer_input, *mixes
+
+
+def _launch_pass(
+    layer_output: Tensor,
+    residual: Tensor,
+    post_mix: Tensor,
+    comb_mix: Tensor,
+    pre_mix: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    tf32: bool,
+    streams: Tensor,
+    layer_input: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Write streams and layer input, and return the products and squares of their splits."""
+    n, hidden_size = residual.shape[-2:]
+    size = n * hidden_size
+    parts, products, squares, block = delayed_op.prepare_pass(residual, weight, norm_weight, tf32)
+    jit.kernel("post_pre_fwd", hidden_size)(
+        layer_output.view(-1, hidden_size),
+        residual.view(-1, size),
+        post_mix.contiguous().view(-1, n),
+        comb_mix.contiguous().view(-1, n, n),
+        pre_mix.contiguous().view(-1, n),
+        parts,
+        streams.view(-1, size),
+        layer_input.view(-1, hidden_size),
+        products,
+        squares,
+        block,
+    )
+    return products, squares
+
+
+def _launch_norm(layer_input: Tensor, weight: Tensor, eps: float) -> None:
+    """In place."""
+    hidden_size = layer_input.shape[-1]
+    given = dtypes(streams=layer_input.dtype, norm_weight=weight.dtype)
+    jit.kernel("input_norm", hidden_size, *given)(
+        layer_input.view(-1, hidden_size), weight.contiguous(), eps
+    )
+
+
+def _no_mix(like: Tensor) -> Tensor:
+    """What the operator returns as the next pre_mix where it was given none."""
+    return like.new_empty(0, dtype=torch.float32)
+
+
+def _cpu(*args: Any) -> tuple[Tensor, ...]:
+    arguments = list(args)
+    del arguments[-2]  # num_splits: the reference sums K at once
+    outputs = list(reference.post_pre_with_mixes(*arguments))
+    if outputs[2] is None:
+        outputs[2] = _no_mix(args[1])
+    return tuple(out.contiguous() for out in outputs if out is not None)
+
+
+def _fake(layer_output: Tensor, residual: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    layer_input, next_pre, *mixes = delayed_op.empty(residual)
+    if others[5] is None:
+        next_pre = _no_mix(residual)
+    return residual.new_empty(residual.shape), layer_input, next_pre, *mixes
+
+
+def _backward_cuda(
+    grad_streams: Tensor | None,
+    grad_input: Tensor,
+    grad_next: Tensor,
+    grad_post: Tensor,
+    grad_comb: Tensor,
+    layer_output: Tensor,
+    residual: Tensor,
+    post_mix: Tensor,
+    comb_mix: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    pre_mix: Tensor | None,
+    layer_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    streams: Tensor,
+    mixes: Tensor,
+    inv_rms: Tensor,
+    pre_eps: float,
+    sinkhorn_eps: float,
+    post_mult: float,
+    sinkhorn_repeat: int,
+    tf32: bool,
+    wants_pre: bool,
+    into: Destinations = NOWHERE,
+) -> tuple[Tensor, ...]:
+    options = (pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat, tf32)
+    gates = (streams, weight, scale, bias)
+    saved = (norm_weight, mixes, inv_rms)
+    if pre_mix is None:
+        grad, *parameters, grad_norm = fused_op.launch_backward(
+            grad_input,
+            grad_post,
+            grad_comb,
+            *gates,
+            *saved,
+            *options,
+            grad_streams,
+            into=moved(into, OF_FUSED_PRE),
+        )
+        grad_pre_mix = _no_mix(residual)
+    else:
+        grad, *parameters, grad_pre_mix, grad_norm = delayed_op.launch_backward(
+            grad_input,
+            grad_next,
+            grad_post,
+            grad_comb,
+            *gates,
+            pre_mix,
+            *saved,
+            *options,
+            wants_pre,
+            grad_streams,
+            into=moved(into, OF_DELAYED_PRE),
+        )
+    *grads, grad_layer_bias = post_op.launch_backward(
+        grad,
+        layer_output,
+        residual,
+        post_mix,
+        comb_mix,
+        layer_bias,
+        into=moved(into, OF_POST),
+    )
+    if norm_weight is None:
+        grad_norm = _no_mix(residual)
+    return *grads, *parameters, grad_pre_mix, grad_layer_bias, grad_norm
+
+
+def _backward_cpu(*args: Any) -> tuple[Tensor, ...]:
+    *arguments, wants_pre = args
+    grads = list(reference.post_pre_backward(*arguments))
+    if not wants_pre:
+        grads[7] = None
+    return tuple(_no_mix(args[6]) if grad is None else grad.contiguous() for grad in grads)
+
+
+def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    tensors = list(args[5:15])  # layer_output to norm_weight
+    if not args[-1]:
+        tensors[7] = None
+    grads = list(empty_gradients(*tensors))
+    for at in (7, 8, 9):
+        if tensors[at] is None:
+            grads[at] = _no_mix(args[6])
+    return tuple(grads)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _save(ctx, inputs, output)
+    ctx.mark_non_differentiable(*output[5:], *([output[2]] if inputs[7] is None else []))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    if inputs[GRADIENTS] is not None:
+        _refuse_gradient(inputs[GRADIENTS])
+    _, _, *options, _, _, tf32 = inputs[GRADIENTS:]
+    pre_mix = inputs[7]
+    ctx.save_for_backward(*inputs[:GRADIENTS], output[0], *output[5:])
+    ctx.options = (*options, tf32, pre_mix is not None and pre_mix.requires_grad)
+    # A gradient of the streams that is not there is not read.
+    ctx.set_materialize_grads(False)
+
+
+def _backward_arguments(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    """Gradients that autograd left out are zeros; that of the streams is left out."""
+    saved = ctx.saved_tensors  # once: checkpointing unpacks it only once
+    residual, pre_mix = saved[1], saved[7]
+    given = list(grads[1:5])
+    if pre_mix is None:
+        given[1] = _no_mix(residual)
+    return grads[0], *delayed_op.filled(given, residual), *saved, *ctx.options
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _gradients(_backward_arguments(ctx, *grads))
+
+
+def _gradients(arguments: Sequence[Any]) -> tuple[Tensor | None, ...]:
+    result: list[Tensor | None] = list(_post_pre_backward(*arguments))
+    if not arguments[-1]:
+        result[7] = None
+    for at in (8, 9):
+        if arguments[5 + at] is None:
+            result[at] = None
+    return *result, *[None] * 9
+
+
+_BACKWARD = (
+    "post_pre_backward(Tensor? grad_streams, Tensor grad_input, Tensor grad_next, "
+    "Tensor grad_post, Tensor grad_comb, Tensor layer_output, Tensor residual, Tensor post_mix, "
+    "Tensor comb_mix, Tensor weight, Tensor scale, Tensor bias, Tensor? pre_mix, "
+    "Tensor? layer_bias, Tensor? norm_weight, Tensor streams, Tensor mixes, Tensor inv_rms, "
+    "float pre_eps, float sinkhorn_eps, float post_mult, int sinkhorn_repeat, bool tf32, "
+    "bool wants_pre) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+    "Tensor)"
+)
+_post_pre_backward = register(
+    _BACKWARD,
+    cuda=_backward_cuda,
+    cpu=_backward_cpu,
+    fake=_backward_fake,
+    flops=_flops.post_pre_backward,
+)
+_post_pre = register(
+    "post_pre(Tensor layer_output, Tensor residual, Tensor post_mix, Tensor comb_mix, "
+    "Tensor weight, Tensor scale, Tensor bias, Tensor? pre_mix, Tensor? layer_bias, "
+    "Tensor? norm_weight, Tensor? layer_norm_weight, float norm_eps, float pre_eps, "
+    "float sinkhorn_eps, float post_mult, int sinkhorn_repeat, float layer_norm_eps, "
+    "int? num_splits, bool tf32) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    cuda=_cuda,
+    cpu=_cpu,
+    fake=_fake,
+    flops=_flops.post_pre,
+    backward=_backward,
+    setup_context=_setup_context,
+    hidden=(5, 6),
+)
+_ROUTE = Route(
+    name=OP,
+    operator=_post_pre,
+    save=_save,
+    gradients=_backward,
+    tensors=GRADIENTS + 1,
+    arguments=_backward_arguments,
+    backward=register_into(
+        _BACKWARD,
+        (1, 4, 5, 6, 9),
+        cuda=_backward_cuda,
+        cpu=_backward_cpu,
+        fake=_backward_fake,
+        flops=_flops.post_pre_backward,
+    ),
+    visible=5,
+    residual=1,
+    parameters={4: "weight", 5: "scale", 6: "bias", 9: "norm_weight"},
+)
