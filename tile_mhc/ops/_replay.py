@@ -442,10 +442,7 @@ def is_on_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
 
-def _without_cuda(*_: int) -> int:
-    raise RuntimeError("torch was built without CUDA")
-
-
-# As functions of this module, which tests replace.
-current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", _without_cuda)
-current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _without_cuda)
+# As names of this module, which tests replace. Absent from a torch that was built without CUDA,
+# where no tensor is on a GPU.
+current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
