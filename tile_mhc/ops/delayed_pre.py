@@ -16,23 +16,23 @@ from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops import sinkhorn as sinkhorn_op
 from tile_mhc.ops._autograd import transforms_active
 from tile_mhc.ops._destinations import (
-    NOWHERE,
+    NO_DESTINATIONS,
     Destinations,
-    Route,
     clear,
-    moved,
+    for_part,
+    gradient_buffers,
     register_into,
-    room,
 )
 from tile_mhc.ops._library import dtype_of, dtypes, empty_gradients, register, temporaries
+from tile_mhc.ops._op import Op
 
 # Of the operator's inputs: what has a gradient comes first.
 GRADIENTS = 6
 
 
-def route(passes_residual: bool) -> tuple[Route, Callable[..., Any] | None]:
+def choose(passes_residual: bool) -> tuple[Op, Callable[..., Any] | None]:
     """How `fused_pre` with a pre_mix, which is the fifth of its inputs, is called; see `call`."""
-    return (_PASSING_ROUTE, _passed) if passes_residual else (_ROUTE, None)
+    return (_PASSING_OP, _passed) if passes_residual else (_OP, None)
 
 
 def launch(
@@ -206,7 +206,7 @@ def launch_backward(
     tf32: bool,
     wants_pre: bool,
     accumulated: Tensor | None,
-    into: Destinations = NOWHERE,
+    into: Destinations = NO_DESTINATIONS,
 ) -> tuple[Tensor, ...]:
     """Gradients of the first inputs; without `wants_pre` that of pre_mix has no element."""
     n, hidden_size = residual.shape[-2:]
@@ -253,7 +253,7 @@ def launch_backward(
         partials,
         post_mult,
     )
-    mixes_op.launch_sums(partials, grad_scale, grad_bias, moved(into, {2: 1, 3: 2}))
+    mixes_op.launch_sums(partials, grad_scale, grad_bias, for_part(into, {2: 1, 3: 2}))
     projection_op.launch_backward_rows(
         grad_mixes,
         residual,
@@ -266,7 +266,7 @@ def launch_backward(
         accumulated=None if accumulated is None else accumulated.contiguous(),
         factors=(first, second),
         grads=(grad_residual, grad_weight, grad_norm_weight),
-        into=moved(into, {1: 1, 5: 2}),
+        into=for_part(into, {1: 1, 5: 2}),
     )
     return grads
 
@@ -276,7 +276,7 @@ def _room(into: Destinations, *inputs: Any) -> tuple[Tensor, ...]:
     *tensors, wants_pre = inputs
     if not wants_pre:
         tensors[4] = tensors[4].new_empty(0)
-    return room(into, *tensors)
+    return gradient_buffers(into, *tensors)
 
 
 def _backward_cpu(*args: Any) -> tuple[Tensor, ...]:
@@ -401,7 +401,7 @@ _backward_into = register_into(
     flops=_flops.delayed_pre_backward,
 )
 _PARAMETERS = {1: "weight", 2: "scale", 3: "bias", 5: "norm_weight"}
-_ROUTE = Route(
+_OP = Op(
     name="fused_pre",
     operator=_delayed_pre,
     save=_save,
@@ -412,7 +412,7 @@ _ROUTE = Route(
     visible=4,
     parameters=_PARAMETERS,
 )
-_PASSING_ROUTE = Route(
+_PASSING_OP = Op(
     name="fused_pre",
     operator=_delayed_pre,
     save=_save,

@@ -16,16 +16,15 @@ from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops import sinkhorn as sinkhorn_op
 from tile_mhc.ops._autograd import transforms_active
 from tile_mhc.ops._destinations import (
-    NOWHERE,
+    NO_DESTINATIONS,
     Destinations,
-    Route,
-    call,
     clear,
-    moved,
+    for_part,
+    gradient_buffers,
     register_into,
-    room,
 )
 from tile_mhc.ops._library import dtype_of, dtypes, empty_gradients, register, temporaries
+from tile_mhc.ops._op import Op
 from tile_mhc.ops.aggregate import check_mix
 
 
@@ -110,18 +109,17 @@ def fused_pre(
     passes = passes_residual is True
     if pre_mix is None:
         inputs: tuple[Any, ...] = (residual, weight, scale, bias, *options)
-        route, plain = (_PASSING_ROUTE, _passed) if passes else (_ROUTE, None)
+        op, plain = (_PASSING_OP, _passed) if passes else (_OP, None)
     else:
         inputs = (residual, weight, scale, bias, pre_mix, *options)
-        route, plain = delayed_op.route(passes)
-    known = route.find(inputs) if type(passes_residual) is bool else None
+        op, plain = delayed_op.choose(passes)
+    known = op.find(inputs) if type(passes_residual) is bool else None
     if known is None:
-        op = "fused_pre"
-        errors.check_streams(op, "residual", residual)
-        check_pre(op, residual, weight, scale, bias, pre_mix, *options)
-        errors.check_bool(op, "passes_residual", passes_residual)
-    outputs = call(route, inputs, known, plain=plain)
-    return (*outputs[: route.visible], outputs[-1]) if passes else outputs[: route.visible]
+        errors.check_streams("fused_pre", "residual", residual)
+        check_pre("fused_pre", residual, weight, scale, bias, pre_mix, *options)
+        errors.check_bool("fused_pre", "passes_residual", passes_residual)
+    outputs = op.call(inputs, known, plain=plain)
+    return (*outputs[: op.visible], outputs[-1]) if passes else outputs[: op.visible]
 
 
 def check_pre(
@@ -240,10 +238,10 @@ def launch_backward(
     sinkhorn_repeat: int,
     tf32: bool,
     accumulated: Tensor | None,
-    into: Destinations = NOWHERE,
+    into: Destinations = NO_DESTINATIONS,
 ) -> tuple[Tensor, ...]:
     n, hidden_size = residual.shape[-2:]
-    grads = room(into, residual, weight, scale, bias, norm_weight)
+    grads = gradient_buffers(into, residual, weight, scale, bias, norm_weight)
     grad_residual, grad_weight, grad_scale, grad_bias, grad_norm_weight = grads
     if residual.numel() == 0:
         clear(into, dict(enumerate(grads)))
@@ -286,7 +284,7 @@ def launch_backward(
         partials,
         post_mult,
     )
-    mixes_op.launch_sums(partials, grad_scale, grad_bias, moved(into, {2: 1, 3: 2}))
+    mixes_op.launch_sums(partials, grad_scale, grad_bias, for_part(into, {2: 1, 3: 2}))
     projection_op.launch_backward_rows(
         grad_mixes,
         residual,
@@ -299,7 +297,7 @@ def launch_backward(
         accumulated=None if accumulated is None else accumulated.contiguous(),
         factors=factors,
         grads=(grad_residual, grad_weight, grad_norm_weight),
-        into=moved(into, {1: 1, 4: 2}),
+        into=for_part(into, {1: 1, 4: 2}),
     )
     return grads
 
@@ -418,7 +416,7 @@ _backward_into = register_into(
     flops=_flops.fused_pre_backward,
 )
 _PARAMETERS = {1: "weight", 2: "scale", 3: "bias", 4: "norm_weight"}
-_ROUTE = Route(
+_OP = Op(
     name="fused_pre",
     operator=_fused_pre,
     save=_save,
@@ -429,7 +427,7 @@ _ROUTE = Route(
     visible=3,
     parameters=_PARAMETERS,
 )
-_PASSING_ROUTE = Route(
+_PASSING_OP = Op(
     name="fused_pre",
     operator=_fused_pre,
     save=_save,

@@ -13,14 +13,13 @@ from tile_mhc.ops import delayed_pre as delayed_op
 from tile_mhc.ops import fused_pre as fused_op
 from tile_mhc.ops import post as post_op
 from tile_mhc.ops._destinations import (
-    NOWHERE,
+    NO_DESTINATIONS,
     Destinations,
-    Route,
-    call,
-    moved,
+    for_part,
     register_into,
 )
 from tile_mhc.ops._library import dtypes, empty_gradients, empty_like, register
+from tile_mhc.ops._op import Op
 
 OP = "post_pre"
 # Of the operator's inputs: what has a gradient comes first.
@@ -134,10 +133,10 @@ def post_pre(
         tf32,
     )
     # What is refused with a gradient is looked at in each call.
-    known = _ROUTE.find(inputs) if layer_norm_weight is None else None
+    known = _OP.find(inputs) if layer_norm_weight is None else None
     if known is None:
         _check(inputs)
-    streams, layer_input, next_pre, *mixes = call(_ROUTE, inputs, known, grad_accumulator)
+    streams, layer_input, next_pre, *mixes = _OP.call(inputs, known, grad_accumulator)
     given = () if pre_mix is None else (next_pre,)
     return streams, layer_input, *given, *mixes[:2]
 
@@ -295,7 +294,7 @@ def _backward_cuda(
     sinkhorn_repeat: int,
     tf32: bool,
     wants_pre: bool,
-    into: Destinations = NOWHERE,
+    into: Destinations = NO_DESTINATIONS,
 ) -> tuple[Tensor, ...]:
     options = (pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat, tf32)
     gates = (streams, weight, scale, bias)
@@ -309,7 +308,7 @@ def _backward_cuda(
             *saved,
             *options,
             grad_streams,
-            into=moved(into, OF_FUSED_PRE),
+            into=for_part(into, OF_FUSED_PRE),
         )
         grad_pre_mix = _no_mix(residual)
     else:
@@ -324,7 +323,7 @@ def _backward_cuda(
             *options,
             wants_pre,
             grad_streams,
-            into=moved(into, OF_DELAYED_PRE),
+            into=for_part(into, OF_DELAYED_PRE),
         )
     *grads, grad_layer_bias = post_op.launch_backward(
         grad,
@@ -333,7 +332,7 @@ def _backward_cuda(
         post_mix,
         comb_mix,
         layer_bias,
-        into=moved(into, OF_POST),
+        into=for_part(into, OF_POST),
     )
     if norm_weight is None:
         grad_norm = _no_mix(residual)
@@ -429,7 +428,7 @@ _post_pre = register(
     setup_context=_setup_context,
     hidden=(5, 6),
 )
-_ROUTE = Route(
+_OP = Op(
     name=OP,
     operator=_post_pre,
     save=_save,
