@@ -176,6 +176,19 @@ def _weight_parts(s: Sizes) -> list[Arguments]:
 
 
 @_one_pass
+def _pass_backwards(s: Sizes) -> list[Arguments]:
+    # Alone, and on top of a gradient that the streams have.
+    choices = itertools.product(("", s.dtype), _weights(s))
+    return [_kernel(s.hidden, **weights, held=held) for held, weights in choices]
+
+
+@_one_pass
+def _delayed_sums(s: Sizes) -> list[Arguments]:
+    # Of pre_mix alone, and of all mixes of a boundary.
+    return [(s.n, s.hidden), (s.mixes, s.hidden)]
+
+
+@_one_pass
 def _passes(s: Sizes) -> list[Arguments]:
     return [(s.hidden,)]
 
@@ -443,7 +456,25 @@ SPECS = (
     Spec("delayed_mixes", "delayed_pre", _PRE_OPS, _PRE, _pres),
     Spec("weight_parts", "delayed_pre", _PRE_OPS, _MATMUL, _weight_parts),
     Spec("delayed_pre_fwd", "delayed_pre", _PRE_OPS, ("hidden_size",), _passes),
+    Spec(
+        "delayed_pre_bwd",
+        "delayed_pre",
+        _PRE_OPS,
+        ("hidden_size",),
+        _pass_backwards,
+        early=("weight", "norm_weight"),
+    ),
+    Spec("delayed_sums", "delayed_pre", _PRE_OPS, ("num_sums", "hidden_size"), _delayed_sums),
     Spec("post_pre_fwd", "post_pre", ("post_pre",), ("hidden_size",), _passes),
+    Spec("post_project_fwd", "post_pre", ("post_pre",), ("hidden_size",), _passes),
+    Spec(
+        "post_pre_bwd",
+        "post_pre",
+        ("post_pre",),
+        ("hidden_size",),
+        _pass_backwards,
+        early=("weight", "norm_weight"),
+    ),
     Spec("input_norm", "post_pre", ("post_pre",), ("hidden_size",), _input_norms),
     Spec("interleaved_aggregate_fwd", "interleaved_aggregate", _TE, _CHANNELS, _interleaved),
     Spec(

@@ -30,13 +30,15 @@ FULL_ROW = T.GemmWarpPolicy.FullRow
 FULL_COLUMN = T.GemmWarpPolicy.FullCol
 
 
-def forward_pass(hidden_size: int, makes: bool, limits: Architecture) -> tuple[Any, ...]:
+def forward_pass(
+    hidden_size: int, makes: bool, collapses: bool, limits: Architecture
+) -> tuple[Any, ...]:
     """A CTA has a tile of tokens and a range of H, in steps of the same columns of all streams.
 
-    Where it `makes` the streams, by a post, they are read rounded by all that follows. Thread t
-    has eight columns of the tokens t // 8 and t // 8 + 32; what is by token stays in registers.
-    The mixes are the rows of the product, high and low part apart: as columns, 48 of them, TileLang
-    would take three times the instructions.
+    Where it `makes` the streams, by a post, they are read rounded by all that follows. It
+    `collapses` them where the pre_mix is known. Thread t has eight columns of the tokens t // 8 and
+    t // 8 + 32; what is by token stays in registers. The mixes are the rows of the product, high
+    and low part apart: as columns, 48 of them, TileLang would take three times the instructions.
     """
     tokens = T.dynamic("num_tokens")
     splits = T.dynamic("num_splits")
@@ -48,7 +50,7 @@ def forward_pass(hidden_size: int, makes: bool, limits: Architecture) -> tuple[A
     rows = THREADS // per_row
     turns = block // rows
     streams_of = tuple(range(STREAMS))
-    fixed = (block * (columns + (wide if makes else 0))) * 2
+    fixed = block * (columns * collapses + wide * makes) * 2
     stage = (block * (wide + (columns if makes else 0)) + PART_ROWS * wide) * 2
     stages = min(4, (limits.matmul_bytes - fixed) // stage)
 
@@ -73,8 +75,9 @@ def forward_pass(hidden_size: int, makes: bool, limits: Architecture) -> tuple[A
             tid = T.get_thread_binding()
             x_shared = T.alloc_shared((block, wide), T.bfloat16)
             w_shared = T.alloc_shared((PART_ROWS, wide), T.bfloat16)
-            input_shared = T.alloc_shared((block, columns), T.bfloat16)
-            T.annotate_layout({input_shared: make_swizzled_layout(input_shared)})
+            if collapses:
+                input_shared = T.alloc_shared((block, columns), T.bfloat16)
+                T.annotate_layout({input_shared: make_swizzled_layout(input_shared)})
             if makes:
                 f_shared = T.alloc_shared((block, columns), T.bfloat16)
                 made_shared = T.alloc_shared((block, wide), T.bfloat16)
@@ -105,8 +108,9 @@ def forward_pass(hidden_size: int, makes: bool, limits: Architecture) -> tuple[A
                 square[turn, 0] = 0.0
                 square[turn, 1] = 0.0
                 t = T.min(t0 + turn * rows + tid // per_row, tokens - 1)
-                for i in T.unroll(STREAMS):
-                    pre[turn, i] = pre_mix[t, i]
+                if collapses:
+                    for i in T.unroll(STREAMS):
+                        pre[turn, i] = pre_mix[t, i]
                 if makes:
                     for i in T.unroll(STREAMS):
                         post[turn, i] = post_mix[t, i]
@@ -156,13 +160,16 @@ def forward_pass(hidden_size: int, makes: bool, limits: Architecture) -> tuple[A
                         else:
                             for v in T.vectorized(VECTOR):
                                 rounded[v] = streams[j, v]
+                        if collapses:
+                            for v in T.unroll(VECTOR):
+                                collapsed[v] += pre[turn, j] * T.cast(rounded[v], T.float32)
                         for v in T.unroll(VECTOR):
-                            collapsed[v] += pre[turn, j] * T.cast(rounded[v], T.float32)
                             square[turn, v % 2] += T.cast(rounded[v], T.float32) * T.cast(
                                 rounded[v], T.float32
                             )
-                    for v in T.vectorized(VECTOR):
-                        input_shared[row, c + v] = T.cast(collapsed[v], T.bfloat16)
+                    if collapses:
+                        for v in T.vectorized(VECTOR):
+                            input_shared[row, c + v] = T.cast(collapsed[v], T.bfloat16)
                 # The tensor cores and TMA read these through another path than threads write.
                 T.fence_proxy_async()
                 T.sync_threads()
@@ -174,7 +181,8 @@ def forward_pass(hidden_size: int, makes: bool, limits: Architecture) -> tuple[A
                             made_shared[0:block, c0 : c0 + columns],
                             out[t0 : t0 + block, k0 : k0 + columns],
                         )
-                T.tma_copy(input_shared, layer_input[t0 : t0 + block, h0 : h0 + columns])
+                if collapses:
+                    T.tma_copy(input_shared, layer_input[t0 : t0 + block, h0 : h0 + columns])
                 # The tensor cores truncate what they add up: only within a step.
                 T.gemm(
                     w_shared,

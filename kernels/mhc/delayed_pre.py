@@ -21,7 +21,7 @@ from tile_mhc.kernels._boundary import (
     num_sums,
 )
 from tile_mhc.kernels._common import SIMT, VECTOR, builder, follow_previous
-from tile_mhc.kernels._shapes import SUM_LANES, factors_width, padded
+from tile_mhc.kernels._shapes import DELAYED_COLUMNS, SUM_LANES, factors_width, padded
 from tile_mhc.kernels.mixes import logit, sigmoid
 from tile_mhc.kernels.projection import (
     AT_ONCE,
@@ -68,7 +68,7 @@ def weight_parts(num_mixes: int, size: int, *, weight_dtype: str, norm_weight_dt
 @builder({})
 def delayed_pre_fwd(hidden_size: int, *, limits: Architecture):
     """Products, squares and the layer input of streams that there are."""
-    body, tokens, splits, size = forward_pass(hidden_size, False, limits)
+    body, tokens, splits, size = forward_pass(hidden_size, False, True, limits)
 
     @T.prim_func
     def delayed_pre_fwd_kernel(
@@ -210,7 +210,7 @@ def delayed_pre_bwd(
         grad_input: T.Tensor[(tokens, hidden_size), T.bfloat16],
         held: T.Tensor[(tokens, size) if has_held else (1,), T.bfloat16],
         grad_x: T.Tensor[(tokens, size), T.bfloat16],
-        sums: T.Tensor[(hidden_size // 64, tokens, num_sums(False)), T.float32],
+        sums: T.Tensor[(hidden_size // DELAYED_COLUMNS, tokens, num_sums(False)), T.float32],
         partials: T.Tensor[(slices, MIXES, size), T.float32],
         slice_tokens: T.int32,
         tf32: T.int32,
@@ -238,19 +238,21 @@ def delayed_pre_bwd(
 
 
 @builder(SIMT)
-def delayed_sums(num_sums: int, blocks: int):
+def delayed_sums(num_sums: int, hidden_size: int):
     """Sum what the columns of a backward have left by token, in order.
 
     The last four are the gradient of pre_mix; before them those of comb_mix and post_mix.
     """
     tokens = T.dynamic("num_tokens")
-    combs = max(num_sums - 2 * STREAMS, 1)
+    blocks = hidden_size // DELAYED_COLUMNS
+    every = num_sums > STREAMS
+    combs = STREAMS * STREAMS
 
     @T.prim_func
     def delayed_sums_kernel(
         sums: T.Tensor[(blocks, tokens, num_sums), T.float32],
-        grad_comb: T.Tensor[(tokens, combs), T.float32],
-        grad_post: T.Tensor[(tokens, STREAMS), T.float32],
+        grad_comb: T.Tensor[(tokens, combs) if every else (1,), T.float32],
+        grad_post: T.Tensor[(tokens, STREAMS) if every else (1,), T.float32],
         grad_pre: T.Tensor[(tokens, STREAMS), T.float32],
     ):
         with T.Kernel(T.ceildiv(tokens * num_sums, THREADS), threads=THREADS) as block:
@@ -271,7 +273,7 @@ def delayed_sums(num_sums: int, blocks: int):
                             total[0] += parts[i]
                 if k >= num_sums - STREAMS:
                     grad_pre[t, k - (num_sums - STREAMS)] = total[0]
-                else:
+                elif every:
                     if k < combs:
                         grad_comb[t, k] = total[0]
                     else:

@@ -16,14 +16,14 @@ from tile_mhc.kernels._common import (
     row_vector,
     sums_shape,
 )
-from tile_mhc.kernels._shapes import factors_width, padded
+from tile_mhc.kernels._shapes import DELAYED_COLUMNS, factors_width, padded
 from tile_mhc.kernels.projection import norm_shape
 
 
 @builder({})
 def post_pre_fwd(hidden_size: int, *, limits: Architecture):
     """The streams after a post, with their products, squares and the layer input."""
-    body, tokens, splits, size = forward_pass(hidden_size, True, limits)
+    body, tokens, splits, size = forward_pass(hidden_size, True, True, limits)
 
     @T.prim_func
     def post_pre_fwd_kernel(
@@ -54,6 +54,40 @@ def post_pre_fwd(hidden_size: int, *, limits: Architecture):
         )
 
     return post_pre_fwd_kernel
+
+
+@builder({})
+def post_project_fwd(hidden_size: int, *, limits: Architecture):
+    """The streams after a post, with their products and squares: their pre_mix comes of these."""
+    body, tokens, splits, size = forward_pass(hidden_size, True, False, limits)
+
+    @T.prim_func
+    def post_project_fwd_kernel(
+        layer_output: T.Tensor[(tokens, hidden_size), T.bfloat16],
+        x: T.Tensor[(tokens, size), T.bfloat16],
+        post_mix: T.Tensor[(tokens, STREAMS), T.float32],
+        comb_mix: T.Tensor[(tokens, STREAMS, STREAMS), T.float32],
+        parts: T.Tensor[(2 * MIXES, size), T.bfloat16],
+        out: T.Tensor[(tokens, size), T.bfloat16],
+        products: T.Tensor[(splits, tokens, MIXES), T.float32],
+        squares: T.Tensor[(splits, tokens), T.float32],
+        blocks: T.int32,
+    ):
+        body(
+            layer_output,
+            x,
+            post_mix,
+            comb_mix,
+            None,
+            parts,
+            out,
+            None,
+            products,
+            squares,
+            blocks,
+        )
+
+    return post_project_fwd_kernel
 
 
 @builder({})
@@ -88,7 +122,7 @@ def post_pre_bwd(
         held: T.Tensor[(tokens, size) if has_held else (1,), T.bfloat16],
         grad_output: T.Tensor[(tokens, hidden_size), T.bfloat16],
         grad_x: T.Tensor[(tokens, size), T.bfloat16],
-        sums: T.Tensor[(hidden_size // 64, tokens, num_sums(True)), T.float32],
+        sums: T.Tensor[(hidden_size // DELAYED_COLUMNS, tokens, num_sums(True)), T.float32],
         partials: T.Tensor[(slices, MIXES, size), T.float32],
         slice_tokens: T.int32,
         tf32: T.int32,

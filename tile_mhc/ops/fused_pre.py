@@ -166,46 +166,77 @@ def launch(
     num_splits: int | None,
     tf32: bool,
 ) -> tuple[Tensor, ...]:
-    n, hidden_size = residual.shape[-2:]
-    outputs = _empty(residual)
+    outputs = empty(residual)
     if residual.numel():
-        num_mixes, size = weight.shape
-        x = residual.view(-1, size)
-        products, squares = projection_op.split_products(
-            residual, weight, norm_weight, num_splits, tf32
-        )
-        given = dtypes(
-            streams=residual.dtype,
-            weight=weight.dtype,
-            norm_weight=dtype_of(norm_weight),
-            scale=scale.dtype,
-            bias=bias.dtype,
-        )
-        layer_input, post_mix, comb_mix, mixes, inv_rms = outputs
-        many_splits = selection.has_many_splits(products.shape[0])
-        jit.kernel("fused_pre", n, hidden_size, many_splits, *given)(
-            products,
-            squares,
-            scale.contiguous(),
-            bias.contiguous(),
-            residual.view(-1, n, hidden_size),
-            x,
-            *projection_op.parameters(weight, norm_weight),
-            layer_input.view(-1, hidden_size),
-            post_mix.view(-1, n),
-            comb_mix.view(-1, n * n),
-            mixes.view(-1, num_mixes),
-            inv_rms.view(-1),
+        sums = projection_op.split_products(residual, weight, norm_weight, num_splits, tf32)
+        launch_from(
+            *sums,
+            residual,
+            weight,
+            scale,
+            bias,
+            norm_weight,
             norm_eps,
             pre_eps,
             sinkhorn_eps,
             post_mult,
             sinkhorn_repeat,
             tf32,
+            outputs,
         )
-        if is_no_eps(sinkhorn_eps):
-            log_sinkhorn_op.launch_comb(mixes, scale, bias, comb_mix, sinkhorn_repeat)
     return outputs
+
+
+def launch_from(
+    products: Tensor,
+    squares: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    pre_eps: float,
+    sinkhorn_eps: float,
+    post_mult: float,
+    sinkhorn_repeat: int,
+    tf32: bool,
+    outputs: Sequence[Tensor],
+) -> None:
+    """Write what the operator returns from the splits' products and sums of squares."""
+    n, hidden_size = residual.shape[-2:]
+    num_mixes, size = weight.shape
+    given = dtypes(
+        streams=residual.dtype,
+        weight=weight.dtype,
+        norm_weight=dtype_of(norm_weight),
+        scale=scale.dtype,
+        bias=bias.dtype,
+    )
+    layer_input, post_mix, comb_mix, mixes, inv_rms = outputs
+    many_splits = selection.has_many_splits(products.shape[0])
+    jit.kernel("fused_pre", n, hidden_size, many_splits, *given)(
+        products,
+        squares,
+        scale.contiguous(),
+        bias.contiguous(),
+        residual.view(-1, n, hidden_size),
+        residual.view(-1, size),
+        *projection_op.parameters(weight, norm_weight),
+        layer_input.view(-1, hidden_size),
+        post_mix.view(-1, n),
+        comb_mix.view(-1, n * n),
+        mixes.view(-1, num_mixes),
+        inv_rms.view(-1),
+        norm_eps,
+        pre_eps,
+        sinkhorn_eps,
+        post_mult,
+        sinkhorn_repeat,
+        tf32,
+    )
+    if is_no_eps(sinkhorn_eps):
+        log_sinkhorn_op.launch_comb(mixes, scale, bias, comb_mix, sinkhorn_repeat)
 
 
 def _cpu(*args: Any) -> tuple[Tensor, ...]:
@@ -214,7 +245,7 @@ def _cpu(*args: Any) -> tuple[Tensor, ...]:
     return tuple(out.contiguous() for out in reference.fused_pre_with_mixes(*arguments))
 
 
-def _empty(residual: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def empty(residual: Tensor, *_: Any) -> tuple[Tensor, ...]:
     *lead, n, hidden_size = residual.shape
     sizes = ((n,), (n, n), (n * (n + 2),), ())
     mixes = (residual.new_empty((*lead, *size), dtype=torch.float32) for size in sizes)
@@ -357,7 +388,7 @@ _fused_pre = register(
     "int? num_splits, bool tf32) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     cuda=launch,
     cpu=_cpu,
-    fake=_empty,
+    fake=empty,
     flops=_flops.projection_and_aggregate,
     backward=_backward,
     setup_context=_setup_context,
@@ -374,7 +405,7 @@ def _passing_arguments(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     saved = ctx.saved_tensors  # once: checkpointing unpacks it only once
     given: Sequence[Tensor | None] = grads[:3]
     if given[0] is None or given[1] is None or given[2] is None:
-        outputs = _empty(saved[0])[:3]
+        outputs = empty(saved[0])[:3]
         pairs = zip(given, outputs, strict=True)
         given = [out.zero_() if grad is None else grad for grad, out in pairs]
     return *given, *saved, *ctx.options, grads[-1]
