@@ -476,7 +476,9 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _save(ctx, inputs, output)
-    ctx.mark_non_differentiable(*output[5:], *([output[2]] if inputs[7] is None else []))
+    # A pre_mix that is not given has no next one: a tensor without an element, or None.
+    no_next = [output[2]] if inputs[7] is None and output[2] is not None else []
+    ctx.mark_non_differentiable(*output[5:], *no_next)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
