@@ -19,6 +19,7 @@ from tile_mhc.kernels._boundary import (
     backward_pass,
     forward_pass,
     num_sums,
+    weight_shapes,
 )
 from tile_mhc.kernels._common import SIMT, VECTOR, builder, follow_previous
 from tile_mhc.kernels._shapes import DELAYED_COLUMNS, SUM_LANES, factors_width, padded
@@ -66,21 +67,46 @@ def weight_parts(num_mixes: int, size: int, *, weight_dtype: str, norm_weight_dt
 
 
 @builder({})
-def delayed_pre_fwd(hidden_size: int, *, limits: Architecture):
+def delayed_pre_fwd(
+    hidden_size: int,
+    splits_weight: bool,
+    *,
+    weight_dtype: str,
+    norm_weight_dtype: str,
+    limits: Architecture,
+):
     """Products, squares and the layer input of streams that there are."""
-    body, tokens, splits, size = forward_pass(hidden_size, False, True, limits)
+    of_weight = (splits_weight, weight_dtype, norm_weight_dtype)
+    body, tokens, splits, size = forward_pass(hidden_size, False, True, *of_weight, limits)
+    read, norm = weight_shapes(hidden_size, *of_weight)
 
     @T.prim_func
     def delayed_pre_fwd_kernel(
         x: T.Tensor[(tokens, size), T.bfloat16],
         pre_mix: T.Tensor[(tokens, STREAMS), T.float32],
-        parts: T.Tensor[(2 * MIXES, size), T.bfloat16],
+        weight: T.Tensor[read[0], read[1]],
+        norm_weight: T.Tensor[norm[0], norm[1]],
         layer_input: T.Tensor[(tokens, hidden_size), T.bfloat16],
         products: T.Tensor[(splits, tokens, MIXES), T.float32],
         squares: T.Tensor[(splits, tokens), T.float32],
         blocks: T.int32,
+        tf32: T.int32,
     ):
-        body(None, x, None, None, pre_mix, parts, None, layer_input, products, squares, blocks)
+        body(
+            None,
+            x,
+            None,
+            None,
+            pre_mix,
+            weight,
+            norm_weight,
+            None,
+            layer_input,
+            products,
+            squares,
+            blocks,
+            tf32,
+        )
 
     return delayed_pre_fwd_kernel
 

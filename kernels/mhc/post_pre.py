@@ -6,7 +6,14 @@ layer_input[t, h] = layer_input[t, h] * rsqrt(mean_h layer_input[t, h]**2 + eps)
 import tilelang.language as T
 
 from tile_mhc.kernels._arch import Architecture
-from tile_mhc.kernels._boundary import MIXES, STREAMS, backward_pass, forward_pass, num_sums
+from tile_mhc.kernels._boundary import (
+    MIXES,
+    STREAMS,
+    backward_pass,
+    forward_pass,
+    num_sums,
+    weight_shapes,
+)
 from tile_mhc.kernels._common import (
     SIMT,
     block_sums,
@@ -21,9 +28,18 @@ from tile_mhc.kernels.projection import norm_shape
 
 
 @builder({})
-def post_pre_fwd(hidden_size: int, *, limits: Architecture):
+def post_pre_fwd(
+    hidden_size: int,
+    splits_weight: bool,
+    *,
+    weight_dtype: str,
+    norm_weight_dtype: str,
+    limits: Architecture,
+):
     """The streams after a post, with their products, squares and the layer input."""
-    body, tokens, splits, size = forward_pass(hidden_size, True, True, limits)
+    of_weight = (splits_weight, weight_dtype, norm_weight_dtype)
+    body, tokens, splits, size = forward_pass(hidden_size, True, True, *of_weight, limits)
+    read, norm = weight_shapes(hidden_size, *of_weight)
 
     @T.prim_func
     def post_pre_fwd_kernel(
@@ -32,12 +48,14 @@ def post_pre_fwd(hidden_size: int, *, limits: Architecture):
         post_mix: T.Tensor[(tokens, STREAMS), T.float32],
         comb_mix: T.Tensor[(tokens, STREAMS, STREAMS), T.float32],
         pre_mix: T.Tensor[(tokens, STREAMS), T.float32],
-        parts: T.Tensor[(2 * MIXES, size), T.bfloat16],
+        weight: T.Tensor[read[0], read[1]],
+        norm_weight: T.Tensor[norm[0], norm[1]],
         out: T.Tensor[(tokens, size), T.bfloat16],
         layer_input: T.Tensor[(tokens, hidden_size), T.bfloat16],
         products: T.Tensor[(splits, tokens, MIXES), T.float32],
         squares: T.Tensor[(splits, tokens), T.float32],
         blocks: T.int32,
+        tf32: T.int32,
     ):
         body(
             layer_output,
@@ -45,21 +63,32 @@ def post_pre_fwd(hidden_size: int, *, limits: Architecture):
             post_mix,
             comb_mix,
             pre_mix,
-            parts,
+            weight,
+            norm_weight,
             out,
             layer_input,
             products,
             squares,
             blocks,
+            tf32,
         )
 
     return post_pre_fwd_kernel
 
 
 @builder({})
-def post_project_fwd(hidden_size: int, *, limits: Architecture):
+def post_project_fwd(
+    hidden_size: int,
+    splits_weight: bool,
+    *,
+    weight_dtype: str,
+    norm_weight_dtype: str,
+    limits: Architecture,
+):
     """The streams after a post, with their products and squares: their pre_mix comes of these."""
-    body, tokens, splits, size = forward_pass(hidden_size, True, False, limits)
+    of_weight = (splits_weight, weight_dtype, norm_weight_dtype)
+    body, tokens, splits, size = forward_pass(hidden_size, True, False, *of_weight, limits)
+    read, norm = weight_shapes(hidden_size, *of_weight)
 
     @T.prim_func
     def post_project_fwd_kernel(
@@ -67,11 +96,13 @@ def post_project_fwd(hidden_size: int, *, limits: Architecture):
         x: T.Tensor[(tokens, size), T.bfloat16],
         post_mix: T.Tensor[(tokens, STREAMS), T.float32],
         comb_mix: T.Tensor[(tokens, STREAMS, STREAMS), T.float32],
-        parts: T.Tensor[(2 * MIXES, size), T.bfloat16],
+        weight: T.Tensor[read[0], read[1]],
+        norm_weight: T.Tensor[norm[0], norm[1]],
         out: T.Tensor[(tokens, size), T.bfloat16],
         products: T.Tensor[(splits, tokens, MIXES), T.float32],
         squares: T.Tensor[(splits, tokens), T.float32],
         blocks: T.int32,
+        tf32: T.int32,
     ):
         body(
             layer_output,
@@ -79,12 +110,14 @@ def post_project_fwd(hidden_size: int, *, limits: Architecture):
             post_mix,
             comb_mix,
             None,
-            parts,
+            weight,
+            norm_weight,
             out,
             None,
             products,
             squares,
             blocks,
+            tf32,
         )
 
     return post_project_fwd_kernel

@@ -145,6 +145,7 @@ def run_everything(case: Case, dtypes: Dtypes = DEFAULT_DTYPES) -> None:
             with (
                 mock.patch.object(selection, "has_many_splits", return_value=True),
                 mock.patch.object(selection, "KEPT_BYTES", 0),
+                mock.patch.object(selection, "SPLIT_WEIGHT_TOKENS", 0),
             ):
                 op.run(**given, **options)
     run_recompute(case, dtype=dtypes.streams)

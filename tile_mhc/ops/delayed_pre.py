@@ -102,35 +102,43 @@ def _launch_pass(
 ) -> tuple[Tensor, Tensor]:
     """Write the layer input, and return the products and squares as `split_products` does."""
     n, hidden_size = residual.shape[-2:]
-    parts, products, squares, block = prepare_pass(residual, weight, norm_weight, tf32)
-    jit.kernel("delayed_pre_fwd", hidden_size)(
+    of_weight, splits, given = prepare_weight(residual, weight, norm_weight, tf32)
+    products, squares, block = prepare_pass(residual, weight)
+    jit.kernel("delayed_pre_fwd", hidden_size, splits, *given)(
         residual.view(-1, weight.shape[1]),
         pre_mix.contiguous().view(-1, n),
-        parts,
+        *of_weight,
         layer_input.view(-1, hidden_size),
         products,
         squares,
         block,
+        tf32,
     )
     return products, squares
 
 
-def prepare_pass(
+def prepare_weight(
     residual: Tensor, weight: Tensor, norm_weight: Tensor | None, tf32: bool
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The weight in two parts, room for products and squares, and the steps of a split."""
+) -> tuple[tuple[Tensor, Tensor], bool, tuple[str, ...]]:
+    """The weight and norm weight that a pass reads, whether it splits them, and their dtypes."""
+    num_mixes, size = weight.shape
+    of_weight = projection_op.parameters(weight, norm_weight)
+    given = dtypes(weight=weight.dtype, norm_weight=dtype_of(norm_weight))
+    if selection.splits_weight(residual.numel() // size):
+        return of_weight, True, given
+    parts = weight.new_empty(2 * num_mixes, size, dtype=torch.bfloat16)
+    jit.kernel("weight_parts", num_mixes, size, *given)(*of_weight, parts, tf32)
+    return (parts, absent(parts)), False, ()
+
+
+def prepare_pass(residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Room for the products and squares of splits of H, and the steps of a split."""
     num_mixes, size = weight.shape
     num_tokens, hidden_size = residual.numel() // size, residual.shape[-1]
     block = selection.delayed_blocks_per_split(num_tokens, hidden_size)
     splits = -(-hidden_size // (block * DELAYED_COLUMNS))
-    parts = weight.new_empty(2 * num_mixes, size, dtype=torch.bfloat16)
     products = weight.new_empty(splits, num_tokens, num_mixes, dtype=torch.float32)
-    squares = weight.new_empty(splits, num_tokens, dtype=torch.float32)
-    given = dtypes(weight=weight.dtype, norm_weight=dtype_of(norm_weight))
-    jit.kernel("weight_parts", num_mixes, size, *given)(
-        *projection_op.parameters(weight, norm_weight), parts, tf32
-    )
-    return parts, products, squares, block
+    return products, weight.new_empty(splits, num_tokens, dtype=torch.float32), block
 
 
 def launch_mixes(

@@ -236,7 +236,8 @@ def _launch_pass(
     """
     n, hidden_size = residual.shape[-2:]
     size = n * hidden_size
-    parts, *sums, block = delayed_op.prepare_pass(residual, weight, norm_weight, tf32)
+    of_weight, splits, given = delayed_op.prepare_weight(residual, weight, norm_weight, tf32)
+    *sums, block = delayed_op.prepare_pass(residual, weight)
     of_post = (
         layer_output.view(-1, hidden_size),
         residual.view(-1, size),
@@ -245,16 +246,19 @@ def _launch_pass(
     )
     flat = streams.view(-1, size)
     if pre_mix is None:
-        jit.kernel("post_project_fwd", hidden_size)(*of_post, parts, flat, *sums, block)
+        jit.kernel("post_project_fwd", hidden_size, splits, *given)(
+            *of_post, *of_weight, flat, *sums, block, tf32
+        )
     else:
-        jit.kernel("post_pre_fwd", hidden_size)(
+        jit.kernel("post_pre_fwd", hidden_size, splits, *given)(
             *of_post,
             pre_mix.contiguous().view(-1, n),
-            parts,
+            *of_weight,
             flat,
             layer_input.view(-1, hidden_size),
             *sums,
             block,
+            tf32,
         )
     products, squares = sums
     return products, squares
