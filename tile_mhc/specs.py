@@ -157,7 +157,7 @@ def _post_biases(s: Sizes) -> list[Arguments]:
 
 
 def _input_norms(s: Sizes) -> list[Arguments]:
-    return [_kernel(s.hidden, streams=s.dtype, norm_weight=norm) for norm in s.parameters]
+    return [_kernel(s.hidden, streams=s.dtype, layer_norm=norm) for norm in s.parameters]
 
 
 def _one_pass(arguments: Callable[[Sizes], list[Arguments]]) -> Callable[[Sizes], list[Arguments]]:
@@ -192,6 +192,19 @@ def _delayed_sums(s: Sizes) -> list[Arguments]:
 def _passes(s: Sizes) -> list[Arguments]:
     # The weight split by a kernel before, or by the pass itself.
     return [(s.hidden, False), *(_kernel(s.hidden, True, **weights) for weights in _weights(s))]
+
+
+def _delayed_mixes(s: Sizes) -> list[Arguments]:
+    """As `_pres`, and where one pass is before them with a norm of the layer input too."""
+    norms = (
+        s.parameters if selection.is_one_pass(getattr(torch, s.dtype), s.n, s.hidden, None) else ()
+    )
+    return [
+        _kernel(s.n, s.hidden, many_splits, streams=s.dtype, **dtypes, layer_norm=norm)
+        for many_splits in (False, True)
+        for dtypes in _parameters(s)
+        for norm in ("", *norms)
+    ]
 
 
 def _weights(s: Sizes) -> list[dict[str, str]]:
@@ -455,7 +468,7 @@ SPECS = (
         _clusters(backward=True),
     ),
     Spec("fused_pre", "fused_pre", _PRE_OPS, _PRE, _pres),
-    Spec("delayed_mixes", "delayed_pre", _PRE_OPS, _PRE, _pres),
+    Spec("delayed_mixes", "delayed_pre", _PRE_OPS, _PRE, _delayed_mixes),
     Spec("weight_parts", "delayed_pre", _PRE_OPS, _MATMUL, _weight_parts),
     Spec("delayed_pre_fwd", "delayed_pre", _PRE_OPS, _PASS, _passes),
     Spec(

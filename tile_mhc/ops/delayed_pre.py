@@ -156,8 +156,12 @@ def launch_mixes(
     sinkhorn_repeat: int,
     tf32: bool,
     outputs: Sequence[Tensor],
+    normed: tuple[Tensor, Tensor, float] | None = None,
 ) -> None:
-    """Write pre_mix, post_mix, comb_mix, mixes and inv_rms from the splits' products."""
+    """Write pre_mix, post_mix, comb_mix, mixes and inv_rms from the splits' products.
+
+    And the norm of the layer input in place, of which `normed` has that, its weight and eps.
+    """
     n, hidden_size = residual.shape[-2:]
     num_mixes, size = weight.shape
     given = dtypes(
@@ -166,7 +170,13 @@ def launch_mixes(
         norm_weight=dtype_of(norm_weight),
         scale=scale.dtype,
         bias=bias.dtype,
+        layer_norm=None if normed is None else normed[1].dtype,
     )
+    layer_norm_eps = 0.0
+    to_norm = absent(residual, residual.dtype), absent(residual)
+    if normed is not None:
+        layer_input, layer_norm_weight, layer_norm_eps = normed
+        to_norm = layer_input.view(-1, hidden_size), layer_norm_weight.contiguous()
     next_pre, post_mix, comb_mix, mixes, inv_rms = outputs
     many_splits = selection.has_many_splits(products.shape[0])
     jit.kernel("delayed_mixes", n, hidden_size, many_splits, *given)(
@@ -181,10 +191,12 @@ def launch_mixes(
         comb_mix.view(-1, n * n),
         mixes.view(-1, num_mixes),
         inv_rms.view(-1),
+        *to_norm,
         norm_eps,
         pre_eps,
         sinkhorn_eps,
         post_mult,
+        layer_norm_eps,
         sinkhorn_repeat,
         tf32,
     )

@@ -205,7 +205,11 @@ def _cuda(
             fused_op.launch_from(*sums, *gates, *options, tf32, outputs)
             mixes.insert(0, _no_mix(residual))
         else:
-            delayed_op.launch_mixes(*sums, *gates, *options, tf32, mixes)
+            normed = None
+            if layer_norm_weight is not None:
+                normed = layer_input, layer_norm_weight, layer_norm_eps
+                layer_norm_weight = None
+            delayed_op.launch_mixes(*sums, *gates, *options, tf32, mixes, normed)
     else:
         post_op.launch(layer_output, residual, post_mix, comb_mix, layer_bias, streams)
         if pre_mix is None:
@@ -267,7 +271,7 @@ def _launch_pass(
 def _launch_norm(layer_input: Tensor, weight: Tensor, eps: float) -> None:
     """In place."""
     hidden_size = layer_input.shape[-1]
-    given = dtypes(streams=layer_input.dtype, norm_weight=weight.dtype)
+    given = dtypes(streams=layer_input.dtype, layer_norm=weight.dtype)
     jit.kernel("input_norm", hidden_size, *given)(
         layer_input.view(-1, hidden_size), weight.contiguous(), eps
     )
