@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import errors, main_grad
+from tile_mhc import _backward, errors, main_grad
+from tile_mhc._guards import transforms_active
 from tile_mhc.accumulator import GradAccumulator, State
 from tile_mhc.ops._autograd import (
     Operator,
     refuse_tangents,
     refuse_transforms,
-    transforms_active,
 )
 from tile_mhc.ops._destinations import GATES, Destination, Destinations
 from tile_mhc.ops._library import outside_graphs
@@ -257,12 +257,4 @@ def _is_wanted(ctx: Any, position: int) -> bool:
 
 
 def _goes_on(ctx: Any, position: int) -> bool | None:
-    """Whether this backward goes on to the node behind an input; None if it ends there."""
-    node = ctx.next_functions[ctx.edges[position]][0]
-    if node is None:
-        return False
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:
-        # A leaf whose gradient torch.autograd.grad returns.
-        return None
+    return _backward.goes_on(ctx.next_functions[ctx.edges[position]][0])

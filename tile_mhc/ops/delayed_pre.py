@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tile_mhc import jit, reference, selection
+from tile_mhc._guards import transforms_active
 from tile_mhc.kernels._shapes import DELAYED_COLUMNS, is_no_eps
 from tile_mhc.ops import _flops
 from tile_mhc.ops import aggregate as aggregate_op
@@ -14,7 +15,6 @@ from tile_mhc.ops import log_sinkhorn as log_sinkhorn_op
 from tile_mhc.ops import mixes as mixes_op
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops import sinkhorn as sinkhorn_op
-from tile_mhc.ops._autograd import transforms_active
 from tile_mhc.ops._destinations import (
     NO_DESTINATIONS,
     Destinations,
@@ -98,35 +98,43 @@ def _launch_pass(
 ) -> tuple[Tensor, Tensor]:
     """Write the layer input, and return the products and squares as `split_products` does."""
     n, hidden_size = residual.shape[-2:]
-    parts, products, squares, block = prepare_pass(residual, weight, norm_weight, tf32)
-    jit.kernel("delayed_pre_fwd", hidden_size)(
+    of_weight, splits, given = prepare_weight(residual, weight, norm_weight, tf32)
+    products, squares, block = prepare_pass(residual, weight)
+    jit.kernel("delayed_pre_fwd", hidden_size, splits, *given)(
         residual.view(-1, weight.shape[1]),
         pre_mix.contiguous().view(-1, n),
-        parts,
+        *of_weight,
         layer_input.view(-1, hidden_size),
         products,
         squares,
         block,
+        tf32,
     )
     return products, squares
 
 
-def prepare_pass(
+def prepare_weight(
     residual: Tensor, weight: Tensor, norm_weight: Tensor | None, tf32: bool
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The weight in two parts, room for products and squares, and the steps of a split."""
+) -> tuple[tuple[Tensor, Tensor], bool, tuple[str, ...]]:
+    """The weight and norm weight that a pass reads, whether it splits them, and their dtypes."""
+    num_mixes, size = weight.shape
+    of_weight = projection_op.parameters(weight, norm_weight)
+    given = dtypes(weight=weight.dtype, norm_weight=dtype_of(norm_weight))
+    if selection.splits_weight(residual.numel() // size):
+        return of_weight, True, given
+    parts = weight.new_empty(2 * num_mixes, size, dtype=torch.bfloat16)
+    jit.kernel("weight_parts", num_mixes, size, *given)(*of_weight, parts, tf32)
+    return (parts, absent(parts)), False, ()
+
+
+def prepare_pass(residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Room for the products and squares of splits of H, and the steps of a split."""
     num_mixes, size = weight.shape
     num_tokens, hidden_size = residual.numel() // size, residual.shape[-1]
     block = selection.delayed_blocks_per_split(num_tokens, hidden_size)
     splits = -(-hidden_size // (block * DELAYED_COLUMNS))
-    parts = weight.new_empty(2 * num_mixes, size, dtype=torch.bfloat16)
     products = weight.new_empty(splits, num_tokens, num_mixes, dtype=torch.float32)
-    squares = weight.new_empty(splits, num_tokens, dtype=torch.float32)
-    given = dtypes(weight=weight.dtype, norm_weight=dtype_of(norm_weight))
-    jit.kernel("weight_parts", num_mixes, size, *given)(
-        *projection_op.parameters(weight, norm_weight), parts, tf32
-    )
-    return parts, products, squares, block
+    return products, weight.new_empty(splits, num_tokens, dtype=torch.float32), block
 
 
 def launch_mixes(
@@ -144,8 +152,12 @@ def launch_mixes(
     sinkhorn_repeat: int,
     tf32: bool,
     outputs: Sequence[Tensor],
+    normed: tuple[Tensor, Tensor, float] | None = None,
 ) -> None:
-    """Write pre_mix, post_mix, comb_mix, mixes and inv_rms from the splits' products."""
+    """Write pre_mix, post_mix, comb_mix, mixes and inv_rms from the splits' products.
+
+    And the norm of the layer input in place, of which `normed` has that, its weight and eps.
+    """
     n, hidden_size = residual.shape[-2:]
     num_mixes, size = weight.shape
     given = dtypes(
@@ -154,7 +166,13 @@ def launch_mixes(
         norm_weight=dtype_of(norm_weight),
         scale=scale.dtype,
         bias=bias.dtype,
+        layer_norm=None if normed is None else normed[1].dtype,
     )
+    layer_norm_eps = 0.0
+    to_norm = absent(residual, residual.dtype), absent(residual)
+    if normed is not None:
+        layer_input, layer_norm_weight, layer_norm_eps = normed
+        to_norm = layer_input.view(-1, hidden_size), layer_norm_weight.contiguous()
     next_pre, post_mix, comb_mix, mixes, inv_rms = outputs
     many_splits = selection.has_many_splits(products.shape[0])
     jit.kernel("delayed_mixes", n, hidden_size, many_splits, *given)(
@@ -169,10 +187,12 @@ def launch_mixes(
         comb_mix.view(-1, n * n),
         mixes.view(-1, num_mixes),
         inv_rms.view(-1),
+        *to_norm,
         norm_eps,
         pre_eps,
         sinkhorn_eps,
         post_mult,
+        layer_norm_eps,
         sinkhorn_repeat,
         tf32,
     )

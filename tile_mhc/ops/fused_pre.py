@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tile_mhc import errors, jit, reference, selection
+from tile_mhc._guards import transforms_active
 from tile_mhc.kernels._shapes import is_no_eps
 from tile_mhc.ops import _flops
 from tile_mhc.ops import delayed_pre as delayed_op
@@ -14,7 +15,6 @@ from tile_mhc.ops import log_sinkhorn as log_sinkhorn_op
 from tile_mhc.ops import mixes as mixes_op
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops import sinkhorn as sinkhorn_op
-from tile_mhc.ops._autograd import transforms_active
 from tile_mhc.ops._destinations import (
     NO_DESTINATIONS,
     Destinations,

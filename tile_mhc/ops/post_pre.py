@@ -211,7 +211,11 @@ def _cuda(
             fused_op.launch_from(*sums, *gates, *options, tf32, outputs)
             mixes.insert(0, _no_mix(residual))
         else:
-            delayed_op.launch_mixes(*sums, *gates, *options, tf32, mixes)
+            normed = None
+            if layer_norm_weight is not None:
+                normed = layer_input, layer_norm_weight, layer_norm_eps
+                layer_norm_weight = None
+            delayed_op.launch_mixes(*sums, *gates, *options, tf32, mixes, normed)
     else:
         post_op.launch(layer_output, residual, post_mix, comb_mix, layer_bias, streams)
         if pre_mix is None:
@@ -242,7 +246,8 @@ def _launch_pass(
     """
     n, hidden_size = residual.shape[-2:]
     size = n * hidden_size
-    parts, *sums, block = delayed_op.prepare_pass(residual, weight, norm_weight, tf32)
+    of_weight, splits, given = delayed_op.prepare_weight(residual, weight, norm_weight, tf32)
+    *sums, block = delayed_op.prepare_pass(residual, weight)
     of_post = (
         layer_output.view(-1, hidden_size),
         residual.view(-1, size),
@@ -251,16 +256,19 @@ def _launch_pass(
     )
     flat = streams.view(-1, size)
     if pre_mix is None:
-        jit.kernel("post_project_fwd", hidden_size)(*of_post, parts, flat, *sums, block)
+        jit.kernel("post_project_fwd", hidden_size, splits, *given)(
+            *of_post, *of_weight, flat, *sums, block, tf32
+        )
     else:
-        jit.kernel("post_pre_fwd", hidden_size)(
+        jit.kernel("post_pre_fwd", hidden_size, splits, *given)(
             *of_post,
             pre_mix.contiguous().view(-1, n),
-            parts,
+            *of_weight,
             flat,
             layer_input.view(-1, hidden_size),
             *sums,
             block,
+            tf32,
         )
     products, squares = sums
     return products, squares
@@ -269,7 +277,7 @@ def _launch_pass(
 def _launch_norm(layer_input: Tensor, weight: Tensor, eps: float) -> None:
     """In place."""
     hidden_size = layer_input.shape[-1]
-    given = dtypes(streams=layer_input.dtype, norm_weight=weight.dtype)
+    given = dtypes(streams=layer_input.dtype, layer_norm=weight.dtype)
     jit.kernel("input_norm", hidden_size, *given)(
         layer_input.view(-1, hidden_size), weight.contiguous(), eps
     )
