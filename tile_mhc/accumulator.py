@@ -18,11 +18,11 @@ OP = "GradAccumulator"
 class GradAccumulator:
     """Gathers the gradients that several ops have for one residual.
 
-    Give it as `grad_accumulator` to any of `projection`, `aggregate`, `post` and `contract` that
-    read the residual. In backward, whichever of them comes first writes its gradient to the buffer
-    and the later ones add theirs, inside their kernels; when the last consumer has run, the sum is
-    rounded once to the residual's dtype and goes on to whoever made the residual. Without it,
-    autograd adds one tensor an op, each rounded.
+    Give it as `grad_accumulator` to any of `projection`, `aggregate`, `post`, `post_pre` and
+    `contract` that read the residual. In backward, whichever of them comes first writes its
+    gradient to the buffer and the later ones add theirs, inside their kernels; when the last
+    consumer has run, the sum is rounded once to the residual's dtype and goes on to whoever made
+    the residual. Without it, autograd adds one tensor an op, each rounded.
 
         accumulator = GradAccumulator(residual)
         mixes = projection(residual, weight, grad_accumulator=accumulator)

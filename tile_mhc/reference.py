@@ -611,21 +611,15 @@ def post_pre_with_mixes(
     The next pre_mix is None without a `pre_mix`. The streams are rounded, and read as rounded.
     """
     streams = post(layer_output, residual, post_mix, comb_mix, bias=layer_bias)
-    gates = (streams, weight, scale, bias)
-    options: tuple[Any, ...] = (
-        norm_weight,
-        norm_eps,
-        pre_eps,
-        sinkhorn_eps,
-        post_mult,
-        sinkhorn_repeat,
-        tf32,
-    )
+    gates: list[Any] = [streams, weight, scale, bias]
+    options = [norm_weight, norm_eps, pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat, tf32]
     next_pre = None
     if pre_mix is None:
-        layer_input, *mixed = fused_pre_with_mixes(*gates, *options)
+        given = [*gates, *options]
+        layer_input, *mixed = fused_pre_with_mixes(*given)
     else:
-        layer_input, next_pre, *mixed = delayed_pre_with_mixes(*gates, pre_mix, *options)
+        given = [*gates, pre_mix, *options]
+        layer_input, next_pre, *mixed = delayed_pre_with_mixes(*given)
     if layer_norm_weight is not None:
         layer_input = input_norm(layer_input, layer_norm_weight, eps=layer_norm_eps)
     next_post, next_comb, mixes, inv_rms = mixed
@@ -713,25 +707,16 @@ def post_pre_backward(
     `grad_streams` is what the streams' other readers give; `grad_next`, of the next pre_mix, is
     read with a `pre_mix` alone. The gradient of the streams is not rounded between the two halves.
     """
-    gates = (streams.to(mixes.dtype), weight, scale, bias)
-    options: tuple[Any, ...] = (
-        pre_eps,
-        sinkhorn_eps,
-        post_mult,
-        sinkhorn_repeat,
-        tf32,
-        grad_streams,
-    )
-    saved = (norm_weight, mixes, inv_rms)
+    given: list[Any] = [grad_post, grad_comb, streams.to(mixes.dtype), weight, scale, bias]
+    saved = [norm_weight, mixes, inv_rms, pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat]
+    saved += [tf32, grad_streams]
     grad_pre_mix = None
     if pre_mix is None:
-        grad, *parameters, grad_norm_weight = fused_pre_backward(
-            grad_input, grad_post, grad_comb, *gates, *saved, *options
-        )
+        given = [grad_input, *given, *saved]
+        grad, *parameters, grad_norm_weight = fused_pre_backward(*given)
     else:
-        grad, *parameters, grad_pre_mix, grad_norm_weight = delayed_pre_backward(
-            grad_input, grad_next, grad_post, grad_comb, *gates, pre_mix, *saved, *options
-        )
+        given = [grad_input, grad_next, *given, pre_mix, *saved]
+        grad, *parameters, grad_pre_mix, grad_norm_weight = delayed_pre_backward(*given)
     *grads, grad_layer_bias = post_backward(
         grad, layer_output, residual, post_mix, comb_mix, layer_bias
     )

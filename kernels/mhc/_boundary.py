@@ -76,6 +76,9 @@ def forward_pass(
         stage += PART_ROWS * wide * 2
     stages = min(4, (limits.matmul_bytes - fixed) // stage)
 
+    def has_tokens(turn: T.int32, t0: T.int32):
+        return t0 + turn * rows < tokens if splits_weight else True
+
     @T.macro
     def body(
         layer_output: T.Tensor,
@@ -173,41 +176,45 @@ def forward_pass(
                 T.tma_store_wait(0)
                 T.sync_threads()
                 for turn in T.unroll(turns):
-                    row = turn * rows + tid // per_row
-                    c = tid % per_row * VECTOR
-                    for v in T.unroll(VECTOR):
-                        collapsed[v] = 0.0
-                    for i in T.unroll(STREAMS):
-                        for v in T.vectorized(VECTOR):
-                            streams[i, v] = x_shared[row, i * columns + c + v]
-                    if makes:
-                        for v in T.vectorized(VECTOR):
-                            output[v] = f_shared[row, c + v]
-                    for j in T.unroll(STREAMS):
-                        if makes:
-                            # In the order of `combine` of a post: the same bits.
-                            for v in T.unroll(VECTOR):
-                                total[v] = post[turn, j] * T.cast(output[v], T.float32)
-                            for i in T.unroll(STREAMS):
-                                for v in T.unroll(VECTOR):
-                                    total[v] += comb[turn, i, j] * T.cast(streams[i, v], T.float32)
-                            for v in T.vectorized(VECTOR):
-                                rounded[v] = T.cast(total[v], T.bfloat16)
-                            for v in T.vectorized(VECTOR):
-                                made_shared[row, j * columns + c + v] = rounded[v]
-                        else:
-                            for v in T.vectorized(VECTOR):
-                                rounded[v] = streams[j, v]
-                        if collapses:
-                            for v in T.unroll(VECTOR):
-                                collapsed[v] += pre[turn, j] * T.cast(rounded[v], T.float32)
+                    # Where tokens are few a tile may have none for this turn.
+                    if has_tokens(turn, t0):
+                        row = turn * rows + tid // per_row
+                        c = tid % per_row * VECTOR
                         for v in T.unroll(VECTOR):
-                            square[turn, v % 2] += T.cast(rounded[v], T.float32) * T.cast(
-                                rounded[v], T.float32
-                            )
-                    if collapses:
-                        for v in T.vectorized(VECTOR):
-                            input_shared[row, c + v] = T.cast(collapsed[v], T.bfloat16)
+                            collapsed[v] = 0.0
+                        for i in T.unroll(STREAMS):
+                            for v in T.vectorized(VECTOR):
+                                streams[i, v] = x_shared[row, i * columns + c + v]
+                        if makes:
+                            for v in T.vectorized(VECTOR):
+                                output[v] = f_shared[row, c + v]
+                        for j in T.unroll(STREAMS):
+                            if makes:
+                                # In the order of `combine` of a post: the same bits.
+                                for v in T.unroll(VECTOR):
+                                    total[v] = post[turn, j] * T.cast(output[v], T.float32)
+                                for i in T.unroll(STREAMS):
+                                    for v in T.unroll(VECTOR):
+                                        total[v] += comb[turn, i, j] * T.cast(
+                                            streams[i, v], T.float32
+                                        )
+                                for v in T.vectorized(VECTOR):
+                                    rounded[v] = T.cast(total[v], T.bfloat16)
+                                for v in T.vectorized(VECTOR):
+                                    made_shared[row, j * columns + c + v] = rounded[v]
+                            else:
+                                for v in T.vectorized(VECTOR):
+                                    rounded[v] = streams[j, v]
+                            if collapses:
+                                for v in T.unroll(VECTOR):
+                                    collapsed[v] += pre[turn, j] * T.cast(rounded[v], T.float32)
+                            for v in T.unroll(VECTOR):
+                                square[turn, v % 2] += T.cast(rounded[v], T.float32) * T.cast(
+                                    rounded[v], T.float32
+                                )
+                        if collapses:
+                            for v in T.vectorized(VECTOR):
+                                input_shared[row, c + v] = T.cast(collapsed[v], T.bfloat16)
                 if splits_weight:
                     T.copy(raw_shared, w_local)
                     if has_norm:

@@ -62,6 +62,10 @@ SUB_LAYER = (
 )
 
 
+# Rows that are a forward and a backward.
+BOTH = ("post_pre.fwd+bwd", "post_pre_delayed.fwd+bwd")
+
+
 def table():
     return {op.name: op for op in ops.make_ops()}
 
@@ -94,8 +98,15 @@ def test_floor_of_the_sub_layer_is_that_of_its_passes(inputs):
     assert floor == sum(size(getattr(inputs, name)) for name in names)
 
 
+@pytest.mark.parametrize("name", BOTH)
+def test_floor_of_both_passes_is_that_of_each(name, inputs):
+    stem = name.partition(".")[0]
+    parts = [table()[f"{stem}.{part}"].floor(5, 64, inputs.n) for part in ("fwd", "bwd")]
+    assert table()[name].floor(5, 64, inputs.n) == sum(parts)
+
+
 def test_every_op_has_a_floor_of_its_own():
-    assert set(table()) == {*READS, "sub_layer.fwd+bwd"}
+    assert set(table()) == {*READS, *BOTH, "sub_layer.fwd+bwd"}
     used = [op.floor for op in ops.make_ops()]
     assert len(set(used)) == len(used)
     written = {f for f in vars(floors).values() if callable(f)}
@@ -132,7 +143,7 @@ def test_floors_are_those_of_the_notes(name, per_token, once):
     assert LAYERS == 10
 
 
-@pytest.mark.parametrize("name", [*READS, "sub_layer.fwd+bwd"])
+@pytest.mark.parametrize("name", [*READS, *BOTH, "sub_layer.fwd+bwd"])
 def test_right_results_pass_and_one_wrong_element_does_not(name, monkeypatch):
     monkeypatch.setattr(checking, "CHUNK", 16)  # 37 tokens: two whole chunks and a ragged one
     op = table()[name]

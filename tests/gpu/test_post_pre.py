@@ -66,7 +66,7 @@ def test_bias_of_the_layer(op):
 
 @BOTH
 def test_accumulator(op):
-    """What autograd would add up, but for the roundings."""
+    """What autograd gives, by other kernels: they round the gradient of the streams on its way."""
     tensors, options = op.inputs((130,), 4, 192, "cuda")
     upstream = oracle.upstream_of(op, tensors, options)
     plain = oracle.evaluate(op.run, tensors, options, upstream, op.outputs)
@@ -75,7 +75,8 @@ def test_accumulator(op):
     outputs = op.run(**leaves, **options, grad_accumulator=accumulator)
     torch.autograd.backward(outputs, upstream)
     for name, leaf in leaves.items():
-        assert torch.equal(leaf.grad, plain[f"grad_{name}"]), name
+        expected = plain[f"grad_{name}"].float()
+        assert (leaf.grad.float() - expected).norm() < 1e-2 * expected.norm(), name
 
 
 @BOTH

@@ -144,6 +144,16 @@ def post_pre_delayed_bwd(T: int, H: int, n: int) -> int:
     return post_pre_bwd(T, H, n) + FP32 * T * 3 * n
 
 
+def post_pre_both(T: int, H: int, n: int) -> int:
+    """Forward and backward, each a pass of its own."""
+    return post_pre_fwd(T, H, n) + post_pre_bwd(T, H, n)
+
+
+def post_pre_delayed_both(T: int, H: int, n: int) -> int:
+    """The same with a pre_mix."""
+    return post_pre_delayed_fwd(T, H, n) + post_pre_delayed_bwd(T, H, n)
+
+
 def recompute_fwd(T: int, H: int, n: int, layers: int = 10) -> int:
     """The first residual; by layer its mixes, its input, its output and the residual after it."""
     return BF16 * T * H * (n + layers * (n + 2)) + FP32 * T * layers * n * (n + 2)

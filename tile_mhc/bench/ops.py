@@ -144,8 +144,8 @@ def _delayed_pre(x: Inputs) -> tuple[Any, ...]:
 
 
 def _delayed_grads(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_input, *others = _pre_grads(x)
-    return grad_input, x.grad_pre.squeeze(-1), others[0], others[1]
+    grad_input, grad_post, grad_comb = _pre_grads(x)
+    return grad_input, x.grad_pre.squeeze(-1), grad_post, grad_comb
 
 
 def _delayed_pre_bwd(x: Inputs, accumulated: Tensor | None = None) -> Call:
@@ -158,9 +158,17 @@ def _delayed_pre_bwd(x: Inputs, accumulated: Tensor | None = None) -> Call:
 
 def _delayed_pre_bwd_truth(x: Inputs, accumulated: Tensor | None = None) -> Outputs:
     inputs = _delayed_pre(x)
-    saved = reference.delayed_pre_with_mixes(*inputs, EPS, *PRE_OPTIONS)[4:]
-    arguments: tuple[Any, ...] = (*_delayed_grads(x), *inputs, *saved, *PRE_OPTIONS)
-    return reference.delayed_pre_backward(*arguments, False, accumulated)[:5]
+    given: list[Any] = [*inputs, EPS, *PRE_OPTIONS]
+    saved = reference.delayed_pre_with_mixes(*given)[4:]
+    arguments: tuple[Any, ...] = (
+        *_delayed_grads(x),
+        *inputs,
+        *saved,
+        *PRE_OPTIONS,
+        False,
+        accumulated,
+    )
+    return reference.delayed_pre_backward(*arguments)[:5]
 
 
 def _post_pre(x: Inputs) -> tuple[Any, ...]:
@@ -180,16 +188,43 @@ def _post_pre_bwd(x: Inputs, pre_mix: Tensor | None) -> Call:
 
 
 def _post_pre_bwd_truth(x: Inputs, pre_mix: Tensor | None) -> Outputs:
-    inputs = (*_post_pre(x), pre_mix, None, None)
+    inputs: tuple[Any, ...] = (*_post_pre(x), pre_mix, None, None)
     # What is projected was rounded: the gradient of the weight is a product with it.
     streams = reference.post(*inputs[:4]).bfloat16().to(x.residual.dtype)
     mixes, inv_rms = reference.projection_with_rms(streams, x.weight, None, EPS)
-    arguments: tuple[Any, ...] = (
-        *(x.grad_residual, *_delayed_grads(x)),
-        *(*inputs, streams, mixes, inv_rms),
-    )
-    grads = reference.post_pre_backward(*arguments, *PRE_OPTIONS)
+    grads_of = (x.grad_residual, *_delayed_grads(x))
+    arguments = [*grads_of, *inputs, streams, mixes, inv_rms, *PRE_OPTIONS]
+    grads = reference.post_pre_backward(*arguments)
     return [grad for grad in grads if grad is not None]
+
+
+def _boundary(forward: Callable[..., Outputs], x: Inputs, pre_mix: Tensor | None) -> Call:
+    """Forward and backward of a boundary, all of whose outputs are read by others."""
+    given = [*_post_pre(x), *([] if pre_mix is None else [pre_mix])]
+    leaves = [tensor.detach().requires_grad_() for tensor in given]
+    grads = [x.grad_residual, *_delayed_grads(x)]
+    if pre_mix is None:
+        del grads[2]
+
+    def call() -> Outputs:
+        outputs = forward(*leaves)
+        found = torch.autograd.grad(outputs, leaves, grads)
+        return [*(out.detach() for out in outputs), *found]
+
+    return call
+
+
+def _boundary_forward(*inputs: Tensor) -> Outputs:
+    pre_mix = inputs[7] if len(inputs) == 8 else None
+    return tile_mhc.post_pre(*inputs[:7], pre_mix=pre_mix, **PRE)
+
+
+def _boundary_truth(*inputs: Tensor) -> Outputs:
+    """Of streams that go on as they were rounded."""
+    streams = reference.post(*inputs[:4])
+    rounded = streams + (streams.bfloat16().to(streams.dtype) - streams).detach()
+    pre_mix = inputs[7] if len(inputs) == 8 else None
+    return streams, *reference.fused_pre(rounded, *inputs[4:7], pre_mix=pre_mix, **PRE)
 
 
 def recompute_outputs(x: Inputs) -> tuple[list[Tensor], list[Tensor]]:
@@ -451,6 +486,20 @@ def make_ops() -> list[Op]:
             lambda x: _post_pre_bwd(x, x.pre_mix),
             lambda x: _post_pre_bwd_truth(x, x.pre_mix),
             summed=(4, 5, 6),
+        ),
+        Op(
+            "post_pre.fwd+bwd",
+            floors.post_pre_both,
+            lambda x: _boundary(_boundary_forward, x, None),
+            lambda x: _boundary(_boundary_truth, x, None)(),
+            summed=(8, 9, 10),
+        ),
+        Op(
+            "post_pre_delayed.fwd+bwd",
+            floors.post_pre_delayed_both,
+            lambda x: _boundary(_boundary_forward, x, x.pre_mix),
+            lambda x: _boundary(_boundary_truth, x, x.pre_mix)(),
+            summed=(9, 10, 11),
         ),
         Op(
             "recompute.fwd",

@@ -58,8 +58,9 @@ def launch(
     tf32: bool,
 ) -> tuple[Tensor, ...]:
     outputs = empty(residual)
+    n, hidden_size = residual.shape[-2:]
     if residual.numel():
-        if selection.is_one_pass(residual.dtype, *residual.shape[-2:], num_splits):
+        if selection.is_one_pass(residual.dtype, n, hidden_size, num_splits):
             products, squares = _launch_pass(
                 residual, weight, pre_mix, norm_weight, tf32, outputs[0]
             )
@@ -248,12 +249,13 @@ def launch_backward(
     pre_mix = pre_mix.contiguous().view(-1, n)
     gates = (grad_next, grad_post, grad_comb, mixes, scale, bias, grad_scale, grad_bias)
     options = (pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat)
-    grad_mixes, _, *factors = launch_gates(*gates, *options, for_part(into, {2: 1, 3: 2}))
+    of_gates = for_part(into, {2: 1, 3: 2})
+    grad_mixes, _, parts, factors = launch_gates(*gates, *options, of_gates)
     to_matmuls = for_part(into, {1: 1, 5: 2})
     if selection.is_one_pass(residual.dtype, n, hidden_size, None):
         # Whether or not the gradient of pre_mix is wanted: the others have the same bits.
-        normed = (grad_mixes, mixes, inv_rms, pre_mix)
-        parts = launch_norm(weight.shape[1], *normed, *factors, tf32)
+        normed = (grad_mixes, mixes, inv_rms, pre_mix, parts, factors)
+        by_token = launch_norm(weight.shape[1], *normed, tf32)
         sums, partials, slice_tokens = prepare_backward(
             grad_input, n, weight, norm_weight, grad_weight, to_matmuls
         )
@@ -264,7 +266,7 @@ def launch_backward(
         )
         rows = weight.shape[1]
         jit.kernel("delayed_pre_bwd", hidden_size, *given)(
-            *parts,
+            *by_token,
             residual.view(-1, rows),
             *projection_op.parameters(weight, norm_weight),
             grad_input,
@@ -297,7 +299,7 @@ def launch_backward(
         tf32,
         aggregated=(grad_input, pre_mix),
         accumulated=None if accumulated is None else accumulated.contiguous(),
-        factors=factors,
+        factors=(parts, factors),
         grads=(grad_residual, grad_weight, grad_norm_weight),
         into=to_matmuls,
     )
@@ -428,8 +430,9 @@ def _room(into: Destinations, *inputs: Any) -> tuple[Tensor, ...]:
 
 
 def _backward_cpu(*args: Any) -> tuple[Tensor, ...]:
-    *arguments, wants_pre, accumulated = args
-    *grads, grad_norm_weight = reference.delayed_pre_backward(*arguments, accumulated)
+    arguments = list(args)
+    wants_pre = arguments.pop(-2)
+    *grads, grad_norm_weight = reference.delayed_pre_backward(*arguments)
     if not wants_pre:
         grads[4] = grads[4].new_empty(0)
     if grad_norm_weight is None:

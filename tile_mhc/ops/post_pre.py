@@ -157,7 +157,8 @@ def _check(inputs: tuple[Any, ...]) -> None:
     layer_output, residual, post_mix, comb_mix, *gates, layer_bias, norm_weight = inputs[:GRADIENTS]
     layer_norm_weight, *options, layer_norm_eps, num_splits, tf32 = inputs[GRADIENTS:]
     post_op.check_post(OP, layer_output, residual, post_mix, comb_mix, ("layer_bias", layer_bias))
-    fused_op.check_pre(OP, residual, *gates, norm_weight, *options, num_splits, tf32)
+    of_pre: tuple[Any, ...] = (residual, *gates, norm_weight, *options, num_splits, tf32)
+    fused_op.check_pre(OP, *of_pre)
     errors.check_number(OP, "layer_norm_eps", layer_norm_eps)
     if layer_norm_weight is not None:
         shapes, like = [residual.shape[-1:]], ("residual", residual)
@@ -198,31 +199,36 @@ def _cuda(
     num_splits: int | None,
     tf32: bool,
 ) -> tuple[Tensor, ...]:
-    options = (norm_weight, norm_eps, pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat)
+    steps = (norm_eps, pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat)
     streams = empty_like(residual)
-    gates = (streams, weight, scale, bias)
-    one_pass = selection.is_one_pass(residual.dtype, *residual.shape[-2:], num_splits)
+    gates = [streams, weight, scale, bias]
+    own_mix = [] if pre_mix is None else [pre_mix]
+    n, hidden_size = residual.shape[-2:]
+    one_pass = selection.is_one_pass(residual.dtype, n, hidden_size, num_splits)
     if one_pass and layer_bias is None and residual.numel():
         of_post = (layer_output, residual, post_mix, comb_mix)
         outputs = (delayed_op if pre_mix is not None else fused_op).empty(residual)
         layer_input, *mixes = outputs
         sums = _launch_pass(*of_post, pre_mix, weight, norm_weight, tf32, streams, layer_input)
         if pre_mix is None:
-            fused_op.launch_from(*sums, *gates, *options, tf32, outputs)
+            given: list[Any] = [*sums, *gates, norm_weight, *steps, tf32, outputs]
+            fused_op.launch_from(*given)
             mixes.insert(0, _no_mix(residual))
         else:
             normed = None
             if layer_norm_weight is not None:
                 normed = layer_input, layer_norm_weight, layer_norm_eps
                 layer_norm_weight = None
-            delayed_op.launch_mixes(*sums, *gates, *options, tf32, mixes, normed)
+            given = [*sums, *gates, norm_weight, *steps, tf32, mixes, normed]
+            delayed_op.launch_mixes(*given)
     else:
         post_op.launch(layer_output, residual, post_mix, comb_mix, layer_bias, streams)
+        given = [*gates, *own_mix, norm_weight, *steps, num_splits, tf32]
         if pre_mix is None:
-            layer_input, *mixes = fused_op.launch(*gates, *options, num_splits, tf32)
+            layer_input, *mixes = fused_op.launch(*given)
             mixes.insert(0, _no_mix(residual))
         else:
-            layer_input, *mixes = delayed_op.launch(*gates, pre_mix, *options, num_splits, tf32)
+            layer_input, *mixes = delayed_op.launch(*given)
     if layer_norm_weight is not None and residual.numel():
         _launch_norm(layer_input, layer_norm_weight, layer_norm_eps)
     return streams, layer_input, *mixes
@@ -331,7 +337,8 @@ def _backward_cuda(
     wants_pre: bool,
     into: Destinations = NO_DESTINATIONS,
 ) -> tuple[Tensor, ...]:
-    one_pass = selection.is_one_pass(residual.dtype, *residual.shape[-2:], None)
+    n, hidden_size = residual.shape[-2:]
+    one_pass = selection.is_one_pass(residual.dtype, n, hidden_size, None)
     plain = layer_bias is None and 1 not in into and residual.numel() > 0
     if one_pass and plain:
         of_all = _launch_pass_backward(
@@ -349,35 +356,18 @@ def _backward_cuda(
             into,
         )
         return of_all if wants_pre else (*of_all[:7], _no_mix(residual), *of_all[8:])
-    options = (pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat, tf32)
-    gates = (streams, weight, scale, bias)
-    saved = (norm_weight, mixes, inv_rms)
+    gates = [streams, weight, scale, bias]
+    steps = (pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat, tf32)
+    of_mixes = [grad_post, grad_comb]
+    saved: list[Any] = [norm_weight, mixes, inv_rms, *steps]
     if pre_mix is None:
-        grad, *parameters, grad_norm = fused_op.launch_backward(
-            grad_input,
-            grad_post,
-            grad_comb,
-            *gates,
-            *saved,
-            *options,
-            grad_streams,
-            into=for_part(into, OF_FUSED_PRE),
-        )
+        given = [grad_input, *of_mixes, *gates, *saved, grad_streams, for_part(into, OF_FUSED_PRE)]
+        grad, *parameters, grad_norm = fused_op.launch_backward(*given)
         grad_pre_mix = _no_mix(residual)
     else:
-        grad, *parameters, grad_pre_mix, grad_norm = delayed_op.launch_backward(
-            grad_input,
-            grad_next,
-            grad_post,
-            grad_comb,
-            *gates,
-            pre_mix,
-            *saved,
-            *options,
-            wants_pre,
-            grad_streams,
-            into=for_part(into, OF_DELAYED_PRE),
-        )
+        saved += [wants_pre, grad_streams, for_part(into, OF_DELAYED_PRE)]
+        given = [grad_input, grad_next, *of_mixes, *gates, pre_mix, *saved]
+        grad, *parameters, grad_pre_mix, grad_norm = delayed_op.launch_backward(*given)
     *grads, grad_layer_bias = post_op.launch_backward(
         grad,
         layer_output,
@@ -419,15 +409,18 @@ def _launch_pass_backward(
     weight, norm_weight = projection_op.contiguous(weight, norm_weight)
     grad_input = grad_input.contiguous().view(-1, hidden_size)
     grad_next, *of_mixes = grad_mixes
-    of_gates = (*of_mixes, mixes, *gates, *grad_gates, *options, for_part(into, {5: 1, 6: 2}))
+    to_gates = for_part(into, {5: 1, 6: 2})
+    of_gates: list[Any] = [*of_mixes, mixes, *gates, *grad_gates, *options, to_gates]
     if pre_mix is None:
-        aggregated = grad_input, streams
-        made, own_pre, *factors = delayed_op.launch_gates(None, *of_gates, aggregated)
+        of_gates = [None, *of_gates, (grad_input, streams)]
+        made, own_pre, *room_of = delayed_op.launch_gates(*of_gates)
         grad_pre = own_pre.new_empty(own_pre.shape)
     else:
-        made, _, *factors = delayed_op.launch_gates(grad_next, *of_gates)
+        of_gates = [grad_next, *of_gates]
+        made, _, *room_of = delayed_op.launch_gates(*of_gates)
         own_pre, grad_pre = pre_mix.contiguous().view(-1, n), grads[7].view(-1, n)
-    parts = delayed_op.launch_norm(size, made, mixes, inv_rms, own_pre, *factors, tf32)
+    normed = (made, mixes, inv_rms, own_pre, room_of[0], room_of[1])
+    by_token = delayed_op.launch_norm(size, *normed, tf32)
     to_matmuls = for_part(into, {4: 1, 9: 2})
     sums, partials, slice_tokens = delayed_op.prepare_backward(
         grad_input, n * (n + 2), weight, norm_weight, grad_weight, to_matmuls
@@ -436,7 +429,7 @@ def _launch_pass_backward(
         weight=weight.dtype, norm_weight=dtype_of(norm_weight), held=dtype_of(grad_streams)
     )
     jit.kernel("post_pre_bwd", hidden_size, *given)(
-        *parts,
+        *by_token,
         layer_output.view(-1, hidden_size),
         residual.view(-1, size),
         post_mix.contiguous().view(-1, n),
@@ -453,8 +446,8 @@ def _launch_pass_backward(
         slice_tokens,
         tf32,
     )
-    by_token = (grad_comb.view(-1, n * n), grad_post.view(-1, n))
-    delayed_op.launch_sums(sums, hidden_size, grad_pre, by_token)
+    of_mixes = [grad_comb.view(-1, n * n), grad_post.view(-1, n)]
+    delayed_op.launch_sums(sums, hidden_size, grad_pre, of_mixes)
     if partials is not None:
         of_matmuls = (grad_residual, grad_weight, grads[9])
         projection_op.sum_partials(partials, weight, norm_weight, of_matmuls, to_matmuls)
