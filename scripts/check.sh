@@ -96,7 +96,9 @@ docs() {
 # The integration's tests with another transformers than the environment's.
 transformers() {
     say "transformers"
-    env -u PYTEST_ARGS TILE_MHC_SET_UP="$PYTHON" "$ROOT/scripts/test_transformers.sh"
+    # Of one core, as the workers of the tests beside it: threads that wait for a core would spin.
+    env -u PYTEST_ARGS OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TILE_MHC_SET_UP="$PYTHON" \
+        "$ROOT/scripts/test_transformers.sh"
 }
 
 # From a neutral folder, so that the installed tile_mhc is found, not the one in the checkout.

@@ -22,7 +22,7 @@ install() {
     local folder=$1 version=$2
     [ -d "$folder" ] && return 0
     rm -rf "$folder.part"
-    "$PYTHON" -m pip install -q --no-deps --target "$folder.part" \
+    "$PYTHON" -m pip install -q --no-compile --no-deps --target "$folder.part" \
         "transformers==$version" accelerate psutil && mv "$folder.part" "$folder"
 }
 

@@ -6,6 +6,7 @@ Relies on these private names of torch, each tested in tests/cpu/test_replay.py:
   dispatch keys (with those that a mode or a transform adds or takes away in this thread), dtype,
   device, requires_grad, sizes and strides of several tensors in half a microsecond, and that no
   tensor is given twice. It knows nothing of address and storage.
+- `_C._are_functorch_transforms_active` and `_C._get_tracing_state`.
 - `_C._len_torch_dispatch_stack`, `_C._len_torch_function_stack`, `forward_ad._current_level` and
   `_C._autograd._profiler_enabled`, for what leaves no trace in the dispatch keys.
 """
@@ -29,11 +30,14 @@ def is_watched() -> bool:
     )
 
 
-def is_transformed() -> bool:
-    """Whether tensors may stand for others: in a transform of torch.func, or in torch.jit.trace."""
-    return bool(
-        torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
-    )
+def transforms_active() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp, ...) runs: its tensors are wrappers."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def is_traced() -> bool:
+    """Whether torch.jit.trace runs."""
+    return torch._C._get_tracing_state() is not None
 
 
 def same_kind(tensors: Sequence[Tensor]) -> Callable[..., bool]:

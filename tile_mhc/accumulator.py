@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import errors
-from tile_mhc.ops._autograd import refuse_tangents, transforms_active
+from tile_mhc import _backward, errors
+from tile_mhc._guards import transforms_active
+from tile_mhc.ops._autograd import refuse_tangents
 from tile_mhc.ops._library import outside_graphs
 
 OP = "GradAccumulator"
@@ -160,7 +161,7 @@ class State:
     def written(self) -> None:
         with _lock:
             _holding.add(self)
-            self.task = torch._C._current_graph_task_id()
+            self.task = _backward.task()
 
     def collect(self, grad: Tensor | None) -> Tensor | None:
         """The sum with `grad`, rounded once; the buffer is empty again."""
@@ -189,7 +190,7 @@ class State:
         self.stream = None
 
     def _check_task(self, op: str) -> None:
-        if self.task not in (None, torch._C._current_graph_task_id()):
+        if self.task not in (None, _backward.task()):
             raise errors.AccumulatorError(
                 f"{op}: grad_accumulator must be empty at the start of a backward; got one that "
                 "holds the sum of another backward, which did not finish or runs around this one. "

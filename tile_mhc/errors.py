@@ -14,6 +14,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
+from tile_mhc import _guards
+
 SUPPORTED_STREAMS = (2, 4, 8)
 MAX_HIDDEN = 16384
 # The dtypes that streams, and parameters, may have.
@@ -198,7 +200,7 @@ def check_hidden_size(op: str, hidden_size: int) -> None:
 
 def _untraced(size: Any) -> Any:
     """A size out of a shape: under torch.jit.trace it is a tensor, on the CPU."""
-    is_traced = isinstance(size, Tensor) and torch._C._get_tracing_state() is not None
+    is_traced = isinstance(size, Tensor) and _guards.is_traced()
     return int(size) if is_traced else size
 
 
@@ -230,7 +232,7 @@ def has_memory(tensor: Tensor) -> bool:
     """Whether the tensor has an address: not while traced or transformed, nor without elements."""
     if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
         return False
-    if torch._C._are_functorch_transforms_active():  # wrappers of torch.func
+    if _guards.transforms_active():  # wrappers of torch.func
         return False
     return tensor.device.type != "meta" and tensor.numel() > 0
 

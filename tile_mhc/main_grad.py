@@ -45,7 +45,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import _inherited, errors
+from tile_mhc import _backward, _inherited, errors
 
 _dummies: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
 
@@ -151,7 +151,7 @@ class _Pending:
 
         self.handle = node.register_prehook(before)
         _pending[id(parameter)] = self
-        torch.autograd.Variable._execution_engine.queue_callback(self)
+        _backward.at_end(self)
 
     def hand_on(self) -> None:
         """Autograd is about to run the hooks: what they read must be true."""

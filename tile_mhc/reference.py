@@ -10,6 +10,7 @@ j the destination, t the token, h the hidden position.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -611,7 +612,15 @@ def post_pre_with_mixes(
     """
     streams = post(layer_output, residual, post_mix, comb_mix, bias=layer_bias)
     gates = (streams, weight, scale, bias)
-    options = (norm_weight, norm_eps, pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat, tf32)
+    options: tuple[Any, ...] = (
+        norm_weight,
+        norm_eps,
+        pre_eps,
+        sinkhorn_eps,
+        post_mult,
+        sinkhorn_repeat,
+        tf32,
+    )
     next_pre = None
     if pre_mix is None:
         layer_input, *mixed = fused_pre_with_mixes(*gates, *options)
@@ -705,7 +714,14 @@ def post_pre_backward(
     read with a `pre_mix` alone. The gradient of the streams is not rounded between the two halves.
     """
     gates = (streams.to(mixes.dtype), weight, scale, bias)
-    options = (pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat, tf32, grad_streams)
+    options: tuple[Any, ...] = (
+        pre_eps,
+        sinkhorn_eps,
+        post_mult,
+        sinkhorn_repeat,
+        tf32,
+        grad_streams,
+    )
     saved = (norm_weight, mixes, inv_rms)
     grad_pre_mix = None
     if pre_mix is None:

@@ -38,7 +38,10 @@ KEPT_BYTES = LIMITS.kept_bytes
 LAST_READ_BYTES = LIMITS.last_read_bytes
 # What the start of the backward's pipeline costs a CTA, in tiles.
 START_TILES = 3
-# delayed_pre, post_pre: the same, in steps.
+# delayed_pre, post_pre: up to so many tokens every CTA of a pass splits the weight that it reads, a
+# quarter more instructions; with more a kernel does before, for all. Not measured yet.
+SPLIT_WEIGHT_TOKENS = 1024
+# The same as START_TILES, in steps.
 DELAYED_START = 2
 # Blocks of a split in the batch-invariant mode: more of them leave a GPU with few tokens idle,
 # fewer make more partial sums where there are many.
@@ -125,6 +128,14 @@ def divide_blocks(
     if num_splits is not None:
         wanted = min(wanted, num_splits)
     return max(least, -(-blocks // wanted))
+
+
+def splits_weight(num_tokens: int) -> bool:
+    """delayed_pre, post_pre: whether a pass splits the weight itself, and needs no launch before.
+
+    The same parts either way.
+    """
+    return num_tokens <= SPLIT_WEIGHT_TOKENS
 
 
 def delayed_blocks_per_split(num_tokens: int, hidden_size: int) -> int:

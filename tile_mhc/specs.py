@@ -165,7 +165,7 @@ def _post_biases(s: Sizes) -> list[Arguments]:
 
 
 def _input_norms(s: Sizes) -> list[Arguments]:
-    return [_kernel(s.hidden, streams=s.dtype, norm_weight=norm) for norm in s.parameters]
+    return [_kernel(s.hidden, streams=s.dtype, layer_norm=norm) for norm in s.parameters]
 
 
 def _one_pass(arguments: Callable[[Sizes], list[Arguments]]) -> Callable[[Sizes], list[Arguments]]:
@@ -184,8 +184,35 @@ def _weight_parts(s: Sizes) -> list[Arguments]:
 
 
 @_one_pass
+def _pass_backwards(s: Sizes) -> list[Arguments]:
+    # Alone, and on top of a gradient that the streams have.
+    choices = itertools.product(("", s.dtype), _weights(s))
+    return [_kernel(s.hidden, **weights, held=held) for held, weights in choices]
+
+
+@_one_pass
+def _delayed_sums(s: Sizes) -> list[Arguments]:
+    # Of pre_mix alone, and of all mixes of a boundary.
+    return [(s.n, s.hidden), (s.mixes, s.hidden)]
+
+
+@_one_pass
 def _passes(s: Sizes) -> list[Arguments]:
-    return [(s.hidden,)]
+    # The weight split by a kernel before, or by the pass itself.
+    return [(s.hidden, False), *(_kernel(s.hidden, True, **weights) for weights in _weights(s))]
+
+
+def _delayed_mixes(s: Sizes) -> list[Arguments]:
+    """As `_pres`, and where one pass is before them with a norm of the layer input too."""
+    norms = (
+        s.parameters if selection.is_one_pass(getattr(torch, s.dtype), s.n, s.hidden, None) else ()
+    )
+    return [
+        _kernel(s.n, s.hidden, many_splits, streams=s.dtype, **dtypes, layer_norm=norm)
+        for many_splits in (False, True)
+        for dtypes in _parameters(s)
+        for norm in ("", *norms)
+    ]
 
 
 def _weights(s: Sizes) -> list[dict[str, str]]:
@@ -363,6 +390,7 @@ _MATMUL = ("num_mixes", "size")
 _READER = ("num_mixes", "size", "n")
 _NORM = ("num_mixes", "size", "many_splits")
 _PRE = ("n", "hidden_size", "many_splits")
+_PASS = ("hidden_size", "splits_weight")
 
 _TE = ("transformer_engine",)
 _PRE_OPS = ("fused_pre", "post_pre")
@@ -448,10 +476,28 @@ SPECS = (
         _clusters(backward=True),
     ),
     Spec("fused_pre", "fused_pre", _PRE_OPS, _PRE, _pres),
-    Spec("delayed_mixes", "delayed_pre", _PRE_OPS, _PRE, _pres),
+    Spec("delayed_mixes", "delayed_pre", _PRE_OPS, _PRE, _delayed_mixes),
     Spec("weight_parts", "delayed_pre", _PRE_OPS, _MATMUL, _weight_parts),
-    Spec("delayed_pre_fwd", "delayed_pre", _PRE_OPS, ("hidden_size",), _passes),
-    Spec("post_pre_fwd", "post_pre", ("post_pre",), ("hidden_size",), _passes),
+    Spec("delayed_pre_fwd", "delayed_pre", _PRE_OPS, _PASS, _passes),
+    Spec(
+        "delayed_pre_bwd",
+        "delayed_pre",
+        _PRE_OPS,
+        ("hidden_size",),
+        _pass_backwards,
+        early=("weight", "norm_weight"),
+    ),
+    Spec("delayed_sums", "delayed_pre", _PRE_OPS, ("num_sums", "hidden_size"), _delayed_sums),
+    Spec("post_pre_fwd", "post_pre", ("post_pre",), _PASS, _passes),
+    Spec("post_project_fwd", "post_pre", ("post_pre",), _PASS, _passes),
+    Spec(
+        "post_pre_bwd",
+        "post_pre",
+        ("post_pre",),
+        ("hidden_size",),
+        _pass_backwards,
+        early=("weight", "norm_weight"),
+    ),
     Spec("input_norm", "post_pre", ("post_pre",), ("hidden_size",), _input_norms),
     Spec("interleaved_aggregate_fwd", "interleaved_aggregate", _TE, _CHANNELS, _interleaved),
     Spec(

@@ -18,7 +18,14 @@ from tile_mhc.kernels._shapes import (
     factors_width,
     padded,
 )
-from tile_mhc.kernels.projection import store_weight_parts
+from tile_mhc.kernels.projection import (
+    BYTES,
+    high_part,
+    low_part,
+    norm_shape,
+    rounded_to_tf32,
+    store_weight_parts,
+)
 
 THREADS = 256
 STREAMS = 4
@@ -30,13 +37,24 @@ FULL_ROW = T.GemmWarpPolicy.FullRow
 FULL_COLUMN = T.GemmWarpPolicy.FullCol
 
 
-def forward_pass(hidden_size: int, makes: bool, limits: Architecture) -> tuple[Any, ...]:
+def forward_pass(
+    hidden_size: int,
+    makes: bool,
+    collapses: bool,
+    splits_weight: bool,
+    weight_dtype: str,
+    norm_weight_dtype: str,
+    limits: Architecture,
+) -> tuple[Any, ...]:
     """A CTA has a tile of tokens and a range of H, in steps of the same columns of all streams.
 
-    Where it `makes` the streams, by a post, they are read rounded by all that follows. Thread t
-    has eight columns of the tokens t // 8 and t // 8 + 32; what is by token stays in registers.
-    The mixes are the rows of the product, high and low part apart: as columns, 48 of them, TileLang
-    would take three times the instructions.
+    Where it `makes` the streams, by a post, they are read rounded by all that follows. It
+    `collapses` them where the pre_mix is known. Thread t has eight columns of the tokens t // 8 and
+    t // 8 + 32; what is by token stays in registers. The mixes are the rows of the product, high
+    and low part apart: as columns, 48 of them, TileLang would take three times the instructions.
+
+    `weight` has both parts, by `weight_parts`, unless the pass `splits_weight` itself: where tokens
+    are few a launch before costs more.
     """
     tokens = T.dynamic("num_tokens")
     splits = T.dynamic("num_splits")
@@ -48,8 +66,14 @@ def forward_pass(hidden_size: int, makes: bool, limits: Architecture) -> tuple[A
     rows = THREADS // per_row
     turns = block // rows
     streams_of = tuple(range(STREAMS))
-    fixed = (block * (columns + (wide if makes else 0))) * 2
-    stage = (block * (wide + (columns if makes else 0)) + PART_ROWS * wide) * 2
+    has_norm = norm_weight_dtype != ""
+    fixed = block * (columns * collapses + wide * makes) * 2
+    stage = block * (wide + (columns if makes else 0)) * 2
+    if splits_weight:
+        fixed += PART_ROWS * wide * 2
+        stage += (MIXES * BYTES[weight_dtype] + BYTES[norm_weight_dtype]) * wide
+    else:
+        stage += PART_ROWS * wide * 2
     stages = min(4, (limits.matmul_bytes - fixed) // stage)
 
     @T.macro
@@ -59,12 +83,14 @@ def forward_pass(hidden_size: int, makes: bool, limits: Architecture) -> tuple[A
         post_mix: T.Tensor,
         comb_mix: T.Tensor,
         pre_mix: T.Tensor,
-        parts: T.Tensor,
+        weight: T.Tensor,
+        norm_weight: T.Tensor,
         out: T.Tensor,
         layer_input: T.Tensor,
         products: T.Tensor,
         squares: T.Tensor,
         blocks: T.int32,
+        tf32: T.int32,
     ):
         with T.Kernel(splits * T.ceildiv(tokens, block), threads=THREADS) as cta:
             follow_previous()
@@ -73,8 +99,15 @@ def forward_pass(hidden_size: int, makes: bool, limits: Architecture) -> tuple[A
             tid = T.get_thread_binding()
             x_shared = T.alloc_shared((block, wide), T.bfloat16)
             w_shared = T.alloc_shared((PART_ROWS, wide), T.bfloat16)
-            input_shared = T.alloc_shared((block, columns), T.bfloat16)
-            T.annotate_layout({input_shared: make_swizzled_layout(input_shared)})
+            if splits_weight:
+                # Stream by stream: a copy of TMA fills whole rows.
+                raw_shared = T.alloc_shared((STREAMS * MIXES, columns), weight_dtype)
+                w_local = T.alloc_fragment((STREAMS * MIXES, columns), T.float32)
+                if has_norm:
+                    norm_shared = T.alloc_shared((wide,), norm_weight_dtype)
+            if collapses:
+                input_shared = T.alloc_shared((block, columns), T.bfloat16)
+                T.annotate_layout({input_shared: make_swizzled_layout(input_shared)})
             if makes:
                 f_shared = T.alloc_shared((block, columns), T.bfloat16)
                 made_shared = T.alloc_shared((block, wide), T.bfloat16)
@@ -105,8 +138,9 @@ def forward_pass(hidden_size: int, makes: bool, limits: Architecture) -> tuple[A
                 square[turn, 0] = 0.0
                 square[turn, 1] = 0.0
                 t = T.min(t0 + turn * rows + tid // per_row, tokens - 1)
-                for i in T.unroll(STREAMS):
-                    pre[turn, i] = pre_mix[t, i]
+                if collapses:
+                    for i in T.unroll(STREAMS):
+                        pre[turn, i] = pre_mix[t, i]
                 if makes:
                     for i in T.unroll(STREAMS):
                         post[turn, i] = post_mix[t, i]
@@ -121,10 +155,18 @@ def forward_pass(hidden_size: int, makes: bool, limits: Architecture) -> tuple[A
                     T.copy(
                         x[t0 : t0 + block, k0 : k0 + columns], x_shared[0:block, c0 : c0 + columns]
                     )
-                    T.copy(
-                        parts[0 : 2 * MIXES, k0 : k0 + columns],
-                        w_shared[0 : 2 * MIXES, c0 : c0 + columns],
-                    )
+                    if splits_weight:
+                        T.copy(
+                            weight[0:MIXES, k0 : k0 + columns],
+                            raw_shared[i * MIXES : (i + 1) * MIXES, 0:columns],
+                        )
+                        if has_norm:
+                            T.copy(norm_weight[k0 : k0 + columns], norm_shared[c0 : c0 + columns])
+                    else:
+                        T.copy(
+                            weight[0 : 2 * MIXES, k0 : k0 + columns],
+                            w_shared[0 : 2 * MIXES, c0 : c0 + columns],
+                        )
                 if makes:
                     T.copy(layer_output[t0, h0], f_shared)
                 # The tile before has left these: its stores ran beside the loads.
@@ -156,13 +198,30 @@ def forward_pass(hidden_size: int, makes: bool, limits: Architecture) -> tuple[A
                         else:
                             for v in T.vectorized(VECTOR):
                                 rounded[v] = streams[j, v]
+                        if collapses:
+                            for v in T.unroll(VECTOR):
+                                collapsed[v] += pre[turn, j] * T.cast(rounded[v], T.float32)
                         for v in T.unroll(VECTOR):
-                            collapsed[v] += pre[turn, j] * T.cast(rounded[v], T.float32)
                             square[turn, v % 2] += T.cast(rounded[v], T.float32) * T.cast(
                                 rounded[v], T.float32
                             )
-                    for v in T.vectorized(VECTOR):
-                        input_shared[row, c + v] = T.cast(collapsed[v], T.bfloat16)
+                    if collapses:
+                        for v in T.vectorized(VECTOR):
+                            input_shared[row, c + v] = T.cast(collapsed[v], T.bfloat16)
+                if splits_weight:
+                    T.copy(raw_shared, w_local)
+                    if has_norm:
+                        for r, k in T.Parallel(STREAMS * MIXES, columns):
+                            w_local[r, k] *= T.cast(
+                                norm_shared[r // MIXES * columns + k], T.float32
+                            )
+                    if tf32 != 0:
+                        for r, k in T.Parallel(STREAMS * MIXES, columns):
+                            w_local[r, k] = rounded_to_tf32(w_local[r, k])
+                    for r, k in T.Parallel(STREAMS * MIXES, columns):
+                        at = r // MIXES * columns + k
+                        w_shared[r % MIXES, at] = high_part(w_local[r, k])
+                        w_shared[MIXES + r % MIXES, at] = low_part(w_local[r, k])
                 # The tensor cores and TMA read these through another path than threads write.
                 T.fence_proxy_async()
                 T.sync_threads()
@@ -174,7 +233,8 @@ def forward_pass(hidden_size: int, makes: bool, limits: Architecture) -> tuple[A
                             made_shared[0:block, c0 : c0 + columns],
                             out[t0 : t0 + block, k0 : k0 + columns],
                         )
-                T.tma_copy(input_shared, layer_input[t0 : t0 + block, h0 : h0 + columns])
+                if collapses:
+                    T.tma_copy(input_shared, layer_input[t0 : t0 + block, h0 : h0 + columns])
                 # The tensor cores truncate what they add up: only within a step.
                 T.gemm(
                     w_shared,
@@ -202,6 +262,17 @@ def forward_pass(hidden_size: int, makes: bool, limits: Architecture) -> tuple[A
                     products[own[0], own[1] + i, m] = sums[m, i] + sums[MIXES + m, i]
 
     return body, tokens, splits, size
+
+
+def weight_shapes(
+    hidden_size: int, splits_weight: bool, weight_dtype: str, norm_weight_dtype: str
+) -> tuple[Any, ...]:
+    """(shape, dtype) of the weight that a forward pass reads, and of its norm weight."""
+    size = STREAMS * hidden_size
+    norm = norm_shape(size, norm_weight_dtype), norm_weight_dtype or "float32"
+    if splits_weight:
+        return ((MIXES, size), weight_dtype), norm
+    return ((2 * MIXES, size), "bfloat16"), norm
 
 
 def num_sums(makes: bool) -> int:

@@ -23,6 +23,7 @@ class Dtypes:
         bias: of the gates' bias, or of its gradient.
         layer_output: of the output of a layer, where that may have a dtype of its own.
         layer_bias: of the bias of a layer's last linear map.
+        layer_norm: of the weight of an RMS norm of a layer's input.
         held: of a gradient of the streams that the new one is added to.
         into: of a destination for the gradient of the streams; without one it is as the streams.
         into_weight: of a destination for the gradient of the weight.
@@ -36,6 +37,7 @@ class Dtypes:
     bias: str = "float32"
     layer_output: str = "bfloat16"
     layer_bias: str = ""
+    layer_norm: str = ""
     held: str = ""
     into: str = ""
     into_weight: str = ""

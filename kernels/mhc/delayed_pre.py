@@ -19,9 +19,18 @@ from tile_mhc.kernels._boundary import (
     backward_pass,
     forward_pass,
     num_sums,
+    weight_shapes,
 )
-from tile_mhc.kernels._common import SIMT, VECTOR, builder, follow_previous
-from tile_mhc.kernels._shapes import SUM_LANES, factors_width, padded
+from tile_mhc.kernels._common import (
+    SIMT,
+    VECTOR,
+    block_sums,
+    builder,
+    follow_previous,
+    row_vector,
+    sums_shape,
+)
+from tile_mhc.kernels._shapes import DELAYED_COLUMNS, SUM_LANES, factors_width, padded
 from tile_mhc.kernels.mixes import logit, sigmoid
 from tile_mhc.kernels.projection import (
     AT_ONCE,
@@ -66,23 +75,89 @@ def weight_parts(num_mixes: int, size: int, *, weight_dtype: str, norm_weight_dt
 
 
 @builder({})
-def delayed_pre_fwd(hidden_size: int, *, limits: Architecture):
+def delayed_pre_fwd(
+    hidden_size: int,
+    splits_weight: bool,
+    *,
+    weight_dtype: str,
+    norm_weight_dtype: str,
+    limits: Architecture,
+):
     """Products, squares and the layer input of streams that there are."""
-    body, tokens, splits, size = forward_pass(hidden_size, False, limits)
+    of_weight = (splits_weight, weight_dtype, norm_weight_dtype)
+    body, tokens, splits, size = forward_pass(hidden_size, False, True, *of_weight, limits)
+    read, norm = weight_shapes(hidden_size, *of_weight)
 
     @T.prim_func
     def delayed_pre_fwd_kernel(
         x: T.Tensor[(tokens, size), T.bfloat16],
         pre_mix: T.Tensor[(tokens, STREAMS), T.float32],
-        parts: T.Tensor[(2 * MIXES, size), T.bfloat16],
+        weight: T.Tensor[read[0], read[1]],
+        norm_weight: T.Tensor[norm[0], norm[1]],
         layer_input: T.Tensor[(tokens, hidden_size), T.bfloat16],
         products: T.Tensor[(splits, tokens, MIXES), T.float32],
         squares: T.Tensor[(splits, tokens), T.float32],
         blocks: T.int32,
+        tf32: T.int32,
     ):
-        body(None, x, None, None, pre_mix, parts, None, layer_input, products, squares, blocks)
+        body(
+            None,
+            x,
+            None,
+            None,
+            pre_mix,
+            weight,
+            norm_weight,
+            None,
+            layer_input,
+            products,
+            squares,
+            blocks,
+            tf32,
+        )
 
     return delayed_pre_fwd_kernel
+
+
+@T.macro
+def normed_row(
+    layer_input: T.Tensor,
+    weight: T.Tensor,
+    t: T.int32,
+    hidden_size: int,
+    threads: int,
+    vector: int,
+    eps: T.float32,
+):
+    """The RMS norm of the layer input of token t, in place, by one CTA."""
+    tid = T.get_thread_binding()
+    square = T.alloc_local((1,), T.float32)
+    values = T.alloc_local((vector,), layer_input.dtype)
+    shared = T.alloc_shared(sums_shape(1, threads), T.float32)
+    factor = T.alloc_shared((1,), T.float32)
+    chunks = -(-hidden_size // (threads * vector))
+    square[0] = 0.0
+    for c in T.serial(chunks):
+        h = (c * threads + tid) * vector
+        if h < hidden_size:
+            for v in T.vectorized(vector):
+                values[v] = layer_input[t, h + v]
+            for v in T.unroll(vector):
+                square[0] += T.cast(values[v], T.float32) * T.cast(values[v], T.float32)
+    block_sums(square, 1, threads, shared, square)
+    if tid == 0:
+        factor[0] = T.rsqrt(square[0] / hidden_size + eps)
+    T.sync_threads()
+    for c in T.serial(chunks):
+        h = (c * threads + tid) * vector
+        if h < hidden_size:
+            for v in T.vectorized(vector):
+                values[v] = layer_input[t, h + v]
+            for v in T.vectorized(vector):
+                layer_input[t, h + v] = T.cast(
+                    T.cast(values[v], T.float32) * factor[0] * T.cast(weight[h + v], T.float32),
+                    layer_input.dtype,
+                )
 
 
 @builder(SIMT)
@@ -96,8 +171,13 @@ def delayed_mixes(
     streams_dtype: str,
     scale_dtype: str,
     bias_dtype: str,
+    layer_norm_dtype: str,
 ):
-    """The splits' sums, gates and comb of several tokens a CTA: the bits of the separate ops."""
+    """The splits' sums, gates and comb of several tokens a CTA: the bits of the separate ops.
+
+    With a `layer_norm_dtype` others take a token of the layer input each, and its norm: what the
+    pass before has left in L2, beside the latency of Sinkhorn.
+    """
     tokens = T.dynamic("num_tokens")
     splits = T.dynamic("num_splits")
     num_mixes = n * (n + 2)
@@ -106,6 +186,8 @@ def delayed_mixes(
     sharing = SUM_LANES if many_splits else 1
     group = 1 if many_splits else THREADS // num_mixes
     turns = -(-num_mixes * sharing // THREADS) if many_splits else 1
+    norms = layer_norm_dtype != ""
+    vector = row_vector(hidden_size, streams_dtype)
 
     @T.prim_func
     def delayed_mixes_kernel(
@@ -121,66 +203,81 @@ def delayed_mixes(
         comb_mix: T.Tensor[(tokens, n * n), T.float32],
         mixes: T.Tensor[(tokens, num_mixes), T.float32],
         inv_rms: T.Tensor[(tokens,), T.float32],
+        layer_input: T.Tensor[(tokens, hidden_size) if norms else (1,), streams_dtype],
+        layer_norm_weight: T.Tensor[(hidden_size if norms else 1,), layer_norm_dtype or T.float32],
         norm_eps: T.float32,
         pre_eps: T.float32,
         sinkhorn_eps: T.float32,
         post_mult: T.float32,
+        layer_norm_eps: T.float32,
         repeat: T.int32,
         tf32: T.int32,
     ):
-        with T.Kernel(T.ceildiv(tokens, group), threads=THREADS) as block:
+        mix_blocks = T.ceildiv(tokens, group)
+        with T.Kernel(mix_blocks + (tokens if norms else 0), threads=THREADS) as block:
             follow_previous()
             tid = T.get_thread_binding()
             z = T.alloc_local((1,), T.float32)
             mixed = T.alloc_local((2,), T.float32)
             comb = T.alloc_local((n, n), T.float32)
             logits = T.alloc_shared((group, num_mixes), T.float32)
-            for turn in T.serial(turns):
-                index = (turn * THREADS + tid) // sharing
-                # A thread past the end does a mix again: its neighbours may need its sums.
-                slot = T.min(index // num_mixes, group - 1)
-                t = T.min(block * group + slot, tokens - 1)
-                m = index % num_mixes
-                token_mix(
-                    products,
-                    squares,
-                    x,
-                    weight,
-                    norm_weight,
-                    norm_weight_dtype,
-                    splits,
-                    t,
-                    m,
-                    1,
-                    tid % sharing,
-                    sharing,
-                    size,
-                    norm_eps,
-                    tf32,
-                    mixed,
+            if block < mix_blocks:
+                for turn in T.serial(turns):
+                    index = (turn * THREADS + tid) // sharing
+                    # A thread past the end does a mix again: its neighbours may need its sums.
+                    slot = T.min(index // num_mixes, group - 1)
+                    t = T.min(block * group + slot, tokens - 1)
+                    m = index % num_mixes
+                    token_mix(
+                        products,
+                        squares,
+                        x,
+                        weight,
+                        norm_weight,
+                        norm_weight_dtype,
+                        splits,
+                        t,
+                        m,
+                        1,
+                        tid % sharing,
+                        sharing,
+                        size,
+                        norm_eps,
+                        tf32,
+                        mixed,
+                    )
+                    if tid % sharing == 0 and index < group * num_mixes:
+                        logit(mixed[0], scale[T.min(m // n, 2)], bias[m], z)
+                        logits[slot, m] = z[0]
+                        if block * group + slot < tokens:
+                            mixes[t, m] = mixed[0]
+                            if m == 0:
+                                inv_rms[t] = mixed[1]
+                            if m < 2 * n:
+                                sigmoid(z[0], z)
+                                if m < n:
+                                    pre_mix[t, m] = z[0] + pre_eps
+                                else:
+                                    post_mix[t, m - n] = z[0] * post_mult
+                T.sync_threads()
+                if tid < group and block * group + tid < tokens:
+                    for i in T.unroll(n):
+                        for j in T.unroll(n):
+                            comb[i, j] = logits[tid, 2 * n + i * n + j]
+                    sinkhorn_token(comb, n, repeat, sinkhorn_eps)
+                    for i in T.unroll(n):
+                        for j in T.vectorized(n):
+                            comb_mix[block * group + tid, i * n + j] = comb[i, j]
+            if norms and block >= mix_blocks:
+                normed_row(
+                    layer_input,
+                    layer_norm_weight,
+                    block - mix_blocks,
+                    hidden_size,
+                    THREADS,
+                    vector,
+                    layer_norm_eps,
                 )
-                if tid % sharing == 0 and index < group * num_mixes:
-                    logit(mixed[0], scale[T.min(m // n, 2)], bias[m], z)
-                    logits[slot, m] = z[0]
-                    if block * group + slot < tokens:
-                        mixes[t, m] = mixed[0]
-                        if m == 0:
-                            inv_rms[t] = mixed[1]
-                        if m < 2 * n:
-                            sigmoid(z[0], z)
-                            if m < n:
-                                pre_mix[t, m] = z[0] + pre_eps
-                            else:
-                                post_mix[t, m - n] = z[0] * post_mult
-            T.sync_threads()
-            if tid < group and block * group + tid < tokens:
-                for i in T.unroll(n):
-                    for j in T.unroll(n):
-                        comb[i, j] = logits[tid, 2 * n + i * n + j]
-                sinkhorn_token(comb, n, repeat, sinkhorn_eps)
-                for i in T.unroll(n):
-                    for j in T.vectorized(n):
-                        comb_mix[block * group + tid, i * n + j] = comb[i, j]
 
     return delayed_mixes_kernel
 
@@ -210,7 +307,7 @@ def delayed_pre_bwd(
         grad_input: T.Tensor[(tokens, hidden_size), T.bfloat16],
         held: T.Tensor[(tokens, size) if has_held else (1,), T.bfloat16],
         grad_x: T.Tensor[(tokens, size), T.bfloat16],
-        sums: T.Tensor[(hidden_size // 64, tokens, num_sums(False)), T.float32],
+        sums: T.Tensor[(hidden_size // DELAYED_COLUMNS, tokens, num_sums(False)), T.float32],
         partials: T.Tensor[(slices, MIXES, size), T.float32],
         slice_tokens: T.int32,
         tf32: T.int32,
@@ -238,19 +335,21 @@ def delayed_pre_bwd(
 
 
 @builder(SIMT)
-def delayed_sums(num_sums: int, blocks: int):
+def delayed_sums(num_sums: int, hidden_size: int):
     """Sum what the columns of a backward have left by token, in order.
 
     The last four are the gradient of pre_mix; before them those of comb_mix and post_mix.
     """
     tokens = T.dynamic("num_tokens")
-    combs = max(num_sums - 2 * STREAMS, 1)
+    blocks = hidden_size // DELAYED_COLUMNS
+    every = num_sums > STREAMS
+    combs = STREAMS * STREAMS
 
     @T.prim_func
     def delayed_sums_kernel(
         sums: T.Tensor[(blocks, tokens, num_sums), T.float32],
-        grad_comb: T.Tensor[(tokens, combs), T.float32],
-        grad_post: T.Tensor[(tokens, STREAMS), T.float32],
+        grad_comb: T.Tensor[(tokens, combs) if every else (1,), T.float32],
+        grad_post: T.Tensor[(tokens, STREAMS) if every else (1,), T.float32],
         grad_pre: T.Tensor[(tokens, STREAMS), T.float32],
     ):
         with T.Kernel(T.ceildiv(tokens * num_sums, THREADS), threads=THREADS) as block:
@@ -271,7 +370,7 @@ def delayed_sums(num_sums: int, blocks: int):
                             total[0] += parts[i]
                 if k >= num_sums - STREAMS:
                     grad_pre[t, k - (num_sums - STREAMS)] = total[0]
-                else:
+                elif every:
                     if k < combs:
                         grad_comb[t, k] = total[0]
                     else:

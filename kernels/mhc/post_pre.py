@@ -6,24 +6,39 @@ layer_input[t, h] = layer_input[t, h] * rsqrt(mean_h layer_input[t, h]**2 + eps)
 import tilelang.language as T
 
 from tile_mhc.kernels._arch import Architecture
-from tile_mhc.kernels._boundary import MIXES, STREAMS, backward_pass, forward_pass, num_sums
+from tile_mhc.kernels._boundary import (
+    MIXES,
+    STREAMS,
+    backward_pass,
+    forward_pass,
+    num_sums,
+    weight_shapes,
+)
 from tile_mhc.kernels._common import (
     SIMT,
-    block_sums,
     builder,
     follow_previous,
     row_threads,
     row_vector,
-    sums_shape,
 )
-from tile_mhc.kernels._shapes import factors_width, padded
+from tile_mhc.kernels._shapes import DELAYED_COLUMNS, factors_width, padded
+from tile_mhc.kernels.delayed_pre import normed_row
 from tile_mhc.kernels.projection import norm_shape
 
 
 @builder({})
-def post_pre_fwd(hidden_size: int, *, limits: Architecture):
+def post_pre_fwd(
+    hidden_size: int,
+    splits_weight: bool,
+    *,
+    weight_dtype: str,
+    norm_weight_dtype: str,
+    limits: Architecture,
+):
     """The streams after a post, with their products, squares and the layer input."""
-    body, tokens, splits, size = forward_pass(hidden_size, True, limits)
+    of_weight = (splits_weight, weight_dtype, norm_weight_dtype)
+    body, tokens, splits, size = forward_pass(hidden_size, True, True, *of_weight, limits)
+    read, norm = weight_shapes(hidden_size, *of_weight)
 
     @T.prim_func
     def post_pre_fwd_kernel(
@@ -32,12 +47,14 @@ def post_pre_fwd(hidden_size: int, *, limits: Architecture):
         post_mix: T.Tensor[(tokens, STREAMS), T.float32],
         comb_mix: T.Tensor[(tokens, STREAMS, STREAMS), T.float32],
         pre_mix: T.Tensor[(tokens, STREAMS), T.float32],
-        parts: T.Tensor[(2 * MIXES, size), T.bfloat16],
+        weight: T.Tensor[read[0], read[1]],
+        norm_weight: T.Tensor[norm[0], norm[1]],
         out: T.Tensor[(tokens, size), T.bfloat16],
         layer_input: T.Tensor[(tokens, hidden_size), T.bfloat16],
         products: T.Tensor[(splits, tokens, MIXES), T.float32],
         squares: T.Tensor[(splits, tokens), T.float32],
         blocks: T.int32,
+        tf32: T.int32,
     ):
         body(
             layer_output,
@@ -45,15 +62,64 @@ def post_pre_fwd(hidden_size: int, *, limits: Architecture):
             post_mix,
             comb_mix,
             pre_mix,
-            parts,
+            weight,
+            norm_weight,
             out,
             layer_input,
             products,
             squares,
             blocks,
+            tf32,
         )
 
     return post_pre_fwd_kernel
+
+
+@builder({})
+def post_project_fwd(
+    hidden_size: int,
+    splits_weight: bool,
+    *,
+    weight_dtype: str,
+    norm_weight_dtype: str,
+    limits: Architecture,
+):
+    """The streams after a post, with their products and squares: their pre_mix comes of these."""
+    of_weight = (splits_weight, weight_dtype, norm_weight_dtype)
+    body, tokens, splits, size = forward_pass(hidden_size, True, False, *of_weight, limits)
+    read, norm = weight_shapes(hidden_size, *of_weight)
+
+    @T.prim_func
+    def post_project_fwd_kernel(
+        layer_output: T.Tensor[(tokens, hidden_size), T.bfloat16],
+        x: T.Tensor[(tokens, size), T.bfloat16],
+        post_mix: T.Tensor[(tokens, STREAMS), T.float32],
+        comb_mix: T.Tensor[(tokens, STREAMS, STREAMS), T.float32],
+        weight: T.Tensor[read[0], read[1]],
+        norm_weight: T.Tensor[norm[0], norm[1]],
+        out: T.Tensor[(tokens, size), T.bfloat16],
+        products: T.Tensor[(splits, tokens, MIXES), T.float32],
+        squares: T.Tensor[(splits, tokens), T.float32],
+        blocks: T.int32,
+        tf32: T.int32,
+    ):
+        body(
+            layer_output,
+            x,
+            post_mix,
+            comb_mix,
+            None,
+            weight,
+            norm_weight,
+            out,
+            None,
+            products,
+            squares,
+            blocks,
+            tf32,
+        )
+
+    return post_project_fwd_kernel
 
 
 @builder({})
@@ -88,7 +154,7 @@ def post_pre_bwd(
         held: T.Tensor[(tokens, size) if has_held else (1,), T.bfloat16],
         grad_output: T.Tensor[(tokens, hidden_size), T.bfloat16],
         grad_x: T.Tensor[(tokens, size), T.bfloat16],
-        sums: T.Tensor[(hidden_size // 64, tokens, num_sums(True)), T.float32],
+        sums: T.Tensor[(hidden_size // DELAYED_COLUMNS, tokens, num_sums(True)), T.float32],
         partials: T.Tensor[(slices, MIXES, size), T.float32],
         slice_tokens: T.int32,
         tf32: T.int32,
@@ -116,49 +182,20 @@ def post_pre_bwd(
 
 
 @builder(SIMT)
-def input_norm(hidden_size: int, *, streams_dtype: str, norm_weight_dtype: str):
+def input_norm(hidden_size: int, *, streams_dtype: str, layer_norm_dtype: str):
     """The RMS norm of a layer's input, in place; a CTA has one token."""
     tokens = T.dynamic("num_tokens")
     vector = row_vector(hidden_size, streams_dtype)
     threads = row_threads(hidden_size, vector)
-    chunks = -(-hidden_size // (threads * vector))
 
     @T.prim_func
     def input_norm_kernel(
         layer_input: T.Tensor[(tokens, hidden_size), streams_dtype],
-        norm_weight: T.Tensor[(hidden_size,), norm_weight_dtype],
+        layer_norm_weight: T.Tensor[(hidden_size,), layer_norm_dtype],
         eps: T.float32,
     ):
         with T.Kernel(tokens, threads=threads) as t:
             follow_previous()
-            tid = T.get_thread_binding()
-            square = T.alloc_local((1,), T.float32)
-            values = T.alloc_local((vector,), streams_dtype)
-            shared = T.alloc_shared(sums_shape(1, threads), T.float32)
-            factor = T.alloc_shared((1,), T.float32)
-            square[0] = 0.0
-            for c in T.serial(chunks):
-                h = (c * threads + tid) * vector
-                if h < hidden_size:
-                    for v in T.vectorized(vector):
-                        values[v] = layer_input[t, h + v]
-                    for v in T.unroll(vector):
-                        square[0] += T.cast(values[v], T.float32) * T.cast(values[v], T.float32)
-            block_sums(square, 1, threads, shared, square)
-            if tid == 0:
-                factor[0] = T.rsqrt(square[0] / hidden_size + eps)
-            T.sync_threads()
-            for c in T.serial(chunks):
-                h = (c * threads + tid) * vector
-                if h < hidden_size:
-                    for v in T.vectorized(vector):
-                        values[v] = layer_input[t, h + v]
-                    for v in T.vectorized(vector):
-                        layer_input[t, h + v] = T.cast(
-                            T.cast(values[v], T.float32)
-                            * factor[0]
-                            * T.cast(norm_weight[h + v], T.float32),
-                            streams_dtype,
-                        )
+            normed_row(layer_input, layer_norm_weight, t, hidden_size, threads, vector, eps)
 
     return input_norm_kernel

@@ -4,7 +4,6 @@ import importlib
 import importlib.util
 import inspect
 import shutil
-import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import fresh
 import tile_mhc.compat.tile_kernels as compat
 
 PACKAGE = "tile_mhc.compat.tile_kernels"
@@ -353,5 +353,5 @@ def test_imports_in_a_fresh_process() -> None:
         "import sys; sys.modules['tilelang'] = None\n"
         f"import {PACKAGE} as compat\ncompat.install(force=True)\nimport {paths}\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    status, _, err = fresh.run(code)
+    assert status == 0, err

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import far_apart
+import fresh
 import oracle
 import saturation
 import te_cases
@@ -659,18 +660,15 @@ def test_a_blocked_package_is_none(real, monkeypatch):
 
 
 @pytest.mark.parametrize(("value", "enforced"), [("0", True), ("1", False)])
-def test_determinism_is_read_from_the_environment(monkeypatch, value, enforced):
-    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", value)
+def test_determinism_is_read_from_the_environment(value, enforced):
     code = (
         "import sys; sys.modules['tilelang'] = None\n"
         "from tile_mhc.compat import transformer_engine as te; te.install()\n"
         "from transformer_engine.pytorch.triton import mhc\n"
         "print(mhc.ENFORCE_DETERMINISTIC)"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == str(enforced)
+    status, out, err = fresh.run(code, NVTE_ALLOW_NONDETERMINISTIC_ALGO=value)
+    assert (status, out.strip()) == (0, str(enforced)), err
 
 
 def test_split_k_is_deterministic_where_that_is_asked_for(monkeypatch):

@@ -3,8 +3,6 @@
 import ast
 import contextlib
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+import fresh
 import tile_mhc
 from cases import (
     AGGREGATE,
@@ -469,8 +468,9 @@ def test_a_check_does_not_import_distributed_tensors():
         "tile_mhc.sinkhorn(torch.zeros(2, 4, 4).as_subclass(Ours))\n"
         "print('torch.distributed.tensor' in sys.modules, before)"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded, before = run.stdout.split()
+    status, out, err = fresh.run(code)
+    assert status == 0, err
+    loaded, before = out.split()
     assert loaded == before
 
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import replaying
 import tile_mhc
-from tile_mhc import ShapeError, config, fused_pre, jit, post
+from tile_mhc import ShapeError, config, fused_pre, jit, post, post_pre
 from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.nn import HyperConnection
 from tile_mhc.ops import _replay
@@ -379,17 +379,47 @@ def step_of(inputs):
     return step
 
 
-def test_a_step_launches_what_it_did_before(launched):
+def boundary_of(inputs, delayed):
+    streams, *gates = inputs
+    grad = torch.zeros(TOKENS, N, HIDDEN, dtype=torch.bfloat16)
+    pre_mix = torch.zeros(TOKENS, N, requires_grad=True) if delayed else None
+    post_mix = torch.zeros(TOKENS, N, requires_grad=True)
+    comb_mix = torch.zeros(TOKENS, N, N, requires_grad=True)
+    layer_output = torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+
+    def step():
+        outputs = post_pre(layer_output, streams, post_mix, comb_mix, *gates, pre_mix=pre_mix)
+        assert len(outputs) == 4 + delayed
+        torch.autograd.backward(outputs[:2], (grad, grad[:, 0].contiguous()))
+        torch.autograd.grad(fused_pre(*inputs, pre_mix=pre_mix)[-1].sum(), inputs)
+
+    return step
+
+
+STEPS = {
+    "sub-layer": lambda inputs: step_of(inputs),
+    "boundary": lambda inputs: boundary_of(inputs, False),
+    "delayed boundary": lambda inputs: boundary_of(inputs, True),
+}
+
+
+@pytest.mark.parametrize("sightings", [1, 2, _replay.SIGHTINGS])
+@pytest.mark.parametrize("what", STEPS)
+def test_a_step_launches_what_it_did_before(launched, monkeypatch, what, sightings):
     inputs = sub_layer_inputs()
-    step = step_of(inputs)
-    rounds = []
-    for _ in range(ENOUGH):
+    step = STEPS[what](inputs)
+    monkeypatch.setattr(_replay, "SIGHTINGS", 100)
+    step()
+    rounds = [list(launched)]
+    monkeypatch.setattr(_replay, "SIGHTINGS", sightings)
+    replaying.forget()
+    for _ in range(sightings + 2):
         launched.clear()
         step()
         rounds.append(list(launched))
         assert all(tensor.grad.shape == tensor.shape for tensor in inputs)
     assert rounds[0]
-    assert rounds == [rounds[0]] * ENOUGH
+    assert rounds == [rounds[0]] * len(rounds)
 
 
 def test_no_step_goes_by_the_dispatcher_once_it_is_known(launched, monkeypatch):

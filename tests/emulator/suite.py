@@ -18,6 +18,7 @@ from cases import (
     FUSED_PRE,
     OPS,
     POST_PRE,
+    POST_PRE_DELAYED,
     PROJECTION,
     SINKHORN,
     Case,
@@ -122,13 +123,19 @@ def run_transformer_engine(case: Case) -> None:
 
 
 def run_input_norm(case: Case, dtypes: Dtypes = DEFAULT_DTYPES) -> None:
-    """A boundary with a norm of the layer input, which has no gradient."""
-    tensors, options = POST_PRE.inputs(*case.shape, "cpu")
-    given = dtypes.of(tensors | {"norm_weight": norm_weight(case.hidden_size, "cpu")})
-    weight = given.pop("norm_weight")
-    plain = post_pre(**given, **options)[1]
-    normed = post_pre(**given, **options, layer_norm_weight=weight)[1]
-    torch.testing.assert_close(normed, reference.input_norm(plain, weight), rtol=2**-7, atol=1e-5)
+    """Boundaries with a norm of the layer input, which has no gradient."""
+    for op in (POST_PRE, POST_PRE_DELAYED):
+        tensors, options = op.inputs(*case.shape, "cpu")
+        for chosen in (tensors, with_norm(op, tensors)):
+            given = dtypes.of(chosen)
+            layer_norm = dtypes.of({"norm_weight": norm_weight(case.hidden_size, "cpu")})
+            weight = layer_norm["norm_weight"]
+            for many_splits in (False, True):
+                with mock.patch.object(selection, "has_many_splits", return_value=many_splits):
+                    plain = post_pre(**given, **options)[1]
+                    normed = post_pre(**given, **options, layer_norm_weight=weight)[1]
+                want = reference.input_norm(plain, weight)
+                torch.testing.assert_close(normed, want, rtol=2**-7, atol=1e-5)
 
 
 def run_everything(case: Case, dtypes: Dtypes = DEFAULT_DTYPES) -> None:
@@ -145,6 +152,7 @@ def run_everything(case: Case, dtypes: Dtypes = DEFAULT_DTYPES) -> None:
             with (
                 mock.patch.object(selection, "has_many_splits", return_value=True),
                 mock.patch.object(selection, "KEPT_BYTES", 0),
+                mock.patch.object(selection, "SPLIT_WEIGHT_TOKENS", 0),
             ):
                 op.run(**given, **options)
     run_recompute(case, dtype=dtypes.streams)

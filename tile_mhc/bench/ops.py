@@ -138,7 +138,7 @@ def _fused_pre_bwd_truth(x: Inputs, accumulated: Tensor | None = None) -> Output
     return reference.fused_pre_backward(*arguments)[:4]
 
 
-def _delayed_pre(x: Inputs) -> tuple[Tensor, ...]:
+def _delayed_pre(x: Inputs) -> tuple[Any, ...]:
     """The operator's inputs before its options."""
     return *x.gates, x.pre_mix, None
 
@@ -159,11 +159,11 @@ def _delayed_pre_bwd(x: Inputs, accumulated: Tensor | None = None) -> Call:
 def _delayed_pre_bwd_truth(x: Inputs, accumulated: Tensor | None = None) -> Outputs:
     inputs = _delayed_pre(x)
     saved = reference.delayed_pre_with_mixes(*inputs, EPS, *PRE_OPTIONS)[4:]
-    arguments = (*_delayed_grads(x), *inputs, *saved, *PRE_OPTIONS, False, accumulated)
-    return reference.delayed_pre_backward(*arguments)[:5]
+    arguments: tuple[Any, ...] = (*_delayed_grads(x), *inputs, *saved, *PRE_OPTIONS)
+    return reference.delayed_pre_backward(*arguments, False, accumulated)[:5]
 
 
-def _post_pre(x: Inputs) -> tuple[Tensor, ...]:
+def _post_pre(x: Inputs) -> tuple[Any, ...]:
     """What both kinds of boundaries read."""
     return x.hidden, x.residual, x.post_mix, x.comb_mix, *x.gates[1:]
 
@@ -184,7 +184,10 @@ def _post_pre_bwd_truth(x: Inputs, pre_mix: Tensor | None) -> Outputs:
     # What is projected was rounded: the gradient of the weight is a product with it.
     streams = reference.post(*inputs[:4]).bfloat16().to(x.residual.dtype)
     mixes, inv_rms = reference.projection_with_rms(streams, x.weight, None, EPS)
-    arguments = (x.grad_residual, *_delayed_grads(x), *inputs, streams, mixes, inv_rms)
+    arguments: tuple[Any, ...] = (
+        *(x.grad_residual, *_delayed_grads(x)),
+        *(*inputs, streams, mixes, inv_rms),
+    )
     grads = reference.post_pre_backward(*arguments, *PRE_OPTIONS)
     return [grad for grad in grads if grad is not None]
 

@@ -8,7 +8,7 @@ behind the dispatcher's Autograd key, and in eager calls one function around it.
 Relies on these private names of torch, each tested in tests/cpu/test_transforms.py:
 `_C._AutoDispatchBelowAutograd` and `_C._after_autograd_keyset` (register_autograd uses the same),
 `_SingleLevelFunction` and `enable_single_level_autograd_function` (an autograd.Function inside one
-level of torch.func), `_C._are_functorch_transforms_active`, `forward_ad._current_level` and
+level of torch.func), `forward_ad._current_level` and
 `forward_ad._set_fwd_grad_enabled`.
 """
 
@@ -22,14 +22,10 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.utils import _pytree as pytree
 
 from tile_mhc import errors
+from tile_mhc._guards import transforms_active
 from tile_mhc.ops._replay import Replay
 
 _LIBRARY = torch.library.Library("tile_mhc", "FRAGMENT")
-
-
-def transforms_active() -> bool:
-    """Whether a transform of torch.func (grad, vmap, jvp, ...) runs: its tensors are wrappers."""
-    return torch._C._are_functorch_transforms_active()
 
 
 def refuse_tangents(op: str, inputs: Iterable[Any]) -> None:

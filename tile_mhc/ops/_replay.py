@@ -352,7 +352,12 @@ class Replay:
 
         The first calls with such options and such a shape do, and all that no program can serve.
         """
-        if not is_on_gpu(args[self._main]) or _guards.is_watched() or _guards.is_transformed():
+        if (
+            not is_on_gpu(args[self._main])
+            or _guards.is_watched()
+            or _guards.transforms_active()
+            or _guards.is_traced()
+        ):
             return None
         options = self._options(args)
         memory = self._memory

@@ -9,16 +9,15 @@ from tile_mhc import errors, jit, reference, selection
 from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.ops import _flops
 from tile_mhc.ops._destinations import (
-    NOWHERE,
+    NO_DESTINATIONS,
     Destinations,
-    Route,
     adds,
-    call,
-    dtype_into,
+    destination_dtype,
+    gradient_buffers,
     register_into,
-    room,
 )
 from tile_mhc.ops._library import dtypes, register
+from tile_mhc.ops._op import Op
 
 
 def aggregate(
@@ -50,13 +49,13 @@ def aggregate(
     Source: mHC paper (arXiv 2512.24880), sec. 4.3.1; TileKernels `mhc/pre_apply_mix_kernel.py`.
     """
     inputs = (residual, pre_mix)
-    known = _ROUTE.find(inputs) if out is None else None
+    known = _OP.find(inputs) if out is None else None
     if known is not None:
-        return call(_ROUTE, inputs, known, grad_accumulator)[0]
+        return _OP.call(inputs, known, grad_accumulator)[0]
     _, hidden_size = errors.check_streams("aggregate", "residual", residual)
     check_mix("aggregate", "pre_mix", pre_mix, ("residual", residual))
     if out is None:
-        return call(_ROUTE, inputs, None, grad_accumulator)[0]
+        return _OP.call(inputs, None, grad_accumulator)[0]
     shape = (*residual.shape[:-2], hidden_size)
     errors.check_tensor("aggregate", "out", out, [shape], residual.dtype, ("residual", residual))
     errors.check_out("aggregate", out, [("residual", residual), ("pre_mix", pre_mix)])
@@ -100,12 +99,12 @@ def _cpu_out(residual: Tensor, pre_mix: Tensor, out: Tensor) -> None:
 
 
 def _backward_cuda(
-    grad: Tensor, residual: Tensor, pre_mix: Tensor, into: Destinations = NOWHERE
+    grad: Tensor, residual: Tensor, pre_mix: Tensor, into: Destinations = NO_DESTINATIONS
 ) -> tuple[Tensor, ...]:
     n, hidden_size = residual.shape[-2:]
-    grad_residual, grad_mix = room(into, residual, pre_mix)
+    grad_residual, grad_mix = gradient_buffers(into, residual, pre_mix)
     if residual.numel():
-        given = dtypes(streams=residual.dtype, into=dtype_into(into, 0))
+        given = dtypes(streams=residual.dtype, into=destination_dtype(into, 0))
         jit.kernel("aggregate_bwd", n, hidden_size, *given)(
             grad.contiguous().view(-1, hidden_size),
             residual.view(-1, n, hidden_size),
@@ -157,7 +156,7 @@ _aggregate_out = register(
     fake=lambda residual, pre_mix, out: None,
     flops=_flops.aggregate,
 )
-_ROUTE = Route(
+_OP = Op(
     name="aggregate",
     operator=_aggregate,
     save=_setup_context,

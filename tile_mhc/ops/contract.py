@@ -16,8 +16,14 @@ from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.ops import _flops, contract_cluster
 from tile_mhc.ops import head_mix as head_mix_op
 from tile_mhc.ops import projection as projection_op
-from tile_mhc.ops._destinations import NOWHERE, Destinations, Route, call, moved, register_into
+from tile_mhc.ops._destinations import (
+    NO_DESTINATIONS,
+    Destinations,
+    for_part,
+    register_into,
+)
 from tile_mhc.ops._library import dtype_of, dtypes, empty_gradients, register
+from tile_mhc.ops._op import Op
 from tile_mhc.ops.mixes import check_gates
 
 
@@ -72,7 +78,7 @@ def contract(
     Source: Megatron-LM `learned_output_contract`; DeepSeek TileKernels `mhc_head`.
     """
     inputs = (residual, weight, scale, bias, norm_weight, norm_eps, pre_eps, num_splits, tf32)
-    known = _ROUTE.find(inputs)
+    known = _OP.find(inputs)
     if known is None:
         n, _ = errors.check_streams("contract", "residual", residual)
         projection_op.check_parameters(
@@ -80,7 +86,7 @@ def contract(
         )
         check_gates("contract", scale, bias, 1, n, ("residual", residual))
         errors.check_number("contract", "pre_eps", pre_eps)
-    return call(_ROUTE, inputs, known, grad_accumulator)[0]
+    return _OP.call(inputs, known, grad_accumulator)[0]
 
 
 def _cuda(
@@ -165,7 +171,7 @@ def _backward_cuda(
     inv_rms: Tensor,
     pre_eps: float,
     tf32: bool,
-    into: Destinations = NOWHERE,
+    into: Destinations = NO_DESTINATIONS,
 ) -> tuple[Tensor, ...]:
     if residual.numel() and 0 not in into and _reads_once(residual, backward=True):
         return contract_cluster.backward(
@@ -190,7 +196,7 @@ def _backward_cuda(
             grad.view(-1, hidden_size), residual.view(-1, n, hidden_size), grad_gate.view(-1, n)
         )
     grad_mixes, grad_scale, grad_bias = head_mix_op.launch_backward(
-        grad_gate, mixes, scale, bias, moved(into, {2: 1, 3: 2})
+        grad_gate, mixes, scale, bias, for_part(into, {2: 1, 3: 2})
     )
     grad_residual, grad_weight, grad_norm_weight = projection_op.launch_backward(
         grad_mixes,
@@ -201,7 +207,7 @@ def _backward_cuda(
         inv_rms,
         tf32,
         aggregated=(grad, gate),
-        into=moved(into, {0: 0, 1: 1, 4: 2}),
+        into=for_part(into, {0: 0, 1: 1, 4: 2}),
     )
     return grad_residual, grad_weight, grad_scale, grad_bias, grad_norm_weight
 
@@ -262,7 +268,7 @@ _contract = register(
     setup_context=_setup_context,
     hidden=(1, 2),
 )
-_ROUTE = Route(
+_OP = Op(
     name="contract",
     operator=_contract,
     save=_save,

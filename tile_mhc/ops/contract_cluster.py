@@ -5,7 +5,12 @@ from torch import Tensor
 from tile_mhc import jit, selection
 from tile_mhc.kernels._shapes import cluster_size
 from tile_mhc.ops import projection as projection_op
-from tile_mhc.ops._destinations import NOWHERE, Destinations, moved, room
+from tile_mhc.ops._destinations import (
+    NO_DESTINATIONS,
+    Destinations,
+    for_part,
+    gradient_buffers,
+)
 from tile_mhc.ops._library import dtype_of, dtypes
 from tile_mhc.ops.mixes import column_sums
 
@@ -63,13 +68,13 @@ def backward(
     inv_rms: Tensor,
     pre_eps: float,
     tf32: bool,
-    into: Destinations = NOWHERE,
+    into: Destinations = NO_DESTINATIONS,
 ) -> tuple[Tensor, ...]:
     """Gradients of residual, weight, scale, bias and norm_weight; the first is not in `into`."""
     n, hidden_size = residual.shape[-2:]
     x = residual.view(-1, n * hidden_size)
-    of_projection = moved(into, {1: 1, 4: 2})
-    grads = room(of_projection, residual, weight, norm_weight)
+    of_projection = for_part(into, {1: 1, 4: 2})
+    grads = gradient_buffers(of_projection, residual, weight, norm_weight)
     clusters = selection.num_clusters(x.shape[0], cluster_size(n, hidden_size, True))
     partials = projection_op.partial_sums(clusters, grads[1], norm_weight, of_projection)
     # One row a cluster: the bias gradients, then the scale gradient.
@@ -92,5 +97,5 @@ def backward(
     )
     if partials is not None:
         projection_op.sum_partials(partials, weight, norm_weight, grads, of_projection)
-    gates = column_sums(gate_partials, scale, bias, moved(into, {2: 1, 3: 2}))
+    gates = column_sums(gate_partials, scale, bias, for_part(into, {2: 1, 3: 2}))
     return grads[0], grads[1], *gates, grads[2]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tile_mhc import jit, reference, selection
+from tile_mhc._guards import transforms_active
 from tile_mhc.kernels._shapes import DELAYED_COLUMNS, is_no_eps
 from tile_mhc.ops import _flops
 from tile_mhc.ops import aggregate as aggregate_op
@@ -14,25 +15,31 @@ from tile_mhc.ops import log_sinkhorn as log_sinkhorn_op
 from tile_mhc.ops import mixes as mixes_op
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops import sinkhorn as sinkhorn_op
-from tile_mhc.ops._autograd import transforms_active
 from tile_mhc.ops._destinations import (
-    NOWHERE,
+    NO_DESTINATIONS,
     Destinations,
-    Route,
     clear,
-    moved,
+    for_part,
+    gradient_buffers,
     register_into,
-    room,
 )
-from tile_mhc.ops._library import dtype_of, dtypes, empty_gradients, register, temporaries
+from tile_mhc.ops._library import (
+    absent,
+    dtype_of,
+    dtypes,
+    empty_gradients,
+    register,
+    temporaries,
+)
+from tile_mhc.ops._op import Op
 
 # Of the operator's inputs: what has a gradient comes first.
 GRADIENTS = 6
 
 
-def route(passes_residual: bool) -> tuple[Route, Callable[..., Any] | None]:
+def choose(passes_residual: bool) -> tuple[Op, Callable[..., Any] | None]:
     """How `fused_pre` with a pre_mix, which is the fifth of its inputs, is called; see `call`."""
-    return (_PASSING_ROUTE, _passed) if passes_residual else (_ROUTE, None)
+    return (_PASSING_OP, _passed) if passes_residual else (_OP, None)
 
 
 def launch(
@@ -91,35 +98,43 @@ def _launch_pass(
 ) -> tuple[Tensor, Tensor]:
     """Write the layer input, and return the products and squares as `split_products` does."""
     n, hidden_size = residual.shape[-2:]
-    parts, products, squares, block = prepare_pass(residual, weight, norm_weight, tf32)
-    jit.kernel("delayed_pre_fwd", hidden_size)(
+    of_weight, splits, given = prepare_weight(residual, weight, norm_weight, tf32)
+    products, squares, block = prepare_pass(residual, weight)
+    jit.kernel("delayed_pre_fwd", hidden_size, splits, *given)(
         residual.view(-1, weight.shape[1]),
         pre_mix.contiguous().view(-1, n),
-        parts,
+        *of_weight,
         layer_input.view(-1, hidden_size),
         products,
         squares,
         block,
+        tf32,
     )
     return products, squares
 
 
-def prepare_pass(
+def prepare_weight(
     residual: Tensor, weight: Tensor, norm_weight: Tensor | None, tf32: bool
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The weight in two parts, room for products and squares, and the steps of a split."""
+) -> tuple[tuple[Tensor, Tensor], bool, tuple[str, ...]]:
+    """The weight and norm weight that a pass reads, whether it splits them, and their dtypes."""
+    num_mixes, size = weight.shape
+    of_weight = projection_op.parameters(weight, norm_weight)
+    given = dtypes(weight=weight.dtype, norm_weight=dtype_of(norm_weight))
+    if selection.splits_weight(residual.numel() // size):
+        return of_weight, True, given
+    parts = weight.new_empty(2 * num_mixes, size, dtype=torch.bfloat16)
+    jit.kernel("weight_parts", num_mixes, size, *given)(*of_weight, parts, tf32)
+    return (parts, absent(parts)), False, ()
+
+
+def prepare_pass(residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Room for the products and squares of splits of H, and the steps of a split."""
     num_mixes, size = weight.shape
     num_tokens, hidden_size = residual.numel() // size, residual.shape[-1]
     block = selection.delayed_blocks_per_split(num_tokens, hidden_size)
     splits = -(-hidden_size // (block * DELAYED_COLUMNS))
-    parts = weight.new_empty(2 * num_mixes, size, dtype=torch.bfloat16)
     products = weight.new_empty(splits, num_tokens, num_mixes, dtype=torch.float32)
-    squares = weight.new_empty(splits, num_tokens, dtype=torch.float32)
-    given = dtypes(weight=weight.dtype, norm_weight=dtype_of(norm_weight))
-    jit.kernel("weight_parts", num_mixes, size, *given)(
-        *projection_op.parameters(weight, norm_weight), parts, tf32
-    )
-    return parts, products, squares, block
+    return products, weight.new_empty(splits, num_tokens, dtype=torch.float32), block
 
 
 def launch_mixes(
@@ -137,8 +152,12 @@ def launch_mixes(
     sinkhorn_repeat: int,
     tf32: bool,
     outputs: Sequence[Tensor],
+    normed: tuple[Tensor, Tensor, float] | None = None,
 ) -> None:
-    """Write pre_mix, post_mix, comb_mix, mixes and inv_rms from the splits' products."""
+    """Write pre_mix, post_mix, comb_mix, mixes and inv_rms from the splits' products.
+
+    And the norm of the layer input in place, of which `normed` has that, its weight and eps.
+    """
     n, hidden_size = residual.shape[-2:]
     num_mixes, size = weight.shape
     given = dtypes(
@@ -147,7 +166,13 @@ def launch_mixes(
         norm_weight=dtype_of(norm_weight),
         scale=scale.dtype,
         bias=bias.dtype,
+        layer_norm=None if normed is None else normed[1].dtype,
     )
+    layer_norm_eps = 0.0
+    to_norm = absent(residual, residual.dtype), absent(residual)
+    if normed is not None:
+        layer_input, layer_norm_weight, layer_norm_eps = normed
+        to_norm = layer_input.view(-1, hidden_size), layer_norm_weight.contiguous()
     next_pre, post_mix, comb_mix, mixes, inv_rms = outputs
     many_splits = selection.has_many_splits(products.shape[0])
     jit.kernel("delayed_mixes", n, hidden_size, many_splits, *given)(
@@ -162,10 +187,12 @@ def launch_mixes(
         comb_mix.view(-1, n * n),
         mixes.view(-1, num_mixes),
         inv_rms.view(-1),
+        *to_norm,
         norm_eps,
         pre_eps,
         sinkhorn_eps,
         post_mult,
+        layer_norm_eps,
         sinkhorn_repeat,
         tf32,
     )
@@ -206,7 +233,7 @@ def launch_backward(
     tf32: bool,
     wants_pre: bool,
     accumulated: Tensor | None,
-    into: Destinations = NOWHERE,
+    into: Destinations = NO_DESTINATIONS,
 ) -> tuple[Tensor, ...]:
     """Gradients of the first inputs; without `wants_pre` that of pre_mix has no element."""
     n, hidden_size = residual.shape[-2:]
@@ -215,11 +242,94 @@ def launch_backward(
     if residual.numel() == 0:
         clear(into, dict(enumerate(grads)))
         return grads
-    num_mixes = weight.shape[0]
+    # Before the kernels that read the weight beside the one before them.
+    weight, norm_weight = projection_op.contiguous(weight, norm_weight)
+    grad_input = grad_input.contiguous().view(-1, hidden_size)
+    pre_mix = pre_mix.contiguous().view(-1, n)
+    gates = (grad_next, grad_post, grad_comb, mixes, scale, bias, grad_scale, grad_bias)
+    options = (pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat)
+    grad_mixes, _, *factors = launch_gates(*gates, *options, for_part(into, {2: 1, 3: 2}))
+    to_matmuls = for_part(into, {1: 1, 5: 2})
+    if selection.is_one_pass(residual.dtype, n, hidden_size, None):
+        # Whether or not the gradient of pre_mix is wanted: the others have the same bits.
+        normed = (grad_mixes, mixes, inv_rms, pre_mix)
+        parts = launch_norm(weight.shape[1], *normed, *factors, tf32)
+        sums, partials, slice_tokens = prepare_backward(
+            grad_input, n, weight, norm_weight, grad_weight, to_matmuls
+        )
+        given = dtypes(
+            weight=weight.dtype,
+            norm_weight=dtype_of(norm_weight),
+            held=dtype_of(accumulated),
+        )
+        rows = weight.shape[1]
+        jit.kernel("delayed_pre_bwd", hidden_size, *given)(
+            *parts,
+            residual.view(-1, rows),
+            *projection_op.parameters(weight, norm_weight),
+            grad_input,
+            absent(residual, residual.dtype)
+            if accumulated is None
+            else accumulated.contiguous().view(-1, rows),
+            grad_residual.view(-1, rows),
+            sums,
+            grad_weight.unsqueeze(0) if partials is None else partials,
+            slice_tokens,
+            tf32,
+        )
+        if wants_pre:
+            launch_sums(sums, hidden_size, grad_pre_mix.view(-1, n))
+        if partials is not None:
+            grads_of_matmuls = (grad_residual, grad_weight, grad_norm_weight)
+            projection_op.sum_partials(partials, weight, norm_weight, grads_of_matmuls, to_matmuls)
+        return grads
+    if wants_pre:
+        jit.kernel("aggregate_mix_bwd", n, hidden_size, *dtypes(streams=residual.dtype))(
+            grad_input, residual.view(-1, n, hidden_size), grad_pre_mix.view(-1, n)
+        )
+    projection_op.launch_backward_rows(
+        grad_mixes,
+        residual,
+        weight,
+        norm_weight,
+        mixes.view(-1, weight.shape[0]),
+        inv_rms.view(-1),
+        tf32,
+        aggregated=(grad_input, pre_mix),
+        accumulated=None if accumulated is None else accumulated.contiguous(),
+        factors=factors,
+        grads=(grad_residual, grad_weight, grad_norm_weight),
+        into=to_matmuls,
+    )
+    return grads
+
+
+def launch_gates(
+    grad_next: Tensor | None,
+    grad_post: Tensor,
+    grad_comb: Tensor,
+    mixes: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    grad_scale: Tensor,
+    grad_bias: Tensor,
+    pre_eps: float,
+    sinkhorn_eps: float,
+    post_mult: float,
+    sinkhorn_repeat: int,
+    into: Destinations,
+    aggregated: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of scale and bias, by position 1 and 2 of `into`; and, returned, of the mixes.
+
+    Where there is no gradient of pre_mix it is that of an aggregate by it, `aggregated`: the
+    gradient of the layer input and the streams. Returned are also the pre_mix, and room of
+    `projection_op.factor_shapes`.
+    """
+    num_mixes, n = mixes.shape[-1], grad_post.shape[-1]
     mixes = mixes.view(-1, num_mixes)
     num_tokens = mixes.shape[0]
-    grad_input = grad_input.contiguous().view(-1, hidden_size)
-    *unread, logits, grad_logits, grad_mixes, partials, first, second = temporaries(
+    pre_mix, of_pre, logits, grad_logits, grad_mixes, partials, parts, factors = temporaries(
         mixes,
         (num_tokens, n),
         (num_tokens, n),
@@ -229,7 +339,8 @@ def launch_backward(
         mixes_op.partial_shape(num_tokens, num_mixes),
         *projection_op.factor_shapes(num_tokens, num_mixes, n),
     )
-    mixes_op.launch_rows(mixes, scale, bias, *unread, logits, post_mult, pre_eps)
+    # Nothing reads post_mix here: it goes where a gradient of pre_mix may overwrite it.
+    mixes_op.launch_rows(mixes, scale, bias, pre_mix, of_pre, logits, post_mult, pre_eps)
     sinkhorn_op.launch_backward_rows(
         n,
         grad_comb.contiguous().view(-1, n * n),
@@ -238,12 +349,14 @@ def launch_backward(
         sinkhorn_repeat,
         sinkhorn_eps,
     )
-    if wants_pre:
-        jit.kernel("aggregate_mix_bwd", n, hidden_size, *dtypes(streams=residual.dtype))(
-            grad_input, residual.view(-1, n, hidden_size), grad_pre_mix.view(-1, n)
+    if aggregated is not None:
+        grad_input, streams = aggregated
+        hidden_size = grad_input.shape[1]
+        jit.kernel("aggregate_mix_bwd", n, hidden_size, *dtypes(streams=streams.dtype))(
+            grad_input, streams.view(-1, n, hidden_size), of_pre
         )
     mixes_op.launch_backward_rows(
-        grad_next.contiguous().view(-1, n),
+        of_pre if grad_next is None else grad_next.contiguous().view(-1, n),
         grad_post.contiguous().view(-1, n),
         grad_logits,
         mixes,
@@ -253,22 +366,57 @@ def launch_backward(
         partials,
         post_mult,
     )
-    mixes_op.launch_sums(partials, grad_scale, grad_bias, moved(into, {2: 1, 3: 2}))
-    projection_op.launch_backward_rows(
-        grad_mixes,
-        residual,
-        weight,
-        norm_weight,
-        mixes,
-        inv_rms.view(-1),
-        tf32,
-        aggregated=(grad_input, pre_mix.contiguous().view(-1, n)),
-        accumulated=None if accumulated is None else accumulated.contiguous(),
-        factors=(first, second),
-        grads=(grad_residual, grad_weight, grad_norm_weight),
-        into=moved(into, {1: 1, 5: 2}),
+    mixes_op.launch_sums(partials, grad_scale, grad_bias, into)
+    return grad_mixes, pre_mix, parts, factors
+
+
+def launch_norm(
+    size: int,
+    grad_mixes: Tensor,
+    mixes: Tensor,
+    inv_rms: Tensor,
+    pre_mix: Tensor,
+    parts: Tensor,
+    factors: Tensor,
+    tf32: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the bare product in two parts, and what else a pass needs of a token."""
+    num_mixes, n = grad_mixes.shape[1], pre_mix.shape[1]
+    grad_parts = parts.view(torch.bfloat16)
+    jit.kernel("projection_norm_bwd", num_mixes, size, n)(
+        grad_mixes, mixes.view(-1, num_mixes), inv_rms.view(-1), pre_mix, grad_parts, factors, tf32
     )
-    return grads
+    return grad_parts, factors
+
+
+def prepare_backward(
+    grad_input: Tensor,
+    sums_of: int,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    grad_weight: Tensor,
+    into: Destinations,
+) -> tuple[Tensor, Tensor | None, int]:
+    """Room for `sums_of` sums a token by columns, for those of the weight by slices of tokens, if
+    they are not the gradient itself, and the tokens of a slice."""
+    num_tokens, hidden_size = grad_input.shape
+    num_mixes, size = weight.shape
+    columns = size // hidden_size * DELAYED_COLUMNS
+    slice_tokens = selection.backward_slice(num_tokens, size, num_mixes, columns)
+    blocks = hidden_size // DELAYED_COLUMNS
+    sums = weight.new_empty(blocks, num_tokens, sums_of, dtype=torch.float32)
+    slices = -(-num_tokens // slice_tokens)
+    partials = projection_op.partial_sums(slices, grad_weight, norm_weight, into)
+    return sums, partials, slice_tokens
+
+
+def launch_sums(
+    sums: Tensor, hidden_size: int, grad_pre: Tensor, others: Sequence[Tensor] = ()
+) -> None:
+    """Write the gradients by token: that of pre_mix, behind those of comb_mix and post_mix."""
+    num_sums = sums.shape[2]
+    grad_comb, grad_post = others or (absent(sums), absent(sums))
+    jit.kernel("delayed_sums", num_sums, hidden_size)(sums, grad_comb, grad_post, grad_pre)
 
 
 def _room(into: Destinations, *inputs: Any) -> tuple[Tensor, ...]:
@@ -276,7 +424,7 @@ def _room(into: Destinations, *inputs: Any) -> tuple[Tensor, ...]:
     *tensors, wants_pre = inputs
     if not wants_pre:
         tensors[4] = tensors[4].new_empty(0)
-    return room(into, *tensors)
+    return gradient_buffers(into, *tensors)
 
 
 def _backward_cpu(*args: Any) -> tuple[Tensor, ...]:
@@ -401,7 +549,7 @@ _backward_into = register_into(
     flops=_flops.delayed_pre_backward,
 )
 _PARAMETERS = {1: "weight", 2: "scale", 3: "bias", 5: "norm_weight"}
-_ROUTE = Route(
+_OP = Op(
     name="fused_pre",
     operator=_delayed_pre,
     save=_save,
@@ -412,7 +560,7 @@ _ROUTE = Route(
     visible=4,
     parameters=_PARAMETERS,
 )
-_PASSING_ROUTE = Route(
+_PASSING_OP = Op(
     name="fused_pre",
     operator=_delayed_pre,
     save=_save,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tile_mhc import errors, jit, reference, selection
+from tile_mhc._guards import transforms_active
 from tile_mhc.kernels._shapes import is_no_eps
 from tile_mhc.ops import _flops
 from tile_mhc.ops import delayed_pre as delayed_op
@@ -14,18 +15,16 @@ from tile_mhc.ops import log_sinkhorn as log_sinkhorn_op
 from tile_mhc.ops import mixes as mixes_op
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops import sinkhorn as sinkhorn_op
-from tile_mhc.ops._autograd import transforms_active
 from tile_mhc.ops._destinations import (
-    NOWHERE,
+    NO_DESTINATIONS,
     Destinations,
-    Route,
-    call,
     clear,
-    moved,
+    for_part,
+    gradient_buffers,
     register_into,
-    room,
 )
 from tile_mhc.ops._library import dtype_of, dtypes, empty_gradients, register, temporaries
+from tile_mhc.ops._op import Op
 from tile_mhc.ops.aggregate import check_mix
 
 
@@ -110,18 +109,17 @@ def fused_pre(
     passes = passes_residual is True
     if pre_mix is None:
         inputs: tuple[Any, ...] = (residual, weight, scale, bias, *options)
-        route, plain = (_PASSING_ROUTE, _passed) if passes else (_ROUTE, None)
+        op, plain = (_PASSING_OP, _passed) if passes else (_OP, None)
     else:
         inputs = (residual, weight, scale, bias, pre_mix, *options)
-        route, plain = delayed_op.route(passes)
-    known = route.find(inputs) if type(passes_residual) is bool else None
+        op, plain = delayed_op.choose(passes)
+    known = op.find(inputs) if type(passes_residual) is bool else None
     if known is None:
-        op = "fused_pre"
-        errors.check_streams(op, "residual", residual)
-        check_pre(op, residual, weight, scale, bias, pre_mix, *options)
-        errors.check_bool(op, "passes_residual", passes_residual)
-    outputs = call(route, inputs, known, plain=plain)
-    return (*outputs[: route.visible], outputs[-1]) if passes else outputs[: route.visible]
+        errors.check_streams("fused_pre", "residual", residual)
+        check_pre("fused_pre", residual, weight, scale, bias, pre_mix, *options)
+        errors.check_bool("fused_pre", "passes_residual", passes_residual)
+    outputs = op.call(inputs, known, plain=plain)
+    return (*outputs[: op.visible], outputs[-1]) if passes else outputs[: op.visible]
 
 
 def check_pre(
@@ -168,46 +166,77 @@ def launch(
     num_splits: int | None,
     tf32: bool,
 ) -> tuple[Tensor, ...]:
-    n, hidden_size = residual.shape[-2:]
-    outputs = _empty(residual)
+    outputs = empty(residual)
     if residual.numel():
-        num_mixes, size = weight.shape
-        x = residual.view(-1, size)
-        products, squares = projection_op.split_products(
-            residual, weight, norm_weight, num_splits, tf32
-        )
-        given = dtypes(
-            streams=residual.dtype,
-            weight=weight.dtype,
-            norm_weight=dtype_of(norm_weight),
-            scale=scale.dtype,
-            bias=bias.dtype,
-        )
-        layer_input, post_mix, comb_mix, mixes, inv_rms = outputs
-        many_splits = selection.has_many_splits(products.shape[0])
-        jit.kernel("fused_pre", n, hidden_size, many_splits, *given)(
-            products,
-            squares,
-            scale.contiguous(),
-            bias.contiguous(),
-            residual.view(-1, n, hidden_size),
-            x,
-            *projection_op.parameters(weight, norm_weight),
-            layer_input.view(-1, hidden_size),
-            post_mix.view(-1, n),
-            comb_mix.view(-1, n * n),
-            mixes.view(-1, num_mixes),
-            inv_rms.view(-1),
+        sums = projection_op.split_products(residual, weight, norm_weight, num_splits, tf32)
+        launch_from(
+            *sums,
+            residual,
+            weight,
+            scale,
+            bias,
+            norm_weight,
             norm_eps,
             pre_eps,
             sinkhorn_eps,
             post_mult,
             sinkhorn_repeat,
             tf32,
+            outputs,
         )
-        if is_no_eps(sinkhorn_eps):
-            log_sinkhorn_op.launch_comb(mixes, scale, bias, comb_mix, sinkhorn_repeat)
     return outputs
+
+
+def launch_from(
+    products: Tensor,
+    squares: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    pre_eps: float,
+    sinkhorn_eps: float,
+    post_mult: float,
+    sinkhorn_repeat: int,
+    tf32: bool,
+    outputs: Sequence[Tensor],
+) -> None:
+    """Write what the operator returns from the splits' products and sums of squares."""
+    n, hidden_size = residual.shape[-2:]
+    num_mixes, size = weight.shape
+    given = dtypes(
+        streams=residual.dtype,
+        weight=weight.dtype,
+        norm_weight=dtype_of(norm_weight),
+        scale=scale.dtype,
+        bias=bias.dtype,
+    )
+    layer_input, post_mix, comb_mix, mixes, inv_rms = outputs
+    many_splits = selection.has_many_splits(products.shape[0])
+    jit.kernel("fused_pre", n, hidden_size, many_splits, *given)(
+        products,
+        squares,
+        scale.contiguous(),
+        bias.contiguous(),
+        residual.view(-1, n, hidden_size),
+        residual.view(-1, size),
+        *projection_op.parameters(weight, norm_weight),
+        layer_input.view(-1, hidden_size),
+        post_mix.view(-1, n),
+        comb_mix.view(-1, n * n),
+        mixes.view(-1, num_mixes),
+        inv_rms.view(-1),
+        norm_eps,
+        pre_eps,
+        sinkhorn_eps,
+        post_mult,
+        sinkhorn_repeat,
+        tf32,
+    )
+    if is_no_eps(sinkhorn_eps):
+        log_sinkhorn_op.launch_comb(mixes, scale, bias, comb_mix, sinkhorn_repeat)
 
 
 def _cpu(*args: Any) -> tuple[Tensor, ...]:
@@ -216,7 +245,7 @@ def _cpu(*args: Any) -> tuple[Tensor, ...]:
     return tuple(out.contiguous() for out in reference.fused_pre_with_mixes(*arguments))
 
 
-def _empty(residual: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def empty(residual: Tensor, *_: Any) -> tuple[Tensor, ...]:
     *lead, n, hidden_size = residual.shape
     sizes = ((n,), (n, n), (n * (n + 2),), ())
     mixes = (residual.new_empty((*lead, *size), dtype=torch.float32) for size in sizes)
@@ -240,10 +269,10 @@ def launch_backward(
     sinkhorn_repeat: int,
     tf32: bool,
     accumulated: Tensor | None,
-    into: Destinations = NOWHERE,
+    into: Destinations = NO_DESTINATIONS,
 ) -> tuple[Tensor, ...]:
     n, hidden_size = residual.shape[-2:]
-    grads = room(into, residual, weight, scale, bias, norm_weight)
+    grads = gradient_buffers(into, residual, weight, scale, bias, norm_weight)
     grad_residual, grad_weight, grad_scale, grad_bias, grad_norm_weight = grads
     if residual.numel() == 0:
         clear(into, dict(enumerate(grads)))
@@ -286,7 +315,7 @@ def launch_backward(
         partials,
         post_mult,
     )
-    mixes_op.launch_sums(partials, grad_scale, grad_bias, moved(into, {2: 1, 3: 2}))
+    mixes_op.launch_sums(partials, grad_scale, grad_bias, for_part(into, {2: 1, 3: 2}))
     projection_op.launch_backward_rows(
         grad_mixes,
         residual,
@@ -299,7 +328,7 @@ def launch_backward(
         accumulated=None if accumulated is None else accumulated.contiguous(),
         factors=factors,
         grads=(grad_residual, grad_weight, grad_norm_weight),
-        into=moved(into, {1: 1, 4: 2}),
+        into=for_part(into, {1: 1, 4: 2}),
     )
     return grads
 
@@ -359,7 +388,7 @@ _fused_pre = register(
     "int? num_splits, bool tf32) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     cuda=launch,
     cpu=_cpu,
-    fake=_empty,
+    fake=empty,
     flops=_flops.projection_and_aggregate,
     backward=_backward,
     setup_context=_setup_context,
@@ -376,7 +405,7 @@ def _passing_arguments(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     saved = ctx.saved_tensors  # once: checkpointing unpacks it only once
     given: Sequence[Tensor | None] = grads[:3]
     if given[0] is None or given[1] is None or given[2] is None:
-        outputs = _empty(saved[0])[:3]
+        outputs = empty(saved[0])[:3]
         pairs = zip(given, outputs, strict=True)
         given = [out.zero_() if grad is None else grad for grad, out in pairs]
     return *given, *saved, *ctx.options, grads[-1]
@@ -418,7 +447,7 @@ _backward_into = register_into(
     flops=_flops.fused_pre_backward,
 )
 _PARAMETERS = {1: "weight", 2: "scale", 3: "bias", 4: "norm_weight"}
-_ROUTE = Route(
+_OP = Op(
     name="fused_pre",
     operator=_fused_pre,
     save=_save,
@@ -429,7 +458,7 @@ _ROUTE = Route(
     visible=3,
     parameters=_PARAMETERS,
 )
-_PASSING_ROUTE = Route(
+_PASSING_OP = Op(
     name="fused_pre",
     operator=_fused_pre,
     save=_save,

@@ -7,8 +7,13 @@ from torch import Tensor
 
 from tile_mhc import errors, jit, reference, selection
 from tile_mhc.ops import _flops
-from tile_mhc.ops._destinations import NOWHERE, Destinations, Route, call, register_into
+from tile_mhc.ops._destinations import (
+    NO_DESTINATIONS,
+    Destinations,
+    register_into,
+)
 from tile_mhc.ops._library import register
+from tile_mhc.ops._op import Op
 from tile_mhc.ops.mixes import check_gates, column_sums, gate_dtypes, no_sums
 
 
@@ -35,9 +40,9 @@ def head_mix(mixes: Tensor, scale: Tensor, bias: Tensor, *, pre_eps: float = 1e-
     Source: DeepSeek TileKernels `mhc/head_compute_mix_kernel.py`.
     """
     inputs = (mixes, scale, bias, pre_eps)
-    known = _ROUTE.find(inputs)
+    known = _OP.find(inputs)
     if known is not None:
-        return call(_ROUTE, inputs, known)[0]
+        return _OP.call(inputs, known)[0]
     errors.require_tensor("head_mix", "mixes", mixes)
     if mixes.dtype != torch.float32 or mixes.ndim < 1:
         raise errors.ShapeError(
@@ -47,7 +52,7 @@ def head_mix(mixes: Tensor, scale: Tensor, bias: Tensor, *, pre_eps: float = 1e-
     errors.check_device("head_mix", "mixes", mixes)
     check_gates("head_mix", scale, bias, 1, mixes.shape[-1], ("mixes", mixes))
     errors.check_number("head_mix", "pre_eps", pre_eps)
-    return call(_ROUTE, inputs)[0]
+    return _OP.call(inputs)[0]
 
 
 def launch(mixes: Tensor, scale: Tensor, bias: Tensor, pre_eps: float) -> Tensor:
@@ -61,7 +66,7 @@ def launch(mixes: Tensor, scale: Tensor, bias: Tensor, pre_eps: float) -> Tensor
 
 
 def launch_backward(
-    grad: Tensor, mixes: Tensor, scale: Tensor, bias: Tensor, into: Destinations = NOWHERE
+    grad: Tensor, mixes: Tensor, scale: Tensor, bias: Tensor, into: Destinations = NO_DESTINATIONS
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = mixes.shape[-1]
     grad_mixes = mixes.new_empty(mixes.shape)
@@ -119,7 +124,7 @@ _head_mix = register(
     backward=_backward,
     setup_context=_setup_context,
 )
-_ROUTE = Route(
+_OP = Op(
     name="head_mix",
     operator=_head_mix,
     save=_setup_context,

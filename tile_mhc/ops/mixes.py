@@ -8,17 +8,16 @@ from torch import Tensor
 from tile_mhc import errors, jit, reference, selection
 from tile_mhc.ops import _flops
 from tile_mhc.ops._destinations import (
-    NOWHERE,
+    NO_DESTINATIONS,
     Destinations,
-    Route,
     adds,
-    call,
     clear,
-    moved,
+    for_part,
+    gradient_buffers,
     register_into,
-    room,
 )
 from tile_mhc.ops._library import dtypes, register
+from tile_mhc.ops._op import Op
 
 
 def split_mixes(
@@ -56,9 +55,9 @@ def split_mixes(
     Source: mHC paper (arXiv 2512.24880), eq. 7 and 8; TileKernels `mhc/pre_split_mixes_kernel.py`.
     """
     inputs = (mixes, scale, bias, num_streams, post_mult, pre_eps)
-    known = _ROUTE.find(inputs)
+    known = _OP.find(inputs)
     if known is not None:
-        return call(_ROUTE, inputs, known)  # type: ignore[return-value]
+        return _OP.call(inputs, known)  # type: ignore[return-value]
     errors.require_tensor("split_mixes", "mixes", mixes)
     errors.check_num_streams("split_mixes", num_streams)
     shape = (*mixes.shape[:-1], num_streams * (num_streams + 2))
@@ -67,7 +66,7 @@ def split_mixes(
     check_gates("split_mixes", scale, bias, 3, shape[-1], ("mixes", mixes))
     errors.check_number("split_mixes", "post_mult", post_mult)
     errors.check_number("split_mixes", "pre_eps", pre_eps)
-    return call(_ROUTE, inputs)  # type: ignore[return-value]
+    return _OP.call(inputs)  # type: ignore[return-value]
 
 
 def check_gates(
@@ -82,19 +81,19 @@ def gate_dtypes(scale: Tensor, bias: Tensor) -> tuple[str, ...]:
 
 
 def column_sums(
-    partials: Tensor, scale: Tensor, bias: Tensor, into: Destinations = NOWHERE
+    partials: Tensor, scale: Tensor, bias: Tensor, into: Destinations = NO_DESTINATIONS
 ) -> tuple[Tensor, Tensor]:
     """Gradients of scale and bias from rows of partial sums: bias columns, then scale columns.
 
     `into` has them at the positions 1 and 2.
     """
-    grad_scale, grad_bias = room(moved(into, {1: 0, 2: 1}), scale, bias)
+    grad_scale, grad_bias = gradient_buffers(for_part(into, {1: 0, 2: 1}), scale, bias)
     launch_sums(partials, grad_scale, grad_bias, into)
     return grad_scale, grad_bias
 
 
 def launch_sums(
-    partials: Tensor, grad_scale: Tensor, grad_bias: Tensor, into: Destinations = NOWHERE
+    partials: Tensor, grad_scale: Tensor, grad_bias: Tensor, into: Destinations = NO_DESTINATIONS
 ) -> None:
     directed = 1 in into or 2 in into
     given = gate_dtypes(grad_scale, grad_bias)
@@ -171,7 +170,7 @@ def launch_backward(
     bias: Tensor,
     num_streams: int,
     post_mult: float,
-    into: Destinations = NOWHERE,
+    into: Destinations = NO_DESTINATIONS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, num_mixes = num_streams, mixes.shape[-1]
     grad_mixes = mixes.new_empty(mixes.shape)
@@ -225,7 +224,7 @@ def launch_backward_rows(
 
 def no_sums(scale: Tensor, bias: Tensor, into: Destinations) -> tuple[Tensor, Tensor]:
     """What `column_sums` gives for no token."""
-    _, grad_scale, grad_bias = room(into, bias, scale, bias)
+    _, grad_scale, grad_bias = gradient_buffers(into, bias, scale, bias)
     clear(into, {1: grad_scale, 2: grad_bias})
     return grad_scale, grad_bias
 
@@ -277,7 +276,7 @@ _split_mixes = register(
     backward=_backward,
     setup_context=_setup_context,
 )
-_ROUTE = Route(
+_OP = Op(
     name="split_mixes",
     operator=_split_mixes,
     save=_setup_context,

@@ -9,16 +9,15 @@ from tile_mhc import errors, jit, reference, selection
 from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.ops import _flops
 from tile_mhc.ops._destinations import (
-    NOWHERE,
+    NO_DESTINATIONS,
     Destinations,
-    Route,
     adds,
-    call,
-    dtype_into,
+    destination_dtype,
+    gradient_buffers,
     register_into,
-    room,
 )
 from tile_mhc.ops._library import dtype_of, dtypes, empty_gradients, empty_like, register
+from tile_mhc.ops._op import Op
 from tile_mhc.ops.aggregate import check_mix
 
 
@@ -63,13 +62,13 @@ def post(
     Megatron-LM's and TransformerEngine's.
     """
     inputs = (layer_output, residual, post_mix, comb_mix, bias)
-    known = _ROUTE.find(inputs) if out is None else None
+    known = _OP.find(inputs) if out is None else None
     if known is not None:
-        return call(_ROUTE, inputs, known, grad_accumulator)[0]
+        return _OP.call(inputs, known, grad_accumulator)[0]
     check_post("post", layer_output, residual, post_mix, comb_mix, ("bias", bias))
     like = ("residual", residual)
     if out is None:
-        return call(_ROUTE, inputs, None, grad_accumulator)[0]
+        return _OP.call(inputs, None, grad_accumulator)[0]
     errors.check_tensor("post", "out", out, [residual.shape], residual.dtype, like)
     named = [("layer_output", layer_output), like, ("post_mix", post_mix), ("comb_mix", comb_mix)]
     if bias is not None:
@@ -154,10 +153,10 @@ def launch_backward(
     post_mix: Tensor,
     comb_mix: Tensor,
     bias: Tensor | None,
-    into: Destinations = NOWHERE,
+    into: Destinations = NO_DESTINATIONS,
 ) -> tuple[Tensor, ...]:
     n, hidden_size = residual.shape[-2:]
-    grads = room(into, layer_output, residual, post_mix, comb_mix, bias)
+    grads = gradient_buffers(into, layer_output, residual, post_mix, comb_mix, bias)
     grad_output, grad_residual, grad_post, grad_comb, grad_bias = grads
     if residual.numel() == 0:
         grad_bias.zero_()
@@ -167,7 +166,9 @@ def launch_backward(
         num_tokens = residual.numel() // (n * hidden_size)
         partials = post_mix.new_empty(selection.bias_slices(num_tokens), hidden_size)
         of_bias = [bias.contiguous(), partials]
-    given = dtypes(streams=residual.dtype, layer_bias=dtype_of(bias), into=dtype_into(into, 1))
+    given = dtypes(
+        streams=residual.dtype, layer_bias=dtype_of(bias), into=destination_dtype(into, 1)
+    )
     jit.kernel("post_bwd", n, hidden_size, *given)(
         grad.contiguous().view(-1, n, hidden_size),
         layer_output.view(-1, hidden_size),
@@ -249,7 +250,7 @@ _post_out = register(
     fake=lambda *_: None,
     flops=_flops.post,
 )
-_ROUTE = Route(
+_OP = Op(
     name="post",
     operator=_post,
     save=_setup_context,

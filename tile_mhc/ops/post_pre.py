@@ -12,15 +12,23 @@ from tile_mhc.ops import _flops
 from tile_mhc.ops import delayed_pre as delayed_op
 from tile_mhc.ops import fused_pre as fused_op
 from tile_mhc.ops import post as post_op
+from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops._destinations import (
-    NOWHERE,
+    NO_DESTINATIONS,
     Destinations,
-    Route,
-    call,
-    moved,
+    for_part,
+    gradient_buffers,
     register_into,
 )
-from tile_mhc.ops._library import dtypes, empty_gradients, empty_like, register
+from tile_mhc.ops._library import (
+    absent,
+    dtype_of,
+    dtypes,
+    empty_gradients,
+    empty_like,
+    register,
+)
+from tile_mhc.ops._op import Op
 
 OP = "post_pre"
 # Of the operator's inputs: what has a gradient comes first.
@@ -67,11 +75,14 @@ def post_pre(
     layer_input = layer_input * rsqrt(mean(layer_input**2) + layer_norm_eps) * layer_norm_weight
 
     The streams are rounded to their dtype once, and projected and collapsed as they were rounded;
-    so is the layer input before its norm. With an explicit `num_splits` the outputs are the bits of
-    the separate ops; without, so are the streams and the layer input, while with a `pre_mix` the
-    mixes may differ in their last bits, as one pass over bfloat16 streams (n = 4, H a multiple of
-    64) sums them in another order. The gradient of the streams is for all their uses, this op's and
-    later ones', and is rounded at most once on its way to those of residual and layer_output.
+    so is the layer input before its norm. The gradient of the streams is for all their uses, this
+    op's and later ones', and is rounded at most once on its way to those of residual and
+    layer_output.
+
+    With an explicit `num_splits` the outputs are the bits of the separate ops. Without, so are the
+    streams, and with a `pre_mix` the layer input; what hangs on the projection may differ in its
+    last bits where one pass over the streams makes and projects them (bfloat16, n = 4, H a multiple
+    of 64, no layer_bias), which sums by columns of all streams at once.
 
     Gradients of parameters that carry `main_grad` go into that: see `tile_mhc.main_grad`.
 
@@ -134,10 +145,10 @@ def post_pre(
         tf32,
     )
     # What is refused with a gradient is looked at in each call.
-    known = _ROUTE.find(inputs) if layer_norm_weight is None else None
+    known = _OP.find(inputs) if layer_norm_weight is None else None
     if known is None:
         _check(inputs)
-    streams, layer_input, next_pre, *mixes = call(_ROUTE, inputs, known, grad_accumulator)
+    streams, layer_input, next_pre, *mixes = _OP.call(inputs, known, grad_accumulator)
     given = () if pre_mix is None else (next_pre,)
     return streams, layer_input, *given, *mixes[:2]
 
@@ -191,11 +202,20 @@ def _cuda(
     streams = empty_like(residual)
     gates = (streams, weight, scale, bias)
     one_pass = selection.is_one_pass(residual.dtype, *residual.shape[-2:], num_splits)
-    if one_pass and pre_mix is not None and layer_bias is None and residual.numel():
+    if one_pass and layer_bias is None and residual.numel():
         of_post = (layer_output, residual, post_mix, comb_mix)
-        layer_input, *mixes = delayed_op.empty(residual)
+        outputs = (delayed_op if pre_mix is not None else fused_op).empty(residual)
+        layer_input, *mixes = outputs
         sums = _launch_pass(*of_post, pre_mix, weight, norm_weight, tf32, streams, layer_input)
-        delayed_op.launch_mixes(*sums, *gates, *options, tf32, mixes)
+        if pre_mix is None:
+            fused_op.launch_from(*sums, *gates, *options, tf32, outputs)
+            mixes.insert(0, _no_mix(residual))
+        else:
+            normed = None
+            if layer_norm_weight is not None:
+                normed = layer_input, layer_norm_weight, layer_norm_eps
+                layer_norm_weight = None
+            delayed_op.launch_mixes(*sums, *gates, *options, tf32, mixes, normed)
     else:
         post_op.launch(layer_output, residual, post_mix, comb_mix, layer_bias, streams)
         if pre_mix is None:
@@ -213,37 +233,51 @@ def _launch_pass(
     residual: Tensor,
     post_mix: Tensor,
     comb_mix: Tensor,
-    pre_mix: Tensor,
+    pre_mix: Tensor | None,
     weight: Tensor,
     norm_weight: Tensor | None,
     tf32: bool,
     streams: Tensor,
     layer_input: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Write streams and layer input, and return the products and squares of their splits."""
+    """Write the streams, and return the products and squares of their splits.
+
+    With a pre_mix the layer input, too.
+    """
     n, hidden_size = residual.shape[-2:]
     size = n * hidden_size
-    parts, products, squares, block = delayed_op.prepare_pass(residual, weight, norm_weight, tf32)
-    jit.kernel("post_pre_fwd", hidden_size)(
+    of_weight, splits, given = delayed_op.prepare_weight(residual, weight, norm_weight, tf32)
+    *sums, block = delayed_op.prepare_pass(residual, weight)
+    of_post = (
         layer_output.view(-1, hidden_size),
         residual.view(-1, size),
         post_mix.contiguous().view(-1, n),
         comb_mix.contiguous().view(-1, n, n),
-        pre_mix.contiguous().view(-1, n),
-        parts,
-        streams.view(-1, size),
-        layer_input.view(-1, hidden_size),
-        products,
-        squares,
-        block,
     )
+    flat = streams.view(-1, size)
+    if pre_mix is None:
+        jit.kernel("post_project_fwd", hidden_size, splits, *given)(
+            *of_post, *of_weight, flat, *sums, block, tf32
+        )
+    else:
+        jit.kernel("post_pre_fwd", hidden_size, splits, *given)(
+            *of_post,
+            pre_mix.contiguous().view(-1, n),
+            *of_weight,
+            flat,
+            layer_input.view(-1, hidden_size),
+            *sums,
+            block,
+            tf32,
+        )
+    products, squares = sums
     return products, squares
 
 
 def _launch_norm(layer_input: Tensor, weight: Tensor, eps: float) -> None:
     """In place."""
     hidden_size = layer_input.shape[-1]
-    given = dtypes(streams=layer_input.dtype, norm_weight=weight.dtype)
+    given = dtypes(streams=layer_input.dtype, layer_norm=weight.dtype)
     jit.kernel("input_norm", hidden_size, *given)(
         layer_input.view(-1, hidden_size), weight.contiguous(), eps
     )
@@ -295,8 +329,26 @@ def _backward_cuda(
     sinkhorn_repeat: int,
     tf32: bool,
     wants_pre: bool,
-    into: Destinations = NOWHERE,
+    into: Destinations = NO_DESTINATIONS,
 ) -> tuple[Tensor, ...]:
+    one_pass = selection.is_one_pass(residual.dtype, *residual.shape[-2:], None)
+    plain = layer_bias is None and 1 not in into and residual.numel() > 0
+    if one_pass and plain:
+        of_all = _launch_pass_backward(
+            grad_streams,
+            grad_input,
+            (grad_next, grad_post, grad_comb),
+            (layer_output, residual, post_mix, comb_mix, weight, scale, bias),
+            pre_mix,
+            norm_weight,
+            streams,
+            mixes,
+            inv_rms,
+            (pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat),
+            tf32,
+            into,
+        )
+        return of_all if wants_pre else (*of_all[:7], _no_mix(residual), *of_all[8:])
     options = (pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat, tf32)
     gates = (streams, weight, scale, bias)
     saved = (norm_weight, mixes, inv_rms)
@@ -309,7 +361,7 @@ def _backward_cuda(
             *saved,
             *options,
             grad_streams,
-            into=moved(into, OF_FUSED_PRE),
+            into=for_part(into, OF_FUSED_PRE),
         )
         grad_pre_mix = _no_mix(residual)
     else:
@@ -324,7 +376,7 @@ def _backward_cuda(
             *options,
             wants_pre,
             grad_streams,
-            into=moved(into, OF_DELAYED_PRE),
+            into=for_part(into, OF_DELAYED_PRE),
         )
     *grads, grad_layer_bias = post_op.launch_backward(
         grad,
@@ -333,11 +385,82 @@ def _backward_cuda(
         post_mix,
         comb_mix,
         layer_bias,
-        into=moved(into, OF_POST),
+        into=for_part(into, OF_POST),
     )
     if norm_weight is None:
         grad_norm = _no_mix(residual)
     return *grads, *parameters, grad_pre_mix, grad_layer_bias, grad_norm
+
+
+def _launch_pass_backward(
+    grad_streams: Tensor | None,
+    grad_input: Tensor,
+    grad_mixes: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    pre_mix: Tensor | None,
+    norm_weight: Tensor | None,
+    streams: Tensor,
+    mixes: Tensor,
+    inv_rms: Tensor,
+    options: tuple[float, float, float, int],
+    tf32: bool,
+    into: Destinations,
+) -> tuple[Tensor, ...]:
+    """In one pass, which makes the streams again and does not round their gradient.
+
+    Without a `pre_mix` behind another one over the streams, for the gradient of their own.
+    """
+    grads = gradient_buffers(into, *inputs, pre_mix, None, norm_weight)
+    grad_output, grad_residual, grad_post, grad_comb, grad_weight, *grad_gates = grads[:7]
+    layer_output, residual, post_mix, comb_mix, weight, *gates = inputs
+    n, hidden_size = residual.shape[-2:]
+    size = n * hidden_size
+    # Before the kernels that read the weight beside the one before them.
+    weight, norm_weight = projection_op.contiguous(weight, norm_weight)
+    grad_input = grad_input.contiguous().view(-1, hidden_size)
+    grad_next, *of_mixes = grad_mixes
+    of_gates = (*of_mixes, mixes, *gates, *grad_gates, *options, for_part(into, {5: 1, 6: 2}))
+    if pre_mix is None:
+        aggregated = grad_input, streams
+        made, own_pre, *factors = delayed_op.launch_gates(None, *of_gates, aggregated)
+        grad_pre = own_pre.new_empty(own_pre.shape)
+    else:
+        made, _, *factors = delayed_op.launch_gates(grad_next, *of_gates)
+        own_pre, grad_pre = pre_mix.contiguous().view(-1, n), grads[7].view(-1, n)
+    parts = delayed_op.launch_norm(size, made, mixes, inv_rms, own_pre, *factors, tf32)
+    to_matmuls = for_part(into, {4: 1, 9: 2})
+    sums, partials, slice_tokens = delayed_op.prepare_backward(
+        grad_input, n * (n + 2), weight, norm_weight, grad_weight, to_matmuls
+    )
+    given = dtypes(
+        weight=weight.dtype, norm_weight=dtype_of(norm_weight), held=dtype_of(grad_streams)
+    )
+    jit.kernel("post_pre_bwd", hidden_size, *given)(
+        *parts,
+        layer_output.view(-1, hidden_size),
+        residual.view(-1, size),
+        post_mix.contiguous().view(-1, n),
+        comb_mix.contiguous().view(-1, n * n),
+        *projection_op.parameters(weight, norm_weight),
+        grad_input,
+        absent(residual, residual.dtype)
+        if grad_streams is None
+        else grad_streams.contiguous().view(-1, size),
+        grad_output.view(-1, hidden_size),
+        grad_residual.view(-1, size),
+        sums,
+        grad_weight.unsqueeze(0) if partials is None else partials,
+        slice_tokens,
+        tf32,
+    )
+    by_token = (grad_comb.view(-1, n * n), grad_post.view(-1, n))
+    delayed_op.launch_sums(sums, hidden_size, grad_pre, by_token)
+    if partials is not None:
+        of_matmuls = (grad_residual, grad_weight, grads[9])
+        projection_op.sum_partials(partials, weight, norm_weight, of_matmuls, to_matmuls)
+    no_mix = _no_mix(residual)
+    of_pre = no_mix if pre_mix is None else grads[7]
+    return *grads[:7], of_pre, no_mix, no_mix if norm_weight is None else grads[9]
 
 
 def _backward_cpu(*args: Any) -> tuple[Tensor, ...]:
@@ -361,7 +484,9 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _save(ctx, inputs, output)
-    ctx.mark_non_differentiable(*output[5:], *([output[2]] if inputs[7] is None else []))
+    # A pre_mix that is not given has no next one: a tensor without an element, or None.
+    no_next = [output[2]] if inputs[7] is None and output[2] is not None else []
+    ctx.mark_non_differentiable(*output[5:], *no_next)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -429,7 +554,7 @@ _post_pre = register(
     setup_context=_setup_context,
     hidden=(5, 6),
 )
-_ROUTE = Route(
+_OP = Op(
     name=OP,
     operator=_post_pre,
     save=_save,

@@ -18,17 +18,16 @@ from tile_mhc.kernels._shapes import (
 )
 from tile_mhc.ops import _flops
 from tile_mhc.ops._destinations import (
-    NOWHERE,
+    NO_DESTINATIONS,
     Destinations,
-    Route,
     adds,
-    call,
     clear,
-    dtype_into,
+    destination_dtype,
+    gradient_buffers,
     register_into,
-    room,
 )
 from tile_mhc.ops._library import absent, dtype_of, dtypes, empty_gradients, register, temporaries
+from tile_mhc.ops._op import Op
 
 
 def projection(
@@ -74,10 +73,10 @@ def projection(
     Source: mHC paper (arXiv 2512.24880), eq. 7; DeepSeek TileKernels `mhc/norm_fn_kernel.py`.
     """
     inputs = (residual, weight, norm_weight, norm_eps, num_splits, tf32)
-    known = _ROUTE.find(inputs)
+    known = _OP.find(inputs)
     if known is None:
         check_projection("projection", *inputs)
-    return call(_ROUTE, inputs, known, grad_accumulator)[0]
+    return _OP.call(inputs, known, grad_accumulator)[0]
 
 
 def check_projection(
@@ -220,14 +219,16 @@ def launch_backward(
     inv_rms: Tensor,
     tf32: bool,
     aggregated: tuple[Tensor, Tensor] | None = None,
-    into: Destinations = NOWHERE,
+    into: Destinations = NO_DESTINATIONS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of residual, weight and norm_weight, by position in `into`.
 
     `aggregated`, (gradient of the layer input, pre_mix), adds the gradient of an aggregate of the
     same streams before the one rounding.
     """
-    grad_residual, grad_weight, grad_norm_weight = room(into, residual, weight, norm_weight)
+    grad_residual, grad_weight, grad_norm_weight = gradient_buffers(
+        into, residual, weight, norm_weight
+    )
     grads = grad_residual, grad_weight, grad_norm_weight
     if residual.numel() == 0:
         clear(into, {1: grad_weight, 2: grad_norm_weight})
@@ -323,7 +324,7 @@ def launch_matmuls(
     grad_input: Tensor,
     accumulated: Tensor | None,
     grads: tuple[Tensor, Tensor, Tensor],
-    into: Destinations = NOWHERE,
+    into: Destinations = NO_DESTINATIONS,
 ) -> None:
     """Write the gradients of residual, weight and norm_weight, by position in `into`.
 
@@ -340,7 +341,7 @@ def launch_matmuls(
         weight=weight.dtype,
         norm_weight=dtype_of(norm_weight),
         held=dtype_of(accumulated),
-        into=dtype_into(into, 0),
+        into=destination_dtype(into, 0),
     )
     if selection.is_fast(residual.dtype, residual.shape[-1]):
         joins = accumulated is not None or 0 in into
@@ -485,7 +486,7 @@ _projection = register(
     setup_context=_setup_context,
     hidden=(1,),
 )
-_ROUTE = Route(
+_OP = Op(
     name="projection",
     operator=_projection,
     save=_save,

@@ -8,8 +8,8 @@ from torch import Tensor
 from tile_mhc import errors, jit, reference, selection
 from tile_mhc.kernels._shapes import is_no_eps
 from tile_mhc.ops import _flops, log_sinkhorn
-from tile_mhc.ops._destinations import Route, call
 from tile_mhc.ops._library import register
+from tile_mhc.ops._op import Op
 
 # The backward keeps two scalings a stream and step in shared memory: for eight streams 64 KiB a
 # token, so that a CTA still takes two tokens.
@@ -41,9 +41,9 @@ def sinkhorn(logits: Tensor, *, repeat: int = 10, eps: float = 1e-6) -> Tensor:
     Source: mHC paper (arXiv 2512.24880), eq. 9; TileKernels `mhc/sinkhorn_kernel.py`.
     """
     inputs = (logits, repeat, eps)
-    known = _ROUTE.find(inputs)
+    known = _OP.find(inputs)
     if known is not None:
-        return call(_ROUTE, inputs, known)[0]
+        return _OP.call(inputs, known)[0]
     errors.require_tensor("sinkhorn", "logits", logits)
     if logits.dtype != torch.float32 or logits.ndim < 2 or logits.shape[-1] != logits.shape[-2]:
         raise errors.ShapeError(
@@ -52,7 +52,7 @@ def sinkhorn(logits: Tensor, *, repeat: int = 10, eps: float = 1e-6) -> Tensor:
     errors.check_num_streams("sinkhorn", logits.shape[-1])
     errors.check_device("sinkhorn", "logits", logits)
     check_sinkhorn("sinkhorn", repeat, eps)
-    return call(_ROUTE, inputs)[0]
+    return _OP.call(inputs)[0]
 
 
 def check_sinkhorn(op: str, repeat: int, eps: float, prefix: str = "") -> None:
@@ -133,7 +133,7 @@ _sinkhorn = register(
     backward=_backward,
     setup_context=_setup_context,
 )
-_ROUTE = Route(
+_OP = Op(
     name="sinkhorn",
     operator=_sinkhorn,
     save=_setup_context,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from tile_mhc import errors, main_grad
-from tile_mhc.ops._autograd import refuse_tangents, refuse_transforms, transforms_active
+from tile_mhc._guards import transforms_active
+from tile_mhc.ops._autograd import refuse_tangents, refuse_transforms
 from tile_mhc.ops._library import outside_graphs
 
 # An attribute of the residual's untyped storage: a gradient of the residual, to be added to.

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tile_mhc import errors
+from tile_mhc import _backward, errors
 from tile_mhc.ops._autograd import refuse_tangents, refuse_transforms
 from tile_mhc.ops.transformer_engine import (
     interleaved_aggregate,
@@ -98,7 +98,7 @@ def _begin(buffer: Tensor) -> _Chain:
     """The chain of a projection: a new one, or inside a backward the one it continues."""
     state = _state_of(buffer)
     pending = _alive(state.holds)
-    if pending is None or torch._C._current_graph_task_id() == -1:
+    if pending is None or _backward.task() == _backward.NO_TASK:
         return _Chain(state)
     state.current = weakref.ref(pending)
     return pending
