@@ -11,8 +11,8 @@ from torch import Tensor
 import oracle
 from cases import Case, Inputs, Op
 from tile_mhc import reference as native
-from tile_mhc import reference_interleaved as reference
 from tile_mhc.compat import transformer_engine as te
+from tile_mhc.ops.transformer_engine import reference
 
 N = 4
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -77,7 +77,7 @@ class Spec:
 
     Attributes:
         name: the builder's name, and the kernel's name in messages and tables.
-        stem: the builder's module, `tile_mhc.kernels.<stem>`.
+        stem: the name of the builder's module; see `module` for its package.
         ops: the public functions that launch it.
         numbers: the names of what its builder takes before the dtypes.
         arguments: the builder's argument tuples for given sizes.
@@ -91,6 +91,14 @@ class Spec:
     numbers: tuple[str, ...]
     arguments: Callable[[Sizes], list[Arguments]]
     early: tuple[str, ...] = ()
+
+    @property
+    def module(self) -> str:
+        """The builder's module within `tile_mhc.kernels`; the same within `tile_mhc.ops`.
+
+        What nothing but TransformerEngine's layout launches has a package of its own.
+        """
+        return f"transformer_engine.{self.stem}" if self.ops == _TE else self.stem
 
 
 def _n(s: Sizes) -> list[Arguments]:
@@ -515,7 +523,7 @@ def builder(name: str) -> Callable[..., Any]:
     """The function that turns a kernel's arguments into a TileLang prim_func; imports TileLang."""
     if name not in BY_NAME:
         raise ValueError(f"kernel: name must be one of {', '.join(BY_NAME)}; got {name!r}")
-    module = importlib.import_module(f"tile_mhc.kernels.{BY_NAME[name].stem}")
+    module = importlib.import_module(f"tile_mhc.kernels.{BY_NAME[name].module}")
     function: Callable[..., Any] = getattr(module, name)
     return function
 
@@ -545,7 +553,7 @@ def device_functions() -> set[str]:
     """The names of our kernels in device code, read from their sources without importing them."""
     spec = importlib.util.find_spec("tile_mhc.kernels")
     folders = (spec.submodule_search_locations if spec else None) or []
-    sources = [path.read_text() for folder in folders for path in Path(folder).glob("*.py")]
+    sources = [path.read_text() for folder in folders for path in Path(folder).rglob("*.py")]
     prim_funcs = re.findall(r"@T\.prim_func\s+def (\w+)\(", "\n".join(sources))
     # TileLang names the device function after the prim_func.
     return {f"{name}_kernel" for name in prim_funcs}

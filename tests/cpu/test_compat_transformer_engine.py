@@ -19,9 +19,9 @@ import saturation
 import te_cases
 from te_cases import DTYPES, KINDS, N, case, dtypes, kinds, op_of, sub_layer, sub_layer_inputs
 from tile_mhc import ShapeError, UnsupportedError
-from tile_mhc import reference_interleaved as reference
 from tile_mhc.compat import transformer_engine as te
 from tile_mhc.compat.transformer_engine import _accumulation
+from tile_mhc.ops.transformer_engine import reference
 
 MODULE = "transformer_engine.pytorch.triton.mhc"
 BUFFER = "fused_grad_x_acc_buffer"

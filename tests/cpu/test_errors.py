@@ -557,7 +557,7 @@ def test_exceptions_are_the_builtin_kinds():
 def raise_statements():
     """(file, first line, last line) of every `raise` in errors.py and the ops."""
     folder = Path(errors.__file__).parent
-    for path in (folder / "errors.py", *sorted((folder / "ops").glob("*.py"))):
+    for path in (folder / "errors.py", *sorted((folder / "ops").rglob("*.py"))):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Raise):
                 yield str(path), node.lineno, node.end_lineno

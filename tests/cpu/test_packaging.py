@@ -106,6 +106,7 @@ def test_the_checkout_imports_without_an_install(tmp_path):
     # No site-packages of the running interpreter: an editable install in it would serve kernels.
     code = (
         "import sys, tile_mhc, tile_mhc.kernels, tile_mhc.kernels._shapes as shapes; "
+        "import tile_mhc.kernels.transformer_engine; "
         "from tile_mhc import specs; "
         "print(tile_mhc.__file__, tile_mhc.kernels.__file__, shapes.__file__); "
         "assert specs.device_functions()"

@@ -35,9 +35,11 @@ KERNELS = specs.select(SIZES)
 # A quarter of a second each: the smallest, the widest, and what only other dtypes bring.
 TRACED = specs.select([SIZES[0], *SIZES[2:5]])
 TRACED += [k for k in specs.select(DIRECTED) if k not in specs.select([specs.Sizes(4, 320)])]
-# What the functions of compat.transformer_engine launch goes by one name.
-# A stem of kernels that the op of another launches, for what its own do not take.
+# Files of kernels below kernels/mhc and of ops below tile_mhc/ops, without their suffix.
+MODULES = sorted({spec.module.replace(".", "/") for spec in specs.SPECS})
+# Kernels that the op of another module launches, for what its own do not take.
 LAUNCHED_BY = {"projection_any": "projection"}
+# What the functions of compat.transformer_engine launch goes by one name.
 PUBLIC = [op for op in specs.OPS if op != "transformer_engine"]
 
 
@@ -46,7 +48,7 @@ def launches():
 
     Without the words of the dtypes, which come last.
     """
-    for path in sorted((ROOT / "tile_mhc" / "ops").glob("*.py")):
+    for path in sorted((ROOT / "tile_mhc" / "ops").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "jit.kernel":
                 assert isinstance(node.args[0], ast.Constant), f"{path.name}: name it literally"
@@ -64,10 +66,10 @@ def test_launches_pass_as_many_arguments_as_the_table():
         assert count == table[name], name
 
 
-@pytest.mark.parametrize("stem", sorted({spec.stem for spec in specs.SPECS}))
-def test_every_kernel_first_waits_for_the_one_before(stem):
+@pytest.mark.parametrize("module", MODULES)
+def test_every_kernel_first_waits_for_the_one_before(module):
     """It may have been launched while that one still runs: an earlier access would be a race."""
-    path = ROOT / "kernels" / "mhc" / f"{stem}.py"
+    path = ROOT / "kernels" / "mhc" / f"{module}.py"
     functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
     kernels = [
         (function, node.body)
@@ -120,18 +122,21 @@ def test_names_are_unique():
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize("stem", sorted({spec.stem for spec in specs.SPECS}))
-def test_a_stem_has_its_places(stem):
-    op = LAUNCHED_BY.get(stem, stem)
-    for place in (f"kernels/mhc/{stem}.py", f"tile_mhc/ops/{op}.py", f"tests/gpu/test_{stem}.py"):
-        assert (ROOT / place).is_file(), f"{stem} lacks {place}"
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_has_its_places(module):
+    op, stem = LAUNCHED_BY.get(module, module), Path(module).name
+    for place in (f"kernels/mhc/{module}.py", f"tile_mhc/ops/{op}.py", f"tests/gpu/test_{stem}.py"):
+        assert (ROOT / place).is_file(), f"{module} lacks {place}"
 
 
 @pytest.mark.parametrize("folder", ["kernels/mhc", "tile_mhc/ops"])
-def test_every_module_is_a_stem(folder):
-    modules = {path.stem for path in (ROOT / folder).glob("*.py") if path.name[0] != "_"}
-    stems = {spec.stem for spec in specs.SPECS}
-    assert modules == (stems if folder == "kernels/mhc" else stems - LAUNCHED_BY.keys())
+def test_every_module_is_in_the_table(folder):
+    paths = [path for path in (ROOT / folder).rglob("*.py") if path.name[0] != "_"]
+    found = {path.relative_to(ROOT / folder).with_suffix("").as_posix() for path in paths}
+    if folder == "tile_mhc/ops":
+        assert found == {*MODULES, "transformer_engine/reference"} - LAUNCHED_BY.keys()
+    else:
+        assert found == set(MODULES)
 
 
 def test_ops_are_public():
@@ -142,7 +147,7 @@ def test_ops_are_public():
 @pytest.mark.parametrize("spec", specs.SPECS, ids=lambda spec: spec.name)
 def test_a_builder_takes_the_arguments_of_the_table(spec):
     builder = specs.builder(spec.name)
-    assert builder.__module__ == f"tile_mhc.kernels.{spec.stem}"
+    assert builder.__module__ == f"tile_mhc.kernels.{spec.module}"
     for size in SIZES:
         for args in spec.arguments(size):
             numbers, words = split_arguments(args)
@@ -263,7 +268,7 @@ def test_constants_agree_with_the_ops():
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "kernels" / "mhc").glob("*.py")), ids=lambda p: p.stem
+    "path", sorted((ROOT / "kernels" / "mhc").rglob("*.py")), ids=lambda p: p.stem
 )
 def test_kernels_import_no_layer_above_them(path):
     allowed = (

@@ -1,7 +1,7 @@
 """`tile-mhc list`: the kernels that given sizes need."""
 
 import click
-from rich.table import Table
+from rich.table import Column, Table
 
 from tile_mhc import specs
 from tile_mhc.cli._options import json_option, kernel_options, print_json, print_table, sizes
@@ -33,11 +33,11 @@ def list_command(
             ]
         )
         return
-    table = Table("kernel", "module", "ops", "arguments")
+    table = Table("kernel", Column("module", no_wrap=True), "ops", "arguments")
     for spec, arguments in rows:
         table.add_row(
             spec.name,
-            f"kernels/mhc/{spec.stem}.py",
+            f"kernels/mhc/{spec.module.replace('.', '/')}.py",
             ", ".join(spec.ops),
             " ".join(f"({', '.join(map(str, args))})" for args in arguments),
         )

@@ -27,8 +27,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tile_mhc import _backward, errors
-from tile_mhc.ops import interleaved_aggregate, interleaved_post, padded_projection
 from tile_mhc.ops._autograd import refuse_tangents, refuse_transforms
+from tile_mhc.ops.transformer_engine import (
+    interleaved_aggregate,
+    interleaved_post,
+    padded_projection,
+)
 
 BUFFER = "fused_grad_x_acc_buffer"
 

@@ -8,14 +8,14 @@ from torch import Tensor
 from tile_mhc import errors
 from tile_mhc.compat.transformer_engine import _accumulation
 from tile_mhc.kernels._shapes import PADDED
-from tile_mhc.ops import (
+from tile_mhc.ops import log_sinkhorn
+from tile_mhc.ops.sinkhorn import MAX_REPEAT
+from tile_mhc.ops.transformer_engine import (
     interleaved_aggregate,
     interleaved_post,
-    log_sinkhorn,
     padded_mixes,
     padded_projection,
 )
-from tile_mhc.ops.sinkhorn import MAX_REPEAT
 
 # Whether determinism is asked for. It changes nothing here: everything is deterministic.
 ENFORCE_DETERMINISTIC = os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1") == "0"

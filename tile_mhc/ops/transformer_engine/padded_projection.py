@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from tile_mhc import jit
-from tile_mhc import reference_interleaved as reference
 from tile_mhc.kernels._shapes import PADDED, factors_width, padded
 from tile_mhc.ops import _flops
 from tile_mhc.ops._library import absent, empty_gradients, register
 from tile_mhc.ops.projection import contiguous, launch_matmuls, split_products
+from tile_mhc.ops.transformer_engine import reference
 
 # The order of the elements of a row does not matter to a product: any four rows will do.
 STREAMS = 4

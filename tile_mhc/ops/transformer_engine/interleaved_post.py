@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from tile_mhc import jit, selection
-from tile_mhc import reference_interleaved as reference
 from tile_mhc.ops import _flops
 from tile_mhc.ops._library import absent, dtype_of, dtypes, empty_gradients, own_dtype, register
+from tile_mhc.ops.transformer_engine import reference
 
 
 def _cuda(f: Tensor, bias: Tensor | None, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:

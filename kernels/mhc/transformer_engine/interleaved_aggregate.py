@@ -16,7 +16,7 @@ from tile_mhc.kernels._common import (
     sum_lanes,
     sums_shape,
 )
-from tile_mhc.kernels._interleaved import (
+from tile_mhc.kernels.transformer_engine._interleaved import (
     add_held,
     channels_per_access,
     load_access,

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from tile_mhc import jit
-from tile_mhc import reference_interleaved as reference
 from tile_mhc.ops import _flops
 from tile_mhc.ops._library import dtypes, own_dtype, register
+from tile_mhc.ops.transformer_engine import reference
 
 
 def _cuda(x: Tensor, mix: Tensor) -> Tensor:

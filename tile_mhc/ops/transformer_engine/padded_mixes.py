@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from tile_mhc import jit, selection
-from tile_mhc import reference_interleaved as reference
 from tile_mhc.ops import _flops
 from tile_mhc.ops._library import register
 from tile_mhc.ops.mixes import column_sums, gate_dtypes
+from tile_mhc.ops.transformer_engine import reference
 
 
 def _cuda(

@@ -1,0 +1,1 @@
+"""The operators behind `compat.transformer_engine`, and `reference`, their specification."""
