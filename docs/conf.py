@@ -65,6 +65,21 @@ def convert(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[
     lines[:] = to_rst(lines)
 
 
+def forget_overloads() -> None:
+    """autodoc shows overloads instead of the signature, and only that has the defaults."""
+    # Not at the top: a test reads this file without Sphinx.
+    from sphinx.pycode import ModuleAnalyzer
+
+    analyze = ModuleAnalyzer.analyze
+
+    def analyze_and_forget(analyzer: ModuleAnalyzer) -> None:
+        analyze(analyzer)
+        analyzer.overloads.clear()
+
+    ModuleAnalyzer.analyze = analyze_and_forget
+
+
 def setup(app: Any) -> None:
+    forget_overloads()
     # Before napoleon, which has the usual priority of 500, and makes lists of `Args`.
     app.connect("autodoc-process-docstring", convert, priority=100)

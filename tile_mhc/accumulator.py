@@ -22,7 +22,7 @@ class GradAccumulator:
     `contract` that read the residual. In backward, whichever of them comes first writes its
     gradient to the buffer and the later ones add theirs, inside their kernels; when the last
     consumer has run, the sum is rounded once to the residual's dtype and goes on to whoever made
-    the residual. Without it, autograd adds one tensor an op, each rounded.
+    the residual. Without it, autograd adds one tensor per op, each rounded.
 
         accumulator = GradAccumulator(residual)
         mixes = projection(residual, weight, grad_accumulator=accumulator)

@@ -201,7 +201,7 @@ def fill_cache(kernels: Iterable[tuple[str, specs.Arguments]], arch: str, jobs: 
         jobs: how many processes.
 
     Returns:
-        What went wrong, one message a kernel; asked for again, such a kernel raises it.
+        What went wrong, one message per kernel; asked for again, such a kernel raises it.
     """
     context = multiprocessing.get_context("spawn")
     # TileLang may have been told another folder in Python, of which a new process knows nothing.

@@ -17,7 +17,7 @@ whenever it gathers a unit, so also between the two calls of a unit that is call
 flag is set, by whomever, the gradient is added.
 
 Then, if the parameter has `grad_added_to_main_grad`, it is set, and autograd gets a gradient that
-only keeps hooks firing: one shared tensor of zeros a shape and dtype, or zeros of its own with
+only keeps hooks firing: one shared tensor of zeros per shape and dtype, or zeros of its own with
 `zero_out_wgrad`. Without that attribute autograd gets None.
 
 That gradient, and so any other that the same parameter gets from elsewhere in the graph, is what
@@ -54,7 +54,7 @@ _inside: ContextVar[bool] = ContextVar("tile_mhc_without_main_grad", default=Fal
 # Of torch's thread locals, which autograd's threads take over from the caller of a backward: the
 # thread that entered a block.
 _KEY = "tile_mhc_without_main_grad"
-# How many blocks of a thread are running.
+# How many blocks each thread is in.
 _open: dict[int, int] = {}
 
 

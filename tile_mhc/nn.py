@@ -514,7 +514,7 @@ class HyperHead(_Projected):
         )
 
     def forward(self, streams: Tensor) -> Tensor:
-        """Read one stream out of n, with learned weights a token.
+        """Read one stream out of n, with learned weights per token.
 
         Args:
             streams: (..., n, H) bfloat16, float16 or float32, contiguous.

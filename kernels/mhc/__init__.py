@@ -1,1 +1,1 @@
-"""TileLang definitions: one op a file; a builder takes ints, returns a kernel, sees no tensor."""
+"""TileLang definitions: one file per op. A builder takes numbers and returns a kernel."""

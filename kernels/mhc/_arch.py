@@ -14,24 +14,24 @@ class Architecture:
     """The limits of the hardware, and what was measured to be best within them.
 
     Attributes:
-        registers: of an SM.
-        threads: of a CTA, at most.
-        ctas: on an SM, at most.
-        shared_bytes: shared memory that a CTA may have.
-        shared_bytes_per_sm: shared memory of an SM, of which each CTA costs one KiB more.
+        registers: per SM.
+        threads: per CTA, at most.
+        ctas: per SM, at most.
+        shared_bytes: shared memory per CTA, at most.
+        shared_bytes_per_sm: shared memory per SM; each CTA takes one KiB more than it asks for.
         l2_bytes: of the largest GPU.
         matmul_bytes: projection: shared memory for the pipeline and the tiles beside it.
         history_bytes: sinkhorn, log_sinkhorn: shared memory for the steps of a CTA's tokens.
         ring_bytes: contract_cluster: shared memory for the rings of tokens; the rest is for sums.
         sinkhorn_registers: fused_pre: what a thread of Sinkhorn's CTAs needs at n = 4; the others
             need less, and more of them hide latency better.
-        post_ctas: post: CTAs of the backward on an SM that the compiler is to leave registers for.
+        post_ctas: post: CTAs of the backward per SM that the compiler is to leave registers for.
         post_ctas_of_eight: the same with eight streams.
-        post_slices: post with a bias: slices of tokens, by the SM: as many as run at one time. With
-            eight streams that is twice `post_ctas_of_eight`; another number would give grad_bias
+        post_slices: post with a bias: slices of tokens per SM, as many as run at one time. With
+            eight streams this is twice `post_ctas_of_eight`; another number would give grad_bias
             other last bits.
         interleaved_post_ctas: interleaved_post: as `post_ctas`.
-        any_ctas: projection_any: CTAs of the matmuls on an SM at a time: one waits for its loads
+        any_ctas: projection_any: CTAs of the matmuls per SM: one waits for its loads
             while the other multiplies.
         kept_bytes: aggregate: streams of more bytes are read as if for the last time.
         last_read_bytes: aggregate: those of more bytes, about five times L2, as usual again.

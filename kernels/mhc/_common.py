@@ -11,7 +11,7 @@ from tilelang import PassConfigKey
 from tile_mhc.kernels._arch import ARCHITECTURES, DEFAULT
 from tile_mhc.kernels._dtypes import Dtypes, split_arguments
 
-# Bytes of the widest access a thread can make, and bfloat16 values in one.
+# Bytes of the widest access of a thread, and bfloat16 values in one.
 ACCESS = 16
 VECTOR = 8
 
@@ -82,7 +82,7 @@ def row_vector(hidden_size: int, dtype: str) -> int:
 def row_threads(hidden_size: int, vector: int, limit: int = 256) -> int:
     """The thread count, in warps, that covers H in accesses with the fewest idle lanes.
 
-    Of equal ones the largest: more loads of one token in flight.
+    Among equals the largest: more loads of one token in flight.
     """
     lanes = -(-hidden_size // vector)
 
@@ -93,10 +93,10 @@ def row_threads(hidden_size: int, vector: int, limit: int = 256) -> int:
 
 
 def row_chunks(hidden_size: int, threads: int, vector: int) -> int:
-    """CTAs a token, each of which takes one access of its threads.
+    """CTAs per token; each takes one access per thread.
 
-    They are the fastest part of a CTA's index: what runs at one time is a block of whole tokens,
-    one stretch of memory, and not a piece of each of a thousand tokens.
+    They vary fastest in the CTA index: the CTAs that run at one time then cover whole tokens, one
+    stretch of memory, and not a piece each of a thousand tokens.
     """
     return -(-hidden_size // (threads * vector))
 

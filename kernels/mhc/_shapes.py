@@ -7,12 +7,12 @@ from tile_mhc.kernels._arch import ARCHITECTURES, DEFAULT, Architecture
 # projection: the tile of x that one CTA takes at a time.
 BLOCK_TOKENS = 128
 BLOCK_K = 128
-# Its backward: tokens of a tile, and columns of a piece, which lies in one stream as H is a
-# multiple of it.
+# Its backward: tokens per tile, and columns per piece. H is a multiple of a piece, so that a piece
+# lies in one stream.
 BACKWARD_TOKENS = 64
 PIECE = 64
 
-# With more splits of K than this, so many threads share the sum over them.
+# With more splits of K than this, this many threads share the sum over them.
 SUM_LANES = 8
 # Its fast kernels take bfloat16 streams of a width in whole pieces; `projection_any` the others.
 FAST_HIDDEN = PIECE
@@ -24,7 +24,7 @@ ANY_COLUMNS = 32
 # delayed_pre, post_pre: the tile of tokens, and the columns of each stream, that one CTA takes.
 DELAYED_TOKENS = 64
 DELAYED_COLUMNS = PIECE
-# Their backward: tokens of a tile; two such fit the shared memory beside the weight.
+# Their backward: tokens per tile; two tiles fit the shared memory beside the weight.
 DELAYED_BACKWARD_TOKENS = 32
 
 # mixes, contract: tokens summed by one CTA into one row of partial sums.
@@ -59,7 +59,7 @@ def backward_pieces(num_mixes: int, size: int, n: int, joins: bool = False) -> i
 
 
 def factors_width(n: int) -> int:
-    """projection: numbers a token hands to the backward, in whole 16-byte units.
+    """projection: numbers per token that the backward is handed, in whole 16-byte units.
 
     inv_rms, the factor of x from the statistic, the inverse of the tile's power of two, pre_mix.
     """
@@ -71,19 +71,19 @@ def padded(num_mixes: int) -> int:
     return -(-num_mixes // 8) * 8
 
 
-# contract_cluster: tokens that a cluster of CTAs takes at a time, and columns of H a warp has.
+# contract_cluster: tokens that a cluster of CTAs takes at a time, and columns of H per warp.
 CLUSTER_TOKENS = 8
 CLUSTER_COLUMNS = 64
 # More groups than this in a ring gain nothing.
 CLUSTER_STAGES = 6
-# The widest part of H of a CTA: with 16 warps and the one for sums, 96 registers a thread.
+# The most columns of H per CTA: with 16 warps and one for the sums, 96 registers per thread.
 CLUSTER_WIDTH = 1024
 
 
 def cluster_row(rows: int, width: int) -> int:
     """contract_cluster: the length of a token in a ring of `rows` streams of `width` columns.
 
-    32 more than those, so that neighbours lie half of the banks apart.
+    32 more than its elements, so that neighbouring tokens lie half of the banks apart.
     """
     return rows * width + 32
 

@@ -8,8 +8,9 @@ HBM once, where `projection` and `contract_fwd`, one after the other, read it tw
 A warp has CLUSTER_COLUMNS columns of every stream, and takes them of a group of tokens at a time:
 in step s it takes the products of group s, asks for a later one, and finishes group s - 1, whose
 gates have come by then. One more warp adds up the products of the others, pushes the sums to every
-CTA of the cluster, and makes gates of what came from there. One barrier a step, for both, lets each
-see what the other wrote. TileLang adds none but that after the setup of the mbarriers (RING).
+CTA of the cluster, and computes the gates from what all CTAs pushed. One barrier per step, for all
+warps, lets each see what the others wrote. TileLang adds none but that after the setup of the
+mbarriers (RING).
 """
 
 import tilelang.language as T
@@ -41,16 +42,16 @@ RING = {
     PassConfigKey.TL_DISABLE_SAFE_MEMORY_ACCESS: True,
 }
 GROUP = CLUSTER_TOKENS
-# What a tensor core multiplies at a time, of a warp's columns.
+# Columns of a warp that the tensor cores multiply at a time.
 BLOCK = 32
 BLOCKS = CLUSTER_COLUMNS // BLOCK
-# Vectors in a warp's columns of one stream.
+# Vectors per stream in a warp's columns.
 CHUNKS = CLUSTER_COLUMNS // VECTOR
 # Columns whose products a tensor core adds up before float32 does: see `projection_fwd`.
 CHAIN = 128
 # Two would do: see `push_sums`.
 SLOTS = 4
-# The barrier of a step, at which warps arrive from two loops.
+# The barrier of every step; warps arrive at it from two different loops.
 BARRIER = 1
 STORE_TO_CTA = tvm.ir.Op.get("tl.tma_store_cluster")
 
@@ -66,9 +67,9 @@ def load_group(
     column: T.int32,
     width: int,
 ):
-    """Ask for a warp's columns of the tokens from t0[0] on; past the last token there are zeros.
+    """Start the loads of a warp's columns of the tokens from t0[0] on; zeros past the last token.
 
-    `vector` is the one of a token's that this lane asks for.
+    `vector` is the index, within a token, of the vector that this lane loads.
     """
     lane = T.get_thread_binding() % 32
     at = lane // CHUNKS % rows * width + column + lane % CHUNKS * VECTOR
@@ -114,10 +115,10 @@ def multiply(a: T.Buffer, b: T.Buffer, at: int, out: T.Buffer, chain: int):
 
 @T.macro
 def stack(upper: T.Buffer, u: int, lower: T.Buffer, v: int, a: T.Buffer):
-    """The operand whose rows 0 to 7 are of `upper`, and 8 to 15 of `lower`, four values a lane.
+    """The operand whose rows 0 to 7 are of `upper`, and 8 to 15 of `lower`, four values per lane.
 
-    Which columns a lane's values are of does not matter, as long as both operands agree: a lane has
-    eight neighbours, in one access, where the tensor core has pairs.
+    Which columns a lane's values come from does not matter, as long as both operands agree: here a
+    lane has eight neighbours, loaded in one access, where the tensor core's layout has pairs.
     """
     for k in T.vectorized(2):
         a[k] = upper[u + k]
@@ -410,7 +411,7 @@ def contract_cluster_bwd(
     bias_dtype: str,
     limits: Architecture,
 ):
-    """Gradient of x, and of weight, bias and scale a row of partial sums a cluster.
+    """Gradient of x; of weight, bias and scale one row of partial sums per cluster.
 
     d gate_i = grad . x_i;  d mix = d gate * sigmoid'(z) * scale;  r is inv_rms
     d x_i = gate_i * grad + (d mix * r) . w_i - x_i * r * r * (d mix . mix) / K
@@ -428,7 +429,7 @@ def contract_cluster_bwd(
     # A thread keeps the weight, and its gradient, of columns of one stream.
     vector = n * CLUSTER_COLUMNS // 32
     owners = CLUSTER_COLUMNS // vector
-    # Of a token: its gates, d mix * r, r, and the factor of x * r.
+    # Numbers per token: n gates, n times d mix * r, r, and the factor of x * r.
     factors = -(-(2 * n + 2) // 4) * 4
     has_norm = norm_weight_dtype != ""
 
@@ -514,8 +515,8 @@ def contract_cluster_bwd(
                             c = column + b * BLOCK + lane % 4 * VECTOR
                             for v in T.vectorized(VECTOR):
                                 grads[v] = grad_ring[step % stages, lane // 4, c + v]
-                            # Two streams a product, their tokens against those of the gradient: on
-                            # its diagonals a token meets itself.
+                            # Each product multiplies the tokens of two streams with those of the
+                            # gradient; its diagonals pair a token with itself.
                             for p in tuple(range(n // 2)):
                                 for i in T.unroll(2):
                                     for v in T.vectorized(VECTOR):

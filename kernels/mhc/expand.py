@@ -16,10 +16,10 @@ from tile_mhc.kernels._common import (
     row_vector,
 )
 
-# Streams that a CTA writes. H200, 2026-11, us with one (two accesses of it a thread), two and four:
+# Streams per CTA. H200, 2026-11, us with one (two accesses to it per thread), two and four streams:
 # 148.2, 144.8 and 148.4 at T=8192 H=7168, 44.5, 43.4 and 45.9 at 4096x4096, 28.4, 28.3 and 28.8 at
-# 4096x2560, 5.4, 5.6 and 5.3 at 128x7168. Where one access of one stream is all that a thread has,
-# there are more CTAs than start in the time: 157.8 us.
+# 4096x2560, 5.4, 5.6 and 5.3 at 128x7168. With one stream and one access per thread the GPU cannot
+# start so many CTAs as fast as memory would take their writes: 157.8 us.
 COPIES = 2
 
 

@@ -22,7 +22,7 @@ from tile_mhc.kernels.mixes import THREADS, logit, sigmoid, sigmoid_slope
 @builder(SIMT)
 def head_mix_fwd(n: int, *, scale_dtype: str, bias_dtype: str):
     tokens = T.dynamic("num_tokens")
-    # Whole tokens, one thread a mix: indices stay 32 bits wide.
+    # Whole tokens, one thread per mix: indices stay 32 bits wide.
     block_tokens = 256 // n
 
     @T.prim_func
@@ -61,7 +61,7 @@ def head_mix_bwd(n: int, *, scale_dtype: str, bias_dtype: str):
         grad_mixes: T.Tensor[(tokens, n), T.float32],
         partials: T.Tensor[(rows, n + 1), T.float32],
     ):
-        # One thread a token; its CTA's sums are one row of partials: bias, then scale.
+        # One thread per token; the sums of a CTA are one row of partials: bias, then scale.
         with T.Kernel(rows, threads=THREADS) as row:
             follow_previous()
             tid = T.get_thread_binding()

@@ -11,7 +11,7 @@ elements of any size count, which float32 cannot hold. So every few steps, which
 their powers of two go into E, which is made anew. Its exponents are taken in float64: those of
 logits 300 apart would be off by 1e-5 in float32.
 
-One token a thread, all of it in registers, as in sinkhorn.
+One thread per token, all in registers, as in sinkhorn.
 """
 
 import math

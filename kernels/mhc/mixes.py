@@ -1,8 +1,8 @@
 """Scale, bias and sigmoid: mixes -> pre, post and the logits of comb.
 
 z = mixes * scale[group] + bias;  pre = sigmoid(z) + pre_eps;  post = post_mult * sigmoid(z);
-comb = z. Gradients of scale and bias are sums over tokens: a row of partial sums a CTA, then
-`column_sums` over the rows.
+comb = z. Gradients of scale and bias are sums over tokens: one row of partial sums per CTA,
+then `column_sums` over the rows.
 """
 
 import tilelang.language as T
@@ -20,10 +20,10 @@ from tile_mhc.kernels._common import (
 )
 from tile_mhc.kernels._shapes import TOKENS_PER_PARTIAL
 
-# One thread a token.
+# One thread per token.
 THREADS = TOKENS_PER_PARTIAL
-# Tokens of a CTA with a warp for each row of n mixes: its lanes take one branch, and what they
-# store lies together.
+# Tokens per CTA where each row of n mixes has a warp of its own: the lanes of a warp take the same
+# branch, and store to adjacent addresses.
 WARP_TOKENS = 32
 
 
@@ -118,7 +118,7 @@ def split_mixes_bwd(n: int, *, scale_dtype: str, bias_dtype: str):
         partials: T.Tensor[(rows, num_mixes + 3), T.float32],
         post_mult: T.float32,
     ):
-        # One thread a token; its CTA's sums are one row of partials: bias, then scale.
+        # One thread per token; the sums of a CTA are one row of partials: bias, then scale.
         with T.Kernel(rows, threads=THREADS) as row:
             follow_previous()
             tid = T.get_thread_binding()
@@ -181,7 +181,7 @@ def column_sums(biases: int, scales: int, directed: bool, *, scale_dtype: str, b
         adds_bias: T.int32,
         adds_scale: T.int32,
     ):
-        # One CTA a column: each thread a stride of rows, then the CTA's sum.
+        # One CTA per column: each thread sums every THREADS-th row, then the CTA its threads' sums.
         with T.Kernel(columns, threads=THREADS) as column:
             follow_previous()
             tid = T.get_thread_binding()

@@ -43,9 +43,9 @@ BYTES = {"float32": 4, "bfloat16": 2, "": 0}
 MATMUL_THREADS = 256
 FULL_ROW = T.GemmWarpPolicy.FullRow
 FULL_COLUMN = T.GemmWarpPolicy.FullCol
-# Of a sum over splits or slices: what a thread loads before it adds the first.
+# Sums over splits or slices: values that a thread loads before it adds the first.
 AT_ONCE = 4
-# projection_norm: mixes of a thread, in one access. H200, 2026-11, us of projection.fwd with one,
+# projection_norm: mixes per thread, in one access. H200, 2026-11, us of projection.fwd with one,
 # two and four: 36.4, 36.1 and 36.4 at T=4096 H=2560, 79.2, 78.0 and 78.3 there with n=8, 17.1, 16.6
 # and 17.0 at 1024x2560, 11.1, 11.2 and 11.4 at 16x7168.
 NORM_MIXES = 2
@@ -102,7 +102,7 @@ def projection_fwd(
     splits = T.dynamic("num_splits")
     part_rows = padded(num_mixes)
     num_blocks = size // BLOCK_K
-    # One CTA an SM (its registers fill it): a deep pipeline keeps the memory busy.
+    # One CTA per SM (its registers fill it): a deep pipeline keeps the memory busy.
     has_norm = norm_weight_dtype != ""
     weight_bytes = num_mixes * BYTES[weight_dtype] + BYTES[norm_weight_dtype]
     stage = (BLOCK_TOKENS * 2 + weight_bytes) * BLOCK_K
@@ -169,7 +169,7 @@ def projection_fwd(
                         square[i, v] += T.cast(x_local[i, g * 8 + v], T.float32) * T.cast(
                             x_local[i, g * 8 + v], T.float32
                         )
-                # The tensor cores truncate what they add up: only within a block.
+                # Tensor cores truncate their sums: they add only within a block.
                 T.gemm(
                     x_local,
                     parts,
@@ -217,7 +217,7 @@ def split_sums(
     """
     for k in T.unroll(width + 1):
         out[k] = 0.0
-    # All loads of a round before its first sum, which a loop of one step a split would not do.
+    # All loads of a round come before its first sum; a loop over single splits would wait for each.
     at_once = SUM_LANES if sharing == 1 else AT_ONCE
     rounds = 1 if sharing == 1 else T.ceildiv(splits, sharing * at_once)
     parts = T.alloc_local((at_once, width), T.float32)
@@ -365,8 +365,8 @@ def store_parts(
 ):
     """The gradient of the bare product in two bfloat16 parts, and the token's factors beside it.
 
-    By one thread a token, whole tiles a CTA of THREADS; `values` are zero past the last token. A
-    tile of tokens gets a common power of two, whose inverse is the third factor.
+    Called by one thread per token, in CTAs of THREADS, whole tiles. `values` are zero past
+    the last token. A tile gets a common power of two, whose inverse is the third factor.
     """
     part_rows = values.shape[0]
     tile_warps = BACKWARD_TOKENS // 32
@@ -400,7 +400,7 @@ def store_parts(
 
 @builder(SIMT)
 def projection_norm_bwd(num_mixes: int, size: int, n: int):
-    """Gradient of the bare product, in two parts, and what else `projection_bwd` needs of a token.
+    """Gradient of the bare product, in two parts, and what else `projection_bwd` needs per token.
 
     d mixes/d product = r;  d mixes/d x through r = -x * r**2 / K * mixes: here the factor without
     one r, which joins x first where it is used, so that it cannot overflow. A tile of tokens gets a
@@ -420,7 +420,7 @@ def projection_norm_bwd(num_mixes: int, size: int, n: int):
         factors: T.Tensor[(tokens, width), T.float32],
         tf32: T.int32,
     ):
-        # One thread a token, whole tiles a CTA.
+        # One thread per token; a CTA takes whole tiles of tokens.
         with T.Kernel(T.ceildiv(tokens, THREADS), threads=THREADS) as block:
             follow_previous()
             tid = T.get_thread_binding()
@@ -463,7 +463,7 @@ def store_weight_parts(
 ):
     """Split the columns of the weight that a CTA of the backward owns, for its products.
 
-    `column_of` tells which column of x one of the CTA's is. A thread loads as many rows of a column
+    `column_of` maps a column of the CTA to its column of x. A thread loads as many rows of a column
     as `local` holds before it stores the first part: left to the compiler, it waits for each load
     in turn (H100, 2026-11: 0.7 to 1.4 us of a backward with 24 mixes).
     Called before `follow_previous`, as the kernel before does not write the weight.
@@ -527,7 +527,7 @@ def projection_bwd(
     # A tuple is unrolled as the kernel is traced: TMA wants its pieces one by one.
     pieces = tuple(range(num_pieces))
     columns = num_pieces * PIECE
-    # The same h of several streams share a CTA, which then reads grad_input once for them.
+    # A CTA takes the same h of several streams, so that it reads grad_input once for all of them.
     groups = max(n // num_pieces, 1)
     out_dtype = into_dtype or "bfloat16"
     # A box of TMA has rows of 128 bytes.

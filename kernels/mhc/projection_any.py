@@ -113,7 +113,7 @@ def projection_any_fwd(
                 # Asked for before the products: they hide its latency.
                 if b + 1 < count:
                     T.copy(x[t0, k0 + ANY_K], x_local)
-                # The tensor cores truncate what they add up: only within a block.
+                # Tensor cores truncate their sums: they add only within a block.
                 T.gemm(x_high, parts, block_product, transpose_B=True, clear_accum=True)
                 if has_low:
                     T.gemm(x_low, parts, block_product, transpose_B=True)
@@ -158,7 +158,7 @@ def projection_any_bwd(
     has_held = held_dtype != ""
     out_dtype = into_dtype or streams_dtype
     columns = ANY_COLUMNS
-    # Two CTAs an SM, by their registers; 80 mixes would not fit those of 128 threads.
+    # Two CTAs per SM, by their registers; 80 mixes would not fit those of 128 threads.
     threads = 128 if num_mixes <= 24 else 256
 
     @T.prim_func
@@ -188,7 +188,7 @@ def projection_any_bwd(
             grad_shared = T.alloc_shared((ANY_TOKENS, columns), T.float32)
             weight_local = T.alloc_fragment((columns, both), T.float32)
             tile_weight = T.alloc_fragment((columns, both), T.float32)
-            # Two more than a row has: a column of it then lies in many banks.
+            # Rows padded by two elements: those of a column then lie in different banks.
             weight_shared = T.alloc_shared((columns, both + 2), T.float32)
             w_local = T.alloc_local((part_rows * columns // threads,), T.float32)
             k0 = column * columns

@@ -1,6 +1,6 @@
 """Replay of L aggregates and their posts in one launch; the residual never leaves registers.
 
-A table of addresses, one row a layer, names the tensors: pre_mix, layer_input, layer_output,
+A table of addresses, one row per layer, names the tensors: pre_mix, layer_input, layer_output,
 post_mix, comb_mix, residual. One kernel serves every number of layers.
 """
 
@@ -98,7 +98,7 @@ def recompute_table(slots: int):
         raise ValueError(f"recompute_table: slots must be {TABLE_SLOTS}; got {slots}")
     entries = T.dynamic("num_entries")
 
-    # One line a layer.
+    # One line per layer.
     # fmt: off
     @T.prim_func
     def recompute_table_kernel(

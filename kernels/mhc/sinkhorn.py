@@ -1,4 +1,4 @@
-"""n x n logits -> a doubly stochastic matrix, one token a thread, all of it in registers.
+"""n x n logits -> a doubly stochastic matrix, one thread per token, all in registers.
 
 Every iterate of Sinkhorn is diag(a) * E * diag(b) with E = softmax(logits) + eps, so the kernels
 iterate the scalings a and b alone: a normalisation costs n*n multiply-adds and n reciprocals
@@ -10,7 +10,7 @@ import tilelang.language as T
 from tile_mhc.kernels._arch import Architecture
 from tile_mhc.kernels._common import SIMT, builder, follow_previous, reciprocal
 
-# One warp a CTA: 8192 tokens make 256 CTAs, enough for every SM.
+# One warp per CTA: 8192 tokens make 256 CTAs, enough for every SM.
 THREADS = 32
 
 

@@ -1,8 +1,8 @@
 """Compile what a run needs before it, on many cores: one after another it would take minutes.
 
-In processes, as tracing holds the interpreter: ours some a process, the peer's by running its calls
-once, a process a stem. Both leave them in TileLang's cache. What fails here fails again where it is
-measured.
+In processes, as tracing holds the interpreter: ours several per process; the peer's by running its
+calls once, one process per stem. Both leave them in TileLang's cache. What fails here fails again
+where it is measured.
 """
 
 import subprocess

@@ -1,4 +1,4 @@
-"""What the timed ops read: one set of random tensors a shape."""
+"""What the timed ops read: one set of random tensors per shape."""
 
 from dataclasses import dataclass, replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""The record of runs: JSON lines, one an op and shape, appended and never rewritten.
+"""The record of runs: JSON lines, one per op and shape, appended and never rewritten.
 
 Lines of scripts/bench.py, before this module, have no quartiles, no host times and no word on the
 method; they were taken with L2 overwritten, between events around the replay.

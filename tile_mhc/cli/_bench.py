@@ -97,7 +97,7 @@ class TokensByHidden(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 @click.option(
     "--record",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Append a JSON line an op and shape.",
+    help="Append one JSON line per op and shape.",
 )
 @click.option("--commit", help="What --record has for the commit.  [default: git's]")
 @click.option(
@@ -109,7 +109,7 @@ class TokensByHidden(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     "--jobs",
     type=click.IntRange(min=1),
     default=lambda: len(os.sched_getaffinity(0)),
-    show_default="one a CPU core",
+    show_default="one per CPU core",
     help="Kernels compiled at a time, before.",
 )
 @click.option("--warm-peer", is_flag=True, hidden=True)

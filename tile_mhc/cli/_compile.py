@@ -71,7 +71,7 @@ class Outcome:
     "--jobs",
     type=click.IntRange(min=1),
     default=lambda: len(os.sched_getaffinity(0)),
-    show_default="one a CPU core",
+    show_default="one per CPU core",
     help="Kernels compiled at a time.",
 )
 @cache_option
@@ -191,7 +191,7 @@ def _compile_one(name: str, args: specs.Arguments, arch: str) -> Outcome:
 
 @contextlib.contextmanager
 def _reporter(total: int, quiet: bool) -> Iterator[Callable[[Outcome], None]]:
-    """A progress bar on a terminal, a line a kernel elsewhere; both on stderr."""
+    """A progress bar on a terminal, one line per kernel elsewhere; both on stderr."""
     console = Console(stderr=True, quiet=quiet)
     if not console.is_terminal:
         done = 0

@@ -21,7 +21,7 @@ from tile_mhc.cli._resources import Resources
 Kernel = tuple[str, specs.Arguments, str]
 Measured = Resources | str  # or why there are none
 
-# Kernels a file: more of them would leave cores idle at the end.
+# Kernels per file: with more, cores would be idle at the end.
 TOGETHER = 16
 
 _ENTRY = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(')

@@ -1,1 +1,1 @@
-"""The ops: check -> allocate -> launch, one op a file, each a torch.library operator."""
+"""The ops: check -> allocate -> launch, one file per op, each a torch.library operator."""

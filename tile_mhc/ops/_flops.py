@@ -1,7 +1,7 @@
 """What torch's FlopCounterMode counts of an operator, from the shapes of its arguments.
 
-As torch counts its own: two a multiply-add of a contraction, and nothing for what is pointwise or a
-plain sum (gates, Sinkhorn, norms, copies). T tokens, n streams, H their width, N mixes:
+As torch counts its own: two per multiply-add of a contraction, and nothing for what is pointwise or
+a plain sum (gates, Sinkhorn, norms, copies). T tokens, n streams, H their width, N mixes:
 
     projection  2 T N n H    aggregate  2 T n H    post  2 T n (n + 1) H
 

@@ -40,7 +40,7 @@ def contract(
     tf32: bool = False,
     grad_accumulator: GradAccumulator | None = None,
 ) -> Tensor:
-    """Read one stream out of n, with learned weights a token.
+    """Read one stream out of n, with learned weights per token.
 
     gate = sigmoid(projection(residual, weight) * scale + bias) + pre_eps
     out[t, h] = sum_i gate[t, i] * residual[t, i, h]

@@ -77,7 +77,7 @@ def backward(
     grads = gradient_buffers(of_projection, residual, weight, norm_weight)
     clusters = selection.num_clusters(x.shape[0], cluster_size(n, hidden_size, True))
     partials = projection_op.partial_sums(clusters, grads[1], norm_weight, of_projection)
-    # One row a cluster: the bias gradients, then the scale gradient.
+    # One row per cluster: the bias gradients, then the scale gradient.
     gate_partials = mixes.new_empty(clusters, n + 1)
     given = _dtypes(weight, norm_weight, scale, bias)
     jit.kernel("contract_cluster_bwd", n, hidden_size, *given)(

@@ -1,7 +1,7 @@
 """Everything before a sub-layer: projection, mixes, Sinkhorn and aggregate in one op."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -26,6 +26,74 @@ from tile_mhc.ops._destinations import (
 from tile_mhc.ops._library import dtype_of, dtypes, empty_gradients, register, temporaries
 from tile_mhc.ops._op import Op
 from tile_mhc.ops.aggregate import check_mix
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from tile_mhc.ops._options import PreOptions
+
+# By themselves in this block, without which mypy misses what they belong to.
+if TYPE_CHECKING:
+
+    @overload
+    def fused_pre(
+        residual: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        *,
+        pre_mix: None = None,
+        passes_residual: Literal[False] = False,
+        **options: Unpack[PreOptions],
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    @overload
+    def fused_pre(
+        residual: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        *,
+        pre_mix: None = None,
+        passes_residual: Literal[True],
+        **options: Unpack[PreOptions],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+
+    @overload
+    def fused_pre(
+        residual: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        *,
+        pre_mix: Tensor,
+        passes_residual: Literal[False] = False,
+        **options: Unpack[PreOptions],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+
+    @overload
+    def fused_pre(
+        residual: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        *,
+        pre_mix: Tensor,
+        passes_residual: Literal[True],
+        **options: Unpack[PreOptions],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+
+    @overload
+    def fused_pre(
+        residual: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        *,
+        pre_mix: Tensor | None = None,
+        passes_residual: bool = False,
+        **options: Unpack[PreOptions],
+    ) -> tuple[Tensor, ...]: ...
 
 
 def fused_pre(

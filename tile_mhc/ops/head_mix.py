@@ -73,7 +73,7 @@ def launch_backward(
     num_tokens = mixes.numel() // n
     if num_tokens == 0:
         return grad_mixes, *no_sums(scale, bias, into)
-    # One row of partial sums a CTA: the bias gradients, then the scale gradient.
+    # One row of partial sums per CTA: the bias gradients, then the scale gradient.
     partials = mixes.new_empty(selection.partial_rows(num_tokens), n + 1)
     jit.kernel("head_mix_bwd", n, *gate_dtypes(scale, bias))(
         grad.contiguous().view(-1, n),

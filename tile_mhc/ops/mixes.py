@@ -193,7 +193,7 @@ def launch_backward(
 
 
 def partial_shape(num_tokens: int, num_mixes: int) -> tuple[int, int]:
-    """One row of partial sums a CTA: the bias gradients, then the three scale gradients."""
+    """One row of partial sums per CTA: the bias gradients, then the three scale gradients."""
     return selection.partial_rows(num_tokens), num_mixes + 3
 
 

@@ -1,7 +1,7 @@
 """The boundary between two sub-layers: the post of one and all that is before the next."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -38,6 +38,42 @@ OF_POST = {1: 1}
 OF_FUSED_PRE = {4: 1, 5: 2, 6: 3, 9: 4}
 OF_DELAYED_PRE = {4: 1, 5: 2, 6: 3, 9: 5}
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from tile_mhc.ops._options import PostPreOptions
+
+# By themselves in this block, without which mypy misses what they belong to.
+if TYPE_CHECKING:
+
+    @overload
+    def post_pre(
+        layer_output: Tensor,
+        residual: Tensor,
+        post_mix: Tensor,
+        comb_mix: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        *,
+        pre_mix: None = None,
+        **options: Unpack[PostPreOptions],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+
+    @overload
+    def post_pre(
+        layer_output: Tensor,
+        residual: Tensor,
+        post_mix: Tensor,
+        comb_mix: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        *,
+        pre_mix: Tensor,
+        **options: Unpack[PostPreOptions],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+
 
 def post_pre(
     layer_output: Tensor,
@@ -68,10 +104,12 @@ def post_pre(
     layer_input, post_mix, comb_mix = fused_pre(streams, weight, scale, bias)
 
     With a `pre_mix`, as in DeepSeek-V4.1:
+
     layer_input, pre_mix, post_mix, comb_mix = fused_pre(streams, weight, scale, bias,
                                                          pre_mix=pre_mix)
 
     and with a `layer_norm_weight`, for inference alone:
+
     layer_input = layer_input * rsqrt(mean(layer_input**2) + layer_norm_eps) * layer_norm_weight
 
     The streams are rounded to their dtype once, and projected and collapsed as they were rounded;

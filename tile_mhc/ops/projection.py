@@ -282,7 +282,7 @@ def launch_backward_rows(
     grads: tuple[Tensor, Tensor, Tensor],
     into: Destinations,
 ) -> None:
-    """Write `grads`; what has a row a token has two dimensions, but for the streams.
+    """Write `grads`. What has one row per token has two dimensions, but for the streams.
 
     `accumulated` is a gradient that the streams already have; `factors`, room of `factor_shapes`.
     """

@@ -166,7 +166,7 @@ def _cuda(
         return
     n, hidden_size = initial_residual.shape[-2:]
     layers, posts = len(pre_mixes), len(layer_outputs)
-    # One row a layer: the six addresses that layer needs. The missing post of a last layer is 0.
+    # One row per layer: the six addresses that layer needs. The missing post of a last layer is 0.
     table = initial_residual.new_empty(layers, 6, dtype=torch.int64)
     columns = (pre_mixes, layer_inputs, layer_outputs, post_mixes, comb_mixes, residuals)
     addresses = [

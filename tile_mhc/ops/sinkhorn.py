@@ -11,7 +11,7 @@ from tile_mhc.ops import _flops, log_sinkhorn
 from tile_mhc.ops._library import register
 from tile_mhc.ops._op import Op
 
-# The backward keeps two scalings a stream and step in shared memory: for eight streams 64 KiB a
+# The backward keeps two scalings per stream and step in shared memory: for eight streams 64 KiB per
 # token, so that a CTA still takes two tokens.
 MAX_REPEAT = 1024
 

@@ -1,10 +1,10 @@
-"""What the kernels share on streams that lie innermost, (T, C, n): an access is whole channels."""
+"""What the kernels on streams that lie innermost, (T, C, n), share. Accesses are whole channels."""
 
 import tilelang.language as T
 
 ACCESS = 16
 BYTES = {"bfloat16": 2, "float32": 4}
-# Accesses of one tensor that a thread has in flight.
+# Accesses to one tensor that a thread keeps in flight.
 STEPS = 4
 
 
@@ -25,10 +25,10 @@ def wider(first: str, second: str) -> str:
 
 
 def row_shape(accesses: int, limit: int = 256, most_steps: int = STEPS) -> tuple[int, int]:
-    """(threads, steps): a CTA's tile of `threads * steps` accesses, with the fewest idle ones.
+    """(threads, steps): a CTA takes tiles of `threads * steps` accesses; the fewest are idle.
 
     Neighbouring threads take neighbouring accesses, steps are `threads` of them apart: every access
-    of a warp is one stretch of memory, of the layer's tensors too. Of equal ones the largest; below
+    of a warp is one stretch of memory, of the layer's tensors too. Among equals the largest; below
     128 threads only where the row has no more.
     """
     steps = min(most_steps, -(-accesses // 32))

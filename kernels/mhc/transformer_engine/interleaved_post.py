@@ -111,7 +111,9 @@ def interleaved_post_bwd(
     into_dtype: str,
     limits: Architecture,
 ):
-    """All gradients of a token; with a bias of a slice of tokens, and their sum for the bias.
+    """All gradients, one token per CTA; with a bias, one slice of tokens per CTA.
+
+    A CTA then sums the gradient of the bias over its slice, in its row of `partials`.
 
     `into_dtype` is float32 for a buffer of gradients: on top of what it holds, if `adds`.
     """

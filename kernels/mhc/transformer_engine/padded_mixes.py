@@ -21,7 +21,7 @@ from tile_mhc.kernels._common import (
 from tile_mhc.kernels._shapes import PADDED, TOKENS_PER_PARTIAL
 from tile_mhc.kernels.mixes import WARP_TOKENS, logit, sigmoid, sigmoid_slope
 
-# One thread a token.
+# One thread per token.
 THREADS = TOKENS_PER_PARTIAL
 # TransformerEngine's: the epsilon of float32, which its users cannot choose.
 RMS_EPS = 2.0**-23
@@ -92,7 +92,7 @@ def padded_mixes_bwd(n: int, *, scale_dtype: str, bias_dtype: str):
         grad_ms: T.Tensor[(tokens,), T.float32],
         partials: T.Tensor[(rows, num_mixes + 3), T.float32],
     ):
-        # One thread a token; its CTA's sums are one row of partials: bias, then scale.
+        # One thread per token; the sums of a CTA are one row of partials: bias, then scale.
         with T.Kernel(rows, threads=THREADS) as row:
             follow_previous()
             tid = T.get_thread_binding()
@@ -109,7 +109,7 @@ def padded_mixes_bwd(n: int, *, scale_dtype: str, bias_dtype: str):
             for k in T.unroll(num_mixes + 3):
                 sums[k] = 0.0
             if t < tokens:
-                # The gradients of the gates stand where those of their arguments will.
+                # `sums` holds the gradients of the gates first, then those of their arguments.
                 load_mixes(h, t, 0, PADDED, mix)
                 load_gradients(grad_pre, t, n, 0, sums)
                 load_gradients(grad_post, t, n, n, sums)

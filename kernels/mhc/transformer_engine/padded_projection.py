@@ -10,7 +10,7 @@ from tile_mhc.kernels._common import SIMT, builder, follow_previous, load_mixes
 from tile_mhc.kernels._shapes import PADDED, factors_width, padded
 from tile_mhc.kernels.projection import THREADS, store_parts
 
-# Columns a thread sums.
+# Columns that one thread sums.
 COLUMNS = 4
 
 
@@ -19,7 +19,7 @@ def padded_projection_fwd(num_mixes: int, size: int):
     """Sum the splits, in order."""
     tokens = T.dynamic("num_tokens")
     splits = T.dynamic("num_splits")
-    # The first group of padding has the mean square to do.
+    # The first group of padding columns has no products: its thread computes the mean square.
     groups = PADDED // COLUMNS
     block = THREADS // groups
 
@@ -74,7 +74,7 @@ def padded_projection_pack(num_mixes: int, size: int):
         grad_parts: T.Tensor[(tokens, 2 * part_rows), T.bfloat16],
         factors: T.Tensor[(tokens, width), T.float32],
     ):
-        # One thread a token, whole tiles a CTA.
+        # One thread per token; a CTA takes whole tiles of tokens.
         with T.Kernel(T.ceildiv(tokens, THREADS), threads=THREADS) as block:
             follow_previous()
             t = block * THREADS + T.get_thread_binding()

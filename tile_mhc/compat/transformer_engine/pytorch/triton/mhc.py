@@ -23,7 +23,7 @@ ENFORCE_DETERMINISTIC = os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1") 
 DTYPES = (torch.float32, torch.bfloat16)
 STREAMS = 4
 MIXES = STREAMS * (STREAMS + 2)
-# The sums for a bias lie in shared memory, four bytes a channel.
+# The sums for a bias lie in shared memory, four bytes per channel.
 MAX_CHANNELS = 49152
 
 

@@ -1,0 +1,29 @@
+"""What `fused_pre` and `post_pre` take by keyword besides the flags that change what they return.
+
+Only for the overloads of the two, which only type checkers read: at run time there are none, and
+the documentation shows the one signature with its defaults. A test compares it with these.
+"""
+
+from typing import TypedDict
+
+from torch import Tensor
+
+from tile_mhc.accumulator import GradAccumulator
+
+
+class PreOptions(TypedDict, total=False):
+    norm_weight: Tensor | None
+    norm_eps: float
+    pre_eps: float
+    sinkhorn_eps: float
+    post_mult: float
+    sinkhorn_repeat: int
+    num_splits: int | None
+    tf32: bool
+
+
+class PostPreOptions(PreOptions, total=False):
+    layer_bias: Tensor | None
+    layer_norm_weight: Tensor | None
+    layer_norm_eps: float
+    grad_accumulator: GradAccumulator | None
