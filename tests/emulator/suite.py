@@ -15,6 +15,7 @@ import te_cases
 from cases import (
     CONTRACT,
     DEFAULT_DTYPES,
+    DELAYED_PRE,
     FUSED_PRE,
     OPS,
     POST_PRE,
@@ -74,6 +75,14 @@ PASSING = dataclasses.replace(
 )
 
 
+DELAYED_PASSING = dataclasses.replace(
+    DELAYED_PRE,
+    run=_passing,
+    reference=_passing_reference,
+    outputs=(*DELAYED_PRE.outputs, "residual"),
+)
+
+
 def _head_inputs(*shape: Any) -> Inputs:
     tensors, _ = CONTRACT.inputs(*shape)
     return {name: tensors[name] for name in ("residual", "weight")}, {}
@@ -85,7 +94,7 @@ HEAD_PROJECTION = dataclasses.replace(PROJECTION, inputs=_head_inputs)
 TWO_PASSES = dataclasses.replace(CONTRACT, run=functools.partial(contract, num_splits=1000))
 # What has kernels of its own for Sinkhorn.
 WITHOUT_EPS = dataclasses.replace(SINKHORN, run=functools.partial(sinkhorn, eps=0.0))
-EVERY_OP = (*OPS, PASSING, HEAD_PROJECTION, TWO_PASSES, WITHOUT_EPS)
+EVERY_OP = (*OPS, PASSING, DELAYED_PASSING, HEAD_PROJECTION, TWO_PASSES, WITHOUT_EPS)
 
 
 def run_recompute(
@@ -138,6 +147,16 @@ def run_input_norm(case: Case, dtypes: Dtypes = DEFAULT_DTYPES) -> None:
                 torch.testing.assert_close(normed, want, rtol=2**-7, atol=1e-5)
 
 
+def run_last_boundary(case: Case, dtypes: Dtypes = DEFAULT_DTYPES) -> None:
+    """A boundary whose streams nobody reads: there is no gradient of theirs to add to."""
+    tensors, options = POST_PRE_DELAYED.inputs(*case.shape, "cpu")
+    for chosen in (tensors, with_norm(POST_PRE_DELAYED, tensors)):
+        given = dtypes.of(chosen)
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in given.items()}
+        _, *outputs = post_pre(**leaves, **options)
+        torch.autograd.backward(outputs, [torch.randn_like(out) for out in outputs])
+
+
 def run_everything(case: Case, dtypes: Dtypes = DEFAULT_DTYPES) -> None:
     """Every op forward and backward, in every form that has kernels of its own."""
     if case.num_streams == te_cases.N and dtypes is DEFAULT_DTYPES:
@@ -157,3 +176,4 @@ def run_everything(case: Case, dtypes: Dtypes = DEFAULT_DTYPES) -> None:
                 op.run(**given, **options)
     run_recompute(case, dtype=dtypes.streams)
     run_input_norm(case, dtypes)
+    run_last_boundary(case, dtypes)

@@ -24,6 +24,7 @@ from emulator import launch, suite
 from emulator.ops import NUM_SMS, emulated, operators
 from emulator.suite import (
     CASES,
+    DELAYED_PASSING,
     PASSING,
     VARIED,
     WIDE_CASE,
@@ -122,7 +123,8 @@ def test_nonfinite_stays_in_its_token(op):
 
 @pytest.mark.parametrize("case", [*CASES, Case(300, 4, 192, "several tiles")], ids=str)
 def test_residual_passed_through(case):
-    oracle.check(PASSING, case, *PASSING.inputs(*case.shape, "cpu"))
+    for op in (PASSING, DELAYED_PASSING):
+        oracle.check(op, case, *op.inputs(*case.shape, "cpu"))
 
 
 @pytest.mark.parametrize("op", [PROJECTION, FUSED_PRE, PASSING], ids=str)
