@@ -91,8 +91,9 @@ class WeightTerms:
     def add(
         self, x: Tensor, weight: Tensor, norm_weight: Tensor | None, inv_rms: Tensor, grad: Tensor
     ) -> None:
-        of_product = (grad * inv_rms.unsqueeze(-1)).double().flatten(0, -2)
-        squares = of_product.square().mT @ x.double().flatten(-2).flatten(0, -2).square()
+        of_product = (grad * inv_rms.unsqueeze(-1)).double().reshape(-1, grad.shape[-1])
+        streams = x.double().reshape(-1, weight.shape[-1])
+        squares = of_product.square().mT @ streams.square()
         if norm_weight is not None:
             squares = squares * norm_weight.double().square()
         self.of_weight = squares.sqrt()
