@@ -37,6 +37,8 @@ MOST_KINDS = 8
 # The call of a key at which its launcher is written down. That costs what some ten known calls
 # save, and sequences of ever new lengths should not pay for it.
 SIGHTINGS = 5
+# Instead of a count of sightings, where a launcher does what cannot be written down.
+NEVER = -(1 << 60)
 # Bytes: as torch aligns what it allocates.
 _ALIGNMENT = 512
 # The memory of temporaries is allocated in elements of this dtype.
@@ -363,17 +365,30 @@ class Replay:
         memory = self._memory
         key = args[self._main].shape, config.settings, options
         sightings = memory.sightings.get(key, 0) + 1
-        if len(memory.sightings) >= MOST_KEYS:
+        if sightings == 1 and len(memory.sightings) >= MOST_KEYS:
             self.forget()
         memory.sightings[key] = sightings
-        kinds = memory.kinds.get(key, [])
-        if sightings < SIGHTINGS or len(kinds) >= MOST_KINDS:
+        kinds = memory.kinds.setdefault(key, [])
+        if sightings < SIGHTINGS or len(kinds) >= MOST_KINDS or not self._can_be_found(args):
             return None
         kind = self._study(args, [*map(type, options)])
         if kind is None:
+            # Nor will the next launcher's work be all that can be written down.
+            memory.sightings[key] = NEVER
             return None
-        memory.kinds.setdefault(key, []).append(kind)
+        kinds.append(kind)
         return self.find(args)
+
+    def _can_be_found(self, args: Sequence[Any]) -> bool:
+        """Whether `find` could give a call with such tensors."""
+        given = [args[i] for i in self._tensors if args[i] is not None]
+        return (
+            all(map(_is_plain, given))
+            and len(set(map(id, given))) == len(given)
+            and given[0].get_device() == current_device()
+            and all(tensor.data_ptr() >= errors.FREED for tensor in given)
+            and not any(tensor.data_ptr() % errors.ALIGNMENT for tensor in given)
+        )
 
     def forget(self) -> None:
         """Drop what this thread has learned."""
@@ -384,8 +399,6 @@ class Replay:
         positions = [i for i in self._tensors if args[i] is not None]
         given = [args[i] for i in positions]
         device = current_device()
-        if not all(map(_is_plain, given)) or given[0].get_device() != device:
-            return None
         # Distinct objects, in whose views autograd has no part.
         inputs = [tensor.detach() for tensor in given]
         replaced: list[Any] = list(args)
