@@ -84,6 +84,19 @@ def empty_gradients(*inputs: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(grads)
 
 
+def filled(
+    grads: Sequence[Tensor | None], empty: Callable[[Tensor], Sequence[Tensor]], residual: Tensor
+) -> Sequence[Tensor | None]:
+    """Gradients of an operator's first outputs, and zeros where autograd has left one out.
+
+    `empty` makes the outputs from the residual.
+    """
+    if any(grad is None for grad in grads):
+        pairs = zip(grads, empty(residual)[: len(grads)], strict=True)
+        return [out.zero_() if grad is None else grad for grad, out in pairs]
+    return grads
+
+
 def absent(like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """What a kernel gets in place of a tensor that it does not read.
 

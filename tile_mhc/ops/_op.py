@@ -99,8 +99,9 @@ class Op:
             directs = directs or main_grad.takes_part(inputs[position])
         if known is not None:
             # Nothing is traced: torch.compile's leave, which takes time to ask for, is not needed.
-            run = _call_directed if directs else _apply
-            return run(self, known, inputs, state, plain)
+            if directs:
+                return _call_directed(self, known, inputs, state, plain)
+            return _apply(self, known, inputs, state)
         if (state is None and not directs) or transforms_active():
             return _as_tuple((plain or self.operator)(*inputs))
         return _call_outside_graphs(self, None, inputs, state, plain)
@@ -150,7 +151,7 @@ def _call_directed(
         parameters, known = {}, None
     if state is None and not parameters:
         return _as_tuple((plain or op.operator)(*inputs))
-    return _apply(op, known, inputs, state, plain, parameters)
+    return _apply(op, known, inputs, state, parameters)
 
 
 # Memory that outlives the op is outside of any graph: torch.compile breaks its own here.
@@ -162,7 +163,6 @@ def _apply(
     known: Call | None,
     inputs: Sequence[Any],
     state: State | None,
-    _plain: object,
     parameters: Mapping[int, Tensor] = NO_PARAMETERS,
 ) -> tuple[Tensor, ...]:
     tensors, options = inputs[: op.tensors], inputs[op.tensors :]

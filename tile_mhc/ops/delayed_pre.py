@@ -28,6 +28,7 @@ from tile_mhc.ops._library import (
     dtype_of,
     dtypes,
     empty_gradients,
+    filled,
     register,
     temporaries,
 )
@@ -422,7 +423,7 @@ def launch_sums(
 
 
 def _room(into: Destinations, *inputs: Any) -> tuple[Tensor, ...]:
-    """As `room`, but for a gradient of pre_mix that nobody wants."""
+    """As `gradient_buffers`, but for a gradient of pre_mix that nobody wants."""
     *tensors, wants_pre = inputs
     if not wants_pre:
         tensors[4] = tensors[4].new_empty(0)
@@ -463,15 +464,7 @@ def _backward_arguments(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """Gradients that autograd left out are zeros; that of the residual joins what it has."""
     saved = ctx.saved_tensors  # once: checkpointing unpacks it only once
     passed = grads[-1] if len(grads) in (5, 7) else None
-    return *filled(grads[:4], saved[0]), *saved, *ctx.options, passed
-
-
-def filled(grads: Sequence[Tensor | None], residual: Tensor) -> list[Tensor]:
-    """The gradients of the first outputs, and zeros where there is none."""
-    if any(grad is None for grad in grads):
-        pairs = zip(grads, empty(residual)[: len(grads)], strict=True)
-        return [out.zero_() if grad is None else grad for grad, out in pairs]
-    return [grad for grad in grads if grad is not None]
+    return *filled(grads[:4], empty, saved[0]), *saved, *ctx.options, passed
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

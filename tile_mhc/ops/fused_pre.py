@@ -23,7 +23,7 @@ from tile_mhc.ops._destinations import (
     gradient_buffers,
     register_into,
 )
-from tile_mhc.ops._library import dtype_of, dtypes, empty_gradients, register, temporaries
+from tile_mhc.ops._library import dtype_of, dtypes, empty_gradients, filled, register
 from tile_mhc.ops._op import Op
 from tile_mhc.ops.aggregate import check_mix
 
@@ -339,57 +339,25 @@ def launch_backward(
     accumulated: Tensor | None,
     into: Destinations = NO_DESTINATIONS,
 ) -> tuple[Tensor, ...]:
-    n, hidden_size = residual.shape[-2:]
+    hidden_size = residual.shape[-1]
     grads = gradient_buffers(into, residual, weight, scale, bias, norm_weight)
     grad_residual, grad_weight, grad_scale, grad_bias, grad_norm_weight = grads
     if residual.numel() == 0:
         clear(into, dict(enumerate(grads)))
         return grads
-    num_mixes = weight.shape[0]
-    mixes = mixes.view(-1, num_mixes)
-    num_tokens = mixes.shape[0]
     grad_input = grad_input.contiguous().view(-1, hidden_size)
-    pre_mix, grad_pre, logits, grad_logits, grad_mixes, partials, *factors = temporaries(
-        mixes,
-        (num_tokens, n),
-        (num_tokens, n),
-        (num_tokens, n * n),
-        (num_tokens, n * n),
-        (num_tokens, num_mixes),
-        mixes_op.partial_shape(num_tokens, num_mixes),
-        *projection_op.factor_shapes(num_tokens, num_mixes, n),
+    gates = (grad_post, grad_comb, mixes, scale, bias, grad_scale, grad_bias)
+    options = (pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat)
+    of_gates = for_part(into, {2: 1, 3: 2})
+    grad_mixes, pre_mix, *factors = delayed_op.launch_gates(
+        None, *gates, *options, of_gates, (grad_input, residual)
     )
-    # Nothing reads post_mix here: it goes where the gradient of pre_mix then overwrites it.
-    mixes_op.launch_rows(mixes, scale, bias, pre_mix, grad_pre, logits, post_mult, pre_eps)
-    sinkhorn_op.launch_backward_rows(
-        n,
-        grad_comb.contiguous().view(-1, n * n),
-        logits,
-        grad_logits,
-        sinkhorn_repeat,
-        sinkhorn_eps,
-    )
-    jit.kernel("aggregate_mix_bwd", n, hidden_size, *dtypes(streams=residual.dtype))(
-        grad_input, residual.view(-1, n, hidden_size), grad_pre
-    )
-    mixes_op.launch_backward_rows(
-        grad_pre,
-        grad_post.contiguous().view(-1, n),
-        grad_logits,
-        mixes,
-        scale,
-        bias,
-        grad_mixes,
-        partials,
-        post_mult,
-    )
-    mixes_op.launch_sums(partials, grad_scale, grad_bias, for_part(into, {2: 1, 3: 2}))
     projection_op.launch_backward_rows(
         grad_mixes,
         residual,
         weight,
         norm_weight,
-        mixes,
+        mixes.view(-1, weight.shape[0]),
         inv_rms.view(-1),
         tf32,
         aggregated=(grad_input, pre_mix),
@@ -472,10 +440,8 @@ def _passing_arguments(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """Gradients that autograd left out are zeros; that of the residual joins what it has."""
     saved = ctx.saved_tensors  # once: checkpointing unpacks it only once
     given: Sequence[Tensor | None] = grads[:3]
-    if given[0] is None or given[1] is None or given[2] is None:
-        outputs = empty(saved[0])[:3]
-        pairs = zip(given, outputs, strict=True)
-        given = [out.zero_() if grad is None else grad for grad, out in pairs]
+    if grads[0] is None or grads[1] is None or grads[2] is None:
+        given = filled(given, empty, saved[0])
     return *given, *saved, *ctx.options, grads[-1]
 
 

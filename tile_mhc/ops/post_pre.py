@@ -26,6 +26,7 @@ from tile_mhc.ops._library import (
     dtypes,
     empty_gradients,
     empty_like,
+    filled,
     register,
 )
 from tile_mhc.ops._op import Op
@@ -538,7 +539,7 @@ def _backward_arguments(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     given = list(grads[1:5])
     if pre_mix is None:
         given[1] = _no_mix(residual)
-    return grads[0], *delayed_op.filled(given, residual), *saved, *ctx.options
+    return grads[0], *filled(given, delayed_op.empty, residual), *saved, *ctx.options
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
