@@ -72,8 +72,9 @@ types() {
         "$scratch/site/tile_mhc" "$ROOT/tests/cpu/test_types.py")
 }
 
-# Every kernel of the table, for both generations, each compiled once, without the host's part: spills are errors on Hopper,
-# and so is a jump in registers, shared memory or spills beside scripts/resources.json.
+# Every kernel of the table, for both generations, each compiled once, without the host's part:
+# spills are errors on Hopper, and so is a jump in registers, shared memory or spills beside
+# scripts/resources.json.
 # RENEW_RESOURCES=1 writes that table instead.
 kernels() {
     say "kernels"

@@ -3,7 +3,7 @@
 import contextlib
 import ctypes
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -91,3 +91,14 @@ def forget() -> None:
 
 def bits(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(torch.uint8)
+
+
+def fresh(args: Sequence[Any]) -> list[Any]:
+    """Copies of an operator's arguments: tensors as they are allocated, options with a hash."""
+    copies: list[Any] = []
+    for value in args:
+        if isinstance(value, Tensor):
+            copies.append(value.detach().clone(memory_format=torch.contiguous_format))
+        else:
+            copies.append(tuple(value) if isinstance(value, list) else value)
+    return copies

@@ -18,7 +18,9 @@ REPLAYED = sorted(name for name, op in OPERATORS.items() if op.replay is not Non
 def test_same_bits(name):
     operator = OPERATORS[name]
     with torch.no_grad():
-        first, second = (_fresh(operator_calls(LEAD, N, HIDDEN, "cpu")[name]) for _ in range(2))
+        first, second = (
+            replaying.fresh(operator_calls(LEAD, N, HIDDEN, "cpu")[name]) for _ in range(2)
+        )
     # Other values and other addresses, where the program was made.
     for value in first:
         if isinstance(value, Tensor):
@@ -28,11 +30,11 @@ def test_same_bits(name):
         assert operator.replay.find(first) is None
         calls = [operator.replay.learn(first) for _ in range(_replay.SIGHTINGS)]
         assert [call is None for call in calls] == [True] * (_replay.SIGHTINGS - 1) + [False]
-        copies = _fresh(second)
+        copies = replaying.fresh(second)
         expected = operator.replay._launcher(*copies)
         expected = (expected,) if isinstance(expected, Tensor) else expected
         for run in ("run", "run_visible"):
-            given = _fresh(second)
+            given = replaying.fresh(second)
             call = operator.replay.find(given)
             assert call is not None
             results = getattr(call, run)()
@@ -48,14 +50,3 @@ def test_same_bits(name):
             for value, copy in zip(given, copies, strict=True):
                 if isinstance(value, Tensor):
                     assert torch.equal(replaying.bits(value), replaying.bits(copy))
-
-
-def _fresh(args):
-    """Copies, each aligned as an allocation, and options that have a hash."""
-    copies = []
-    for value in args:
-        if isinstance(value, Tensor):
-            copies.append(value.detach().clone(memory_format=torch.contiguous_format))
-        else:
-            copies.append(tuple(value) if isinstance(value, list) else value)
-    return copies

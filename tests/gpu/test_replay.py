@@ -31,12 +31,12 @@ def test_same_bits(name):
     with torch.no_grad():
         calls = operator_calls(LEAD, N, HIDDEN, "cuda")[name]
     for _ in range(_replay.SIGHTINGS):
-        replay.learn(_fresh(calls))
-    dispatched = _fresh(calls)
+        replay.learn(replaying.fresh(calls))
+    dispatched = replaying.fresh(calls)
     expected = getattr(torch.ops.tile_mhc, name)(*dispatched)
     expected = (expected,) if isinstance(expected, Tensor) else expected
     for _ in range(3):
-        given = _fresh(calls)
+        given = replaying.fresh(calls)
         call = replay.find(given)
         assert call is not None
         results = call.run()
@@ -47,16 +47,6 @@ def test_same_bits(name):
         for value, other in zip(given, dispatched, strict=True):
             if isinstance(value, Tensor):
                 assert torch.equal(replaying.bits(value), replaying.bits(other))
-
-
-def _fresh(args):
-    copies = []
-    for value in args:
-        if isinstance(value, Tensor):
-            copies.append(value.detach().clone(memory_format=torch.contiguous_format))
-        else:
-            copies.append(tuple(value) if isinstance(value, list) else value)
-    return copies
 
 
 def inputs(hidden_size=HIDDEN, tokens=33, seed=0):
