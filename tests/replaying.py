@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
@@ -62,22 +63,32 @@ def replaying(kernel: Callable[[str, tuple[Any, ...]], jit.Launch]) -> Iterator[
 
 
 @contextlib.contextmanager
-def launchers_on_cpu(*names: str) -> Iterator[None]:
-    """Within, these operators run their CUDA launchers for CPU tensors."""
+def launchers_on_cpu(
+    *names: str, around: Callable[..., AbstractContextManager[None]] = contextlib.nullcontext
+) -> Iterator[None]:
+    """Within, these operators run their CUDA launchers for CPU tensors.
+
+    Each run is in a context that `around` makes of all arguments.
+    """
     library = torch.library.Library("tile_mhc", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*other operators may also be overridden")
         for name in names:
-            library.impl(name, _redispatch(name), "CPU", allow_override=True)
+            library.impl(name, _redispatch(name, around), "CPU", allow_override=True)
     try:
         yield
     finally:
         library._destroy()
 
 
-def _redispatch(name: str) -> Callable[..., Any]:
+def _redispatch(name: str, around: Callable[..., AbstractContextManager[None]]) -> Any:
     operator = getattr(torch.ops.tile_mhc, name).default
-    return lambda *args: operator.redispatch(_CUDA, *args)
+
+    def run(*args: Any) -> Any:
+        with around(args):
+            return operator.redispatch(_CUDA, *args)
+
+    return run
 
 
 def forget() -> None:

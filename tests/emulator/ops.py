@@ -5,20 +5,20 @@ as they are.
 """
 
 import contextlib
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
+import replaying
 from emulator import launch
 from tile_mhc import config, jit
 
 # The H200's: splits and slices, and so the last bits, depend on it.
-NUM_SMS = 132
-_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+NUM_SMS = replaying.NUM_SMS
 
 
 def operators() -> list[str]:
@@ -33,30 +33,18 @@ def emulated(seed: int = 0, num_sms: int = NUM_SMS) -> Iterator[None]:
 
     Few `num_sms` make long loops of the splits and slices: more of them in one CTA.
     """
-    library = torch.library.Library("tile_mhc", "IMPL")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*other operators may also be overridden")
-        for name in operators():
-            library.impl(name, _redispatch(name), "CPU", allow_override=True)
-    try:
-        with (
-            mock.patch.object(jit, "kernel", launch.kernel),
-            mock.patch.object(config, "get_num_sms", return_value=num_sms),
-            # A CPU tensor's device has no index.
-            mock.patch.object(torch.cuda, "current_device", return_value=None),
-            launch.settings(seed=seed),
-        ):
-            yield
-    finally:
-        library._destroy()
+    with (
+        replaying.launchers_on_cpu(*operators(), around=_tensors_known),
+        mock.patch.object(jit, "kernel", launch.kernel),
+        mock.patch.object(config, "get_num_sms", return_value=num_sms),
+        # A CPU tensor's device has no index.
+        mock.patch.object(torch.cuda, "current_device", return_value=None),
+        launch.settings(seed=seed),
+    ):
+        yield
 
 
-def _redispatch(name: str) -> Any:
-    operator = getattr(torch.ops.tile_mhc, name).default
-
-    def run(*args: Any) -> Any:
-        known = [t for arg in args for t in (arg if isinstance(arg, list) else [arg])]
-        with launch.settings(known=[t for t in known if isinstance(t, Tensor)]):
-            return operator.redispatch(_CUDA, *args)
-
-    return run
+def _tensors_known(args: Sequence[Any]) -> AbstractContextManager[None]:
+    """Kernels may reach all tensors of the op by their addresses."""
+    known = [t for arg in args for t in (arg if isinstance(arg, list) else [arg])]
+    return launch.settings(known=[t for t in known if isinstance(t, Tensor)])
