@@ -265,16 +265,15 @@ def launch_backward(
             norm_weight=dtype_of(norm_weight),
             held=dtype_of(accumulated),
         )
-        rows = weight.shape[1]
         jit.kernel("delayed_pre_bwd", hidden_size, *given)(
             *by_token,
-            residual.view(-1, rows),
+            residual.view(-1, n, hidden_size),
             *projection_op.parameters(weight, norm_weight),
             grad_input,
             absent(residual, residual.dtype)
             if accumulated is None
-            else accumulated.contiguous().view(-1, rows),
-            grad_residual.view(-1, rows),
+            else accumulated.contiguous().view(-1, n, hidden_size),
+            grad_residual.view(-1, n, hidden_size),
             sums,
             grad_weight.unsqueeze(0) if partials is None else partials,
             slice_tokens,
@@ -405,7 +404,8 @@ def prepare_backward(
     num_tokens, hidden_size = grad_input.shape
     num_mixes, size = weight.shape
     columns = size // hidden_size * DELAYED_COLUMNS
-    slice_tokens = selection.backward_slice(num_tokens, size, num_mixes, columns)
+    start = selection.DELAYED_START_TILES
+    slice_tokens = selection.backward_slice(num_tokens, size, num_mixes, columns, start)
     blocks = hidden_size // DELAYED_COLUMNS
     sums = weight.new_empty(blocks, num_tokens, sums_of, dtype=torch.float32)
     slices = -(-num_tokens // slice_tokens)

@@ -470,16 +470,16 @@ def _launch_pass_backward(
     jit.kernel("post_pre_bwd", hidden_size, *given)(
         *by_token,
         layer_output.view(-1, hidden_size),
-        residual.view(-1, size),
+        residual.view(-1, n, hidden_size),
         post_mix.contiguous().view(-1, n),
         comb_mix.contiguous().view(-1, n * n),
         *projection_op.parameters(weight, norm_weight),
         grad_input,
         absent(residual, residual.dtype)
         if grad_streams is None
-        else grad_streams.contiguous().view(-1, size),
+        else grad_streams.contiguous().view(-1, n, hidden_size),
         grad_output.view(-1, hidden_size),
-        grad_residual.view(-1, size),
+        grad_residual.view(-1, n, hidden_size),
         sums,
         grad_weight.unsqueeze(0) if partials is None else partials,
         slice_tokens,
