@@ -36,10 +36,10 @@ class Op:
         name: the public op's.
         operator: its operator.
         save: keeps in `ctx` what the backward needs of the inputs and all outputs.
-        gradients: those of the inputs, from `ctx` and the gradients of the outputs, where all of
-            them go to autograd.
+        arguments: those of the backward operator, from `ctx` and the gradients of the outputs.
+        gradients: the backward operator. It returns the gradients of the first inputs, without an
+            element where one is not wanted.
         tensors: how many of its inputs are tensors, or None: the first ones.
-        arguments: those of the backward operator, from the same as `gradients`.
         backward: what `register_into` returned; None where all gradients go to autograd.
         visible: how many of the operator's outputs the op returns; the others are for the backward.
         passes: whether the op returns the streams, too, behind the others. The gradients of its
@@ -51,10 +51,10 @@ class Op:
     name: str
     operator: Operator
     save: Callable[..., None]
-    gradients: Callable[..., Sequence[Tensor | None]]
+    arguments: Callable[..., Sequence[Any]]
+    gradients: Operator
     tensors: int
-    arguments: Callable[..., Sequence[Any]] | None = None
-    backward: Callable[[Sequence[Any], Destinations], tuple[Tensor, ...]] | None = None
+    backward: Callable[[Sequence[Any], Destinations], Sequence[Tensor | None]] | None = None
     visible: int = 1
     passes: bool = False
     residual: int = 0
@@ -196,7 +196,7 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         op = ctx.op
         if ctx.state is None and not ctx.parameters:
-            return (None, *op.gradients(ctx, *grads)[: op.tensors])
+            return _by_autograd(ctx, op, grads)
         errors.check_first_gradient(op.name)
         arguments = op.arguments(ctx, *grads)
         into: dict[int, Destination] = {}
@@ -235,6 +235,27 @@ class _Eager(torch.autograd.Function):
             if not ctx.needs_input_grad[1 + p]:
                 results[p] = None
         return None, *results, *[None] * (op.tensors - len(results))
+
+
+def _by_autograd(ctx: Any, op: Op, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """What the backward of a known call returns, none of whose gradients is directed."""
+    if op.passes and grads[0] is None and all(grad is None for grad in grads[:-1]):
+        # Of all outputs only the passed residual was used.
+        results: list[Tensor | None] = [None] * op.tensors
+        results[op.residual] = grads[-1]
+        return None, *results
+    arguments = op.arguments(ctx, *grads)
+    call = op.gradients.find_in_backward(arguments)
+    if call is not None:
+        results = call.run()
+    else:
+        results = [
+            grad if wanted else None
+            for grad, wanted in zip(
+                _as_tuple(op.gradients(*arguments)), ctx.needs_input_grad[1:], strict=False
+            )
+        ]
+    return None, *results, *[None] * (op.tensors - len(results))
 
 
 # What Function.apply calls once it has looked for tensors left over from a transform of torch.func,

@@ -27,8 +27,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
-from tile_mhc import _guards, config, errors, jit
+from tile_mhc import _guards, _memory, config, errors, jit
 from tile_mhc._descriptors import CUDA, TYPES, Descriptors, stream_setter
+from tile_mhc._memory import is_deterministic
 
 # What a thread keeps of an operator: keys (options, and the shape of the main tensor), and kinds of
 # calls of one key. Past the first it forgets all, past the second it learns no more.
@@ -151,12 +152,12 @@ class _Notes(TorchFunctionMode):
 
 
 class _Maker(NamedTuple):
-    """How an output is allocated: like an input, or with a shape, or a dtype, of its own."""
+    """How an output is allocated."""
 
     position: int
-    input: int
-    shape: tuple[int, ...] | None
-    dtype: torch.dtype | None
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class Program:
@@ -188,7 +189,8 @@ class Program:
             if output.numel() and position not in dropped:
                 place = notes.places[id(output)]
                 starts[place.kind, place.number] = len(inputs) + len(self._makers), 0
-                self._makers.append(_maker(position, output, inputs))
+                layout = tuple(output.shape), output.stride(), output.dtype
+                self._makers.append(_Maker(position, *layout))
         room, size = len(inputs) + len(self._makers), 0
         for index, tensor in enumerate(notes.allocated):
             if ("allocation", index) not in starts:
@@ -233,17 +235,12 @@ class Program:
             sources: their addresses; those of the outputs are put behind them.
         """
         outputs: list[Any] = [None] * self._num_outputs
-        for position, like, shape, dtype in self._makers:
-            if shape is None:
-                made = torch.empty_like(inputs[like])
-            elif dtype is None:
-                made = inputs[like].new_empty(*shape)
-            else:
-                made = inputs[like].new_empty(shape, dtype=dtype)
-            outputs[position] = made
+        allocate = empty if not is_deterministic() else _like(inputs[0])
+        for position, shape, strides, dtype in self._makers:
+            made = outputs[position] = allocate(shape, strides, dtype)
             sources.append(made.data_ptr())
         if self._room_size:
-            room = inputs[0].new_empty(self._room_size, dtype=_ROOM)
+            room = allocate((self._room_size,), (1,), _ROOM)
             sources.append(room.data_ptr())
         # In C: a loop over some thirty addresses is a tenth of the whole.
         self._descriptors.addresses[:] = array("Q", map(add, self._bases(sources), self._offsets))
@@ -257,16 +254,9 @@ class Program:
         return outputs
 
 
-def _maker(position: int, output: Tensor, inputs: Sequence[Tensor]) -> _Maker:
-    layout = output.dtype, output.shape, output.stride()
-    for index, tensor in enumerate(inputs):
-        if (tensor.dtype, tensor.shape, tensor.stride()) == layout:
-            return _Maker(position, index, None, None)
-    shape = tuple(output.shape)
-    for index, tensor in enumerate(inputs):
-        if tensor.dtype == output.dtype and shape:
-            return _Maker(position, index, shape, None)
-    return _Maker(position, 0, shape, output.dtype)
+def _like(tensor: Tensor) -> Callable[..., Tensor]:
+    """What allocates on the device of a tensor, by the dispatcher."""
+    return lambda shape, strides, dtype: tensor.new_empty_strided(shape, strides, dtype=dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -435,7 +425,7 @@ def _call(kind: _Kind, args: Sequence[Any], inputs: tuple[Tensor, ...]) -> Call 
     for i in kind.absent:
         if args[i] is not None:
             return None
-    addresses = [tensor.data_ptr() for tensor in inputs]
+    addresses = [*map(Tensor.data_ptr, inputs)]
     if (
         reduce(or_, addresses) % errors.ALIGNMENT
         or min(addresses) < errors.FREED
@@ -464,3 +454,4 @@ def is_on_gpu(tensor: Tensor) -> bool:
 # where no tensor is on a GPU.
 current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
 current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+empty = _memory.empty_on_gpu

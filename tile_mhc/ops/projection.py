@@ -471,7 +471,7 @@ _OP = Op(
     operator=_projection,
     save=_save,
     arguments=_backward_arguments,
-    gradients=_backward,
+    gradients=_projection_backward,
     tensors=3,
     backward=register_into(
         _BACKWARD,
