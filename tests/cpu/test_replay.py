@@ -541,9 +541,9 @@ def _module(inputs):
 BUDGETS = {
     "step": (step_of, 52, 8),
     "forward": (_forward, 22, 3),
-    "main_grad": (_main_grad, 119, 9),
+    "main_grad": (_main_grad, 105, 9),
     "module": (_module, 55, 8),
-    "accumulator": (_accumulated, 194, 13),
+    "accumulator": (_accumulated, 193, 13),
 }
 
 
