@@ -105,7 +105,7 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(torch.uint8)
 
 
-def fresh(args: Sequence[Any]) -> list[Any]:
+def fresh(args: Sequence[Any]) -> tuple[Any, ...]:
     """Copies of an operator's arguments: tensors as they are allocated, options with a hash."""
     copies: list[Any] = []
     for value in args:
@@ -113,4 +113,4 @@ def fresh(args: Sequence[Any]) -> list[Any]:
             copies.append(value.detach().clone(memory_format=torch.contiguous_format))
         else:
             copies.append(tuple(value) if isinstance(value, list) else value)
-    return copies
+    return tuple(copies)

@@ -19,7 +19,7 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from operator import add, itemgetter, or_
+from operator import add, is_, itemgetter, or_
 from typing import Any, NamedTuple
 
 import torch
@@ -263,10 +263,11 @@ def _like(tensor: Tensor) -> Callable[..., Tensor]:
 class _Kind:
     """Calls that a launcher serves in one way."""
 
-    present: Callable[[Sequence[Any]], tuple[Any, ...]]
+    settings: tuple[Any, ...]
+    options: tuple[Any, ...]
+    present: Callable[[tuple[Any, ...]], tuple[Any, ...]]
     absent: tuple[int, ...]
     is_same: Callable[..., bool]
-    types: list[type]
     requires_grad: bool
     device: int
     whole: Program
@@ -299,6 +300,8 @@ class _Memory(threading.local):
     def __init__(self) -> None:
         self.kinds: dict[Any, list[_Kind]] = {}
         self.sightings: dict[Any, int] = {}
+        # The kind of the last known call.
+        self.last: _Kind | None = None
 
 
 class Replay:
@@ -320,26 +323,39 @@ class Replay:
         self._main = types.index("Tensor")
         self._memory = _Memory()
 
-    def find(self, args: Sequence[Any]) -> Call | None:
+    def find(self, args: tuple[Any, ...]) -> Call | None:
         """The call with these arguments, whatever they are, if it is of a kind that was learned.
 
         It neither raises nor launches. Not for what torch.compile traces.
         """
+        memory = self._memory
+        if not memory.kinds or _guards.is_watched():
+            return None
         options = self._options(args)
+        last = memory.last
+        # Layer by layer the same objects come, and what they are need not be looked at.
+        if (
+            last is not None
+            and last.settings == config.settings
+            and all(map(is_, options, last.options))
+        ):
+            call = _call(last, args)
+            if call is not None:
+                return call
         try:
-            kinds = self._memory.kinds.get((args[self._main].shape, config.settings, options))
+            kinds = memory.kinds.get((args[self._main].shape, config.settings, options), ())
         except (AttributeError, TypeError):  # no tensor, or an option without a hash
             return None
-        if kinds is None or _guards.is_watched():
-            return None
         for kind in kinds:
-            inputs = kind.present(args)
             # A dictionary takes True, 1 and 1.0 for the same.
-            if kind.is_same(*inputs) and [*map(type, options)] == kind.types:
-                return _call(kind, args, inputs)
+            if [*map(type, options)] == [*map(type, kind.options)]:
+                call = _call(kind, args)
+                if call is not None:
+                    memory.last = kind
+                    return call
         return None
 
-    def learn(self, args: Sequence[Any]) -> Call | None:
+    def learn(self, args: tuple[Any, ...]) -> Call | None:
         """The call with these arguments, which were checked; None if it is to go by the dispatcher.
 
         The first calls with such options and such a shape do, and all that no program can serve.
@@ -361,7 +377,7 @@ class Replay:
         kinds = memory.kinds.setdefault(key, [])
         if sightings < SIGHTINGS or len(kinds) >= MOST_KINDS or not self._can_be_found(args):
             return None
-        kind = self._study(args, [*map(type, options)])
+        kind = self._study(args, options)
         if kind is None:
             # Nor will the next launcher's work be all that can be written down.
             memory.sightings[key] = NEVER
@@ -384,8 +400,9 @@ class Replay:
         """Drop what this thread has learned."""
         self._memory.sightings.clear()
         self._memory.kinds.clear()
+        self._memory.last = None
 
-    def _study(self, args: Sequence[Any], types: list[type]) -> _Kind | None:
+    def _study(self, args: tuple[Any, ...], options: tuple[Any, ...]) -> _Kind | None:
         positions = [i for i in self._tensors if args[i] is not None]
         given = [args[i] for i in positions]
         device = current_device()
@@ -402,10 +419,11 @@ class Replay:
         whole = Program(inputs, outputs, notes, (), device)
         visible = Program(inputs, outputs, notes, self._hidden, device) if self._hidden else whole
         return _Kind(
+            settings=config.settings,
+            options=options,
             present=_getter(positions),
             absent=tuple(i for i in self._tensors if args[i] is None),
             is_same=_guards.same_kind(given),
-            types=types,
             requires_grad=any(tensor.requires_grad for tensor in given),
             device=device,
             whole=whole,
@@ -413,15 +431,20 @@ class Replay:
         )
 
 
-def _getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """A function that takes these items, as a tuple."""
-    if len(positions) > 1:
-        return itemgetter(*positions)
-    return lambda args: tuple([args[i] for i in positions])
+def _getter(positions: Sequence[int]) -> Callable[..., tuple[Any, ...]]:
+    """A function that takes these items of a tuple, as a tuple."""
+    start = positions[0] if positions else 0
+    if positions == [*range(start, start + len(positions))]:
+        # Of a list this would be a list.
+        return itemgetter(slice(start, start + len(positions)))
+    return itemgetter(*positions)
 
 
-def _call(kind: _Kind, args: Sequence[Any], inputs: tuple[Tensor, ...]) -> Call | None:
-    """The call of a kind whose tensors are these; None where memory or device are not right."""
+def _call(kind: _Kind, args: tuple[Any, ...]) -> Call | None:
+    """The call of a kind with these tensors; None where they, memory or device are not its own."""
+    inputs = kind.present(args)
+    if not kind.is_same(*inputs):
+        return None
     for i in kind.absent:
         if args[i] is not None:
             return None
