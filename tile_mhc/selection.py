@@ -23,6 +23,7 @@ from tile_mhc.kernels._shapes import (
     SUM_LANES,
     TOKENS_PER_PARTIAL,
     cluster_size,
+    is_no_eps,
 )
 
 # What a launch is sized by; every architecture agrees in it, but for L2.
@@ -84,6 +85,13 @@ def reads_once(dtype: torch.dtype, n: int, hidden_size: int, backward: bool) -> 
 def history_capacity(repeat: int) -> int:
     """Steps for which a backward of Sinkhorn is built, so that many counts share one kernel."""
     return -(-repeat // HISTORY_STEP) * HISTORY_STEP
+
+
+def has_gates_at_once(n: int, repeat: int, eps: float) -> bool:
+    """gates: whether one kernel takes all gates' gradients: its CTAs, of as many tokens as are one
+    row of partial sums, keep the steps of all of them. Eight streams leave no room for that."""
+    history = 2 * history_capacity(repeat) * n * TOKENS_PER_PARTIAL * 4
+    return history <= LIMITS.history_bytes and not is_no_eps(eps)
 
 
 def partial_rows(num_tokens: int) -> int:
