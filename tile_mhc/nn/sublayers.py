@@ -119,7 +119,9 @@ def _checked(
             raise errors.ShapeError(
                 f"{op}: {name} must be a SubLayer; got {errors.describe(sublayer)}"
             )
-        connection, layer, norm = sublayer
+        connection: Any = sublayer.connection
+        layer: Any = sublayer.layer
+        norm: Any = sublayer.norm
         if not isinstance(connection, kind):
             raise errors.ShapeError(
                 f"{op}: {name}.connection must be a {kind.__name__}; "
