@@ -4,14 +4,18 @@ Relies on these private names of torch, each tested in tests/cpu/test_sublayers.
 dictionaries of hooks that a module has, and `nn.modules.module._has_any_global_hook`.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-def has_own_hooks(module: torch.nn.Module) -> bool:
-    return any(len(getattr(module, hooks)) for hooks in HOOKS)
+def own_hooks(module: torch.nn.Module) -> list[Callable[..., Any]]:
+    return [hook for hooks in HOOKS for hook in getattr(module, hooks).values()]
 
 
 def has_hooks(module: torch.nn.Module) -> bool:
-    return has_own_hooks(module) or torch.nn.modules.module._has_any_global_hook()
+    """Of its own, or for all modules."""
+    return bool(own_hooks(module)) or torch.nn.modules.module._has_any_global_hook()

@@ -292,7 +292,7 @@ def test_private_names_of_torch():
         assert not _hooks.has_hooks(module)
         handle = register(lambda *call: None)
         assert _hooks.has_hooks(module)
-        assert _hooks.has_own_hooks(module) == (register in registering[4:])
+        assert bool(_hooks.own_hooks(module)) == (register in registering[4:])
         handle.remove()
 
 
