@@ -122,10 +122,12 @@ def test_compiled():
     assert torch.equal(compiled(streams, torch.neg), hc(streams, torch.neg))
 
 
-def test_training_agrees_with_the_reference(capsys, monkeypatch):
+@pytest.mark.parametrize("model", ["v4", "v4.1"])
+def test_training_agrees_with_the_reference(capsys, monkeypatch, model):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     train_text = importlib.import_module("train_text")
-    assert train_text.main(["--device", "cuda", "--steps", "20", "--json"]) == 0
+    arguments = ["--device", "cuda", "--steps", "20", "--json", "--model", model]
+    assert train_text.main(arguments) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["failures"] == []
     assert report["dtype"] == "bfloat16"
