@@ -378,6 +378,30 @@ def test_checkpointed(kind, what, reentrant):
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def held(run, streams, parameters):
+    """The bytes that a forward keeps for its backward, a storage once."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in parameters}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = run(streams)
+    assert out.requires_grad
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+@KINDS
+def test_a_stack_keeps_no_more_than_the_modules(kind):
+    model, streams = Stack(kind, norms=False), make_streams()
+    parameters = list(model.parameters())
+    assert 0 < held(model, streams, parameters) <= held(model.one_by_one, streams, parameters)
+
+
 @KINDS
 def test_autocast_reaches_the_layers_alone(kind, boundaries):
     model = Stack(kind, dtype=torch.float32, norms=False)

@@ -229,8 +229,7 @@ def backend_report() -> dict[str, dict[str, int]]:
     inside torch.compile is counted when it is traced.
 
     Returns:
-        Such as ``{"boundary": {"TileLang": 7}, "head": {"TileLang": 1}, "post": {"TileLang": 1},
-        "pre": {"TileLang": 1}}`` of four layers.
+        Such as ``{"boundary": {"TileLang": 7}, "post": {"TileLang": 1}, "pre": {"TileLang": 1}}``.
     """
     report: dict[str, dict[str, int]] = {}
     with _calls_lock:
