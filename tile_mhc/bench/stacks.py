@@ -25,30 +25,41 @@ NORM_EPS = 1e-6
 PRE: dict[str, Any] = {"post_mult": 2.0, "sinkhorn_repeat": 20}
 
 
+# How many tensors these return hangs on the pre_mix that they are given or not.
+post_pre: Callable[..., Any] = tile_mhc.post_pre
+fused_pre: Callable[..., Any] = tile_mhc.fused_pre
+exact_post_pre: Callable[..., Any] = reference.post_pre
+
+
 def boundary(
     layer_output: Tensor, residual: Tensor, mixes: Sequence[Tensor], gates: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    *pre_mix, post_mix, comb_mix = mixes
-    given = {"pre_mix": pre_mix[0]} if pre_mix else {}
-    return tile_mhc.post_pre(layer_output, residual, post_mix, comb_mix, *gates, **given, **PRE)
+    of_post, options = split(mixes)
+    outputs: tuple[Tensor, ...] = post_pre(layer_output, residual, *of_post, *gates, **options)
+    return outputs
 
 
 def separate(
     layer_output: Tensor, residual: Tensor, mixes: Sequence[Tensor], gates: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    *pre_mix, post_mix, comb_mix = mixes
-    given = {"pre_mix": pre_mix[0]} if pre_mix else {}
-    streams = tile_mhc.post(layer_output, residual, post_mix, comb_mix)
-    *outputs, streams = tile_mhc.fused_pre(streams, *gates, **given, **PRE, passes_residual=True)
+    of_post, options = split(mixes)
+    streams = tile_mhc.post(layer_output, residual, *of_post)
+    *outputs, streams = fused_pre(streams, *gates, **options, passes_residual=True)
     return streams, *outputs
 
 
 def exact(
     layer_output: Tensor, residual: Tensor, mixes: Sequence[Tensor], gates: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
+    of_post, options = split(mixes)
+    outputs = exact_post_pre(layer_output, residual, *of_post, *gates, **options)
+    return tuple(outputs)
+
+
+def split(mixes: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
+    """post_mix and comb_mix; and the options of a pre, with the pre_mix of V4.1 if there is one."""
     *pre_mix, post_mix, comb_mix = mixes
-    given = {"pre_mix": pre_mix[0]} if pre_mix else {}
-    return reference.post_pre(layer_output, residual, post_mix, comb_mix, *gates, **given, **PRE)
+    return (post_mix, comb_mix), PRE | ({"pre_mix": pre_mix[0]} if pre_mix else {})
 
 
 def mixes_of(x: Inputs, delayed: bool) -> list[Tensor]:
@@ -84,11 +95,10 @@ def stack(run: Boundary, x: Inputs, delayed: bool) -> Call:
 
 def normed(x: Inputs, delayed: bool) -> Call:
     """A boundary without gradients, with the norm of the layer input: one op."""
-    *pre_mix, post_mix, comb_mix = mixes_of(x, delayed)
-    given = {"pre_mix": pre_mix[0]} if pre_mix else {}
-    inputs = (x.hidden, x.residual, post_mix, comb_mix, *x.gates[1:])
-    norm = {"layer_norm_weight": x.layer_norm, "layer_norm_eps": NORM_EPS}
-    return lambda: tile_mhc.post_pre(*inputs, **given, **norm, **PRE)
+    of_post, options = split(mixes_of(x, delayed))
+    inputs = (x.hidden, x.residual, *of_post, *x.gates[1:])
+    options |= {"layer_norm_weight": x.layer_norm, "layer_norm_eps": NORM_EPS}
+    return lambda: post_pre(*inputs, **options)
 
 
 def normed_separate(x: Inputs, delayed: bool) -> Call:
