@@ -242,15 +242,16 @@ NORM_FN_BOUNDS = {
 }
 # Roundings to bfloat16 on the way. Of outputs: the streams; then the layer input; the mixes are
 # sums over K of the rounded streams. Of gradients: of the streams one after each of two parts, and
-# where autograd adds them to what the streams have; then the result. Those of gates are sums over
-# few tokens.
+# where autograd adds them to what the streams have; then the result. Those of scale and bias are
+# sums over tokens, of which few may cancel.
 BOUNDARY_BOUNDS = {
     "streams": BF16,
     "layer_input": BF16 * math.sqrt(2),
-    **dict.fromkeys(("next_pre", "next_post", "next_comb"), BF16 / 4),
+    **dict.fromkeys(("next_pre", "next_post", "next_comb"), BF16 / 2),
     **dict.fromkeys(("grad_x", "grad_residual"), BF16 * math.sqrt(5)),
     **dict.fromkeys(("grad_post_mix", "grad_comb_mix"), BF16 * 2),
-    **dict.fromkeys(("grad_fn", "grad_scale", "grad_base", "grad_pre_mix"), BF16 * math.sqrt(2)),
+    **dict.fromkeys(("grad_fn", "grad_pre_mix"), BF16 * math.sqrt(2)),
+    **dict.fromkeys(("grad_scale", "grad_base"), BF16 * 4),
 }
 CALLS = {
     call.name: call
