@@ -3,10 +3,10 @@
 Forwards of `transformers.models.deepseek_v4.modeling_deepseek_v4` are replaced:
 `DeepseekV4HyperConnection` (read the layer input), `DeepseekV4DecoderLayer` (write the layer output
 back), `DeepseekV4HyperHead`, and `DeepseekV4Model`, whose own code then runs the layers. The
-functions stay the objects that they were, and get other code.
-So whoever holds one of them is served, and given the original back, whenever it was taken: models
-built before and after; modules whose `forward` accelerate's hooks captured; the class that FSDP2
-makes of a layer's; the wrapper in which transformers 5.23 and later do activation checkpointing.
+functions stay the objects that they were, and get other code. So whoever holds one of them is
+served, and given the original back, whenever it was taken: models built before and after; modules
+whose `forward` accelerate's hooks captured; the class that FSDP2 makes of a layer's; the wrapper in
+which transformers 5.23 and later do activation checkpointing.
 What `torch.compile` has traced is traced again: `patch()` empties its caches, so that everything
 compiled so far, in the whole process, is compiled anew at its next call; `unpatch()` need not. Out
 of reach is only what no longer runs those functions: exported and ahead-of-time compiled programs,
@@ -591,11 +591,11 @@ def _stand_in_head(self: Any, x: Tensor) -> Tensor:
 
 
 def _stand_in_layer(
-    self: Any, hidden_states: Tensor, input_ids: Tensor | None = None, **kwargs: Any
-) -> Tensor:
+    self: Any, hidden_states: Any, input_ids: Tensor | None = None, **kwargs: Any
+) -> Any:
     from tile_mhc.integrations import transformers as integration
 
-    return integration._decoder_layer(self, hidden_states, input_ids, **kwargs)  # type: ignore[return-value]
+    return integration._decoder_layer(self, hidden_states, input_ids, **kwargs)
 
 
 _STAND_INS: dict[str, FunctionType] = {
