@@ -215,16 +215,9 @@ def _passes(s: Sizes) -> list[Arguments]:
 
 
 def _delayed_mixes(s: Sizes) -> list[Arguments]:
-    """As `_pres`, and where one pass is before them with a norm of the layer input too."""
-    norms = (
-        s.parameters if selection.is_one_pass(getattr(torch, s.dtype), s.n, s.hidden, None) else ()
-    )
-    return [
-        _kernel(s.n, s.hidden, many_splits, streams=s.dtype, **dtypes, layer_norm=norm)
-        for many_splits in (False, True)
-        for dtypes in _parameters(s)
-        for norm in ("", *norms)
-    ]
+    """As `_fused_pres`; with a norm only where one pass is before them."""
+    takes = selection.is_one_pass(getattr(torch, s.dtype), s.n, s.hidden, None)
+    return _fused_pres(s) if takes else _pres(s)
 
 
 def _weights(s: Sizes) -> list[dict[str, str]]:
@@ -246,6 +239,16 @@ def _pres(s: Sizes) -> list[Arguments]:
         _kernel(s.n, s.hidden, many_splits, streams=s.dtype, **dtypes)
         for many_splits in (False, True)
         for dtypes in _parameters(s)
+    ]
+
+
+def _fused_pres(s: Sizes) -> list[Arguments]:
+    """As `_pres`, and with a norm of the layer input too."""
+    return [
+        _kernel(s.n, s.hidden, many_splits, streams=s.dtype, **dtypes, layer_norm=norm)
+        for many_splits in (False, True)
+        for dtypes in _parameters(s)
+        for norm in ("", *s.parameters)
     ]
 
 
@@ -503,7 +506,7 @@ SPECS = (
         _STREAMS,
         _clusters(backward=True),
     ),
-    Spec("fused_pre", "fused_pre", _PRE_OPS, _PRE, _pres),
+    Spec("fused_pre", "fused_pre", _PRE_OPS, _PRE, _fused_pres),
     Spec("delayed_mixes", "delayed_pre", _PRE_OPS, _PRE, _delayed_mixes),
     Spec("weight_parts", "delayed_pre", _PRE_OPS, _MATMUL, _weight_parts),
     Spec("delayed_pre_fwd", "delayed_pre", _PRE_OPS, _PASS, _passes),

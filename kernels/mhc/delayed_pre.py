@@ -24,12 +24,11 @@ from tile_mhc.kernels._boundary import (
 from tile_mhc.kernels._common import (
     SIMT,
     VECTOR,
-    block_sums,
     builder,
     follow_previous,
     row_vector,
-    sums_shape,
 )
+from tile_mhc.kernels._norm import normed_row
 from tile_mhc.kernels._shapes import DELAYED_COLUMNS, SUM_LANES, factors_width, padded
 from tile_mhc.kernels.mixes import logit, sigmoid
 from tile_mhc.kernels.projection import (
@@ -117,47 +116,6 @@ def delayed_pre_fwd(
         )
 
     return delayed_pre_fwd_kernel
-
-
-@T.macro
-def normed_row(
-    layer_input: T.Tensor,
-    weight: T.Tensor,
-    t: T.int32,
-    hidden_size: int,
-    threads: int,
-    vector: int,
-    eps: T.float32,
-):
-    """The RMS norm of the layer input of token t, in place, by one CTA."""
-    tid = T.get_thread_binding()
-    square = T.alloc_local((1,), T.float32)
-    values = T.alloc_local((vector,), layer_input.dtype)
-    shared = T.alloc_shared(sums_shape(1, threads), T.float32)
-    factor = T.alloc_shared((1,), T.float32)
-    chunks = -(-hidden_size // (threads * vector))
-    square[0] = 0.0
-    for c in T.serial(chunks):
-        h = (c * threads + tid) * vector
-        if h < hidden_size:
-            for v in T.vectorized(vector):
-                values[v] = layer_input[t, h + v]
-            for v in T.unroll(vector):
-                square[0] += T.cast(values[v], T.float32) * T.cast(values[v], T.float32)
-    block_sums(square, 1, threads, shared, square)
-    if tid == 0:
-        factor[0] = T.rsqrt(square[0] / hidden_size + eps)
-    T.sync_threads()
-    for c in T.serial(chunks):
-        h = (c * threads + tid) * vector
-        if h < hidden_size:
-            for v in T.vectorized(vector):
-                values[v] = layer_input[t, h + v]
-            for v in T.vectorized(vector):
-                layer_input[t, h + v] = T.cast(
-                    T.cast(values[v], T.float32) * factor[0] * T.cast(weight[h + v], T.float32),
-                    layer_input.dtype,
-                )
 
 
 @builder(SIMT)

@@ -2,7 +2,8 @@
 
 The first CTAs make post and comb, several tokens each, while the others aggregate, one token each:
 the latency of Sinkhorn hides behind the bandwidth of the streams. Both sum the splits of the
-projection themselves, with the macros of the separate kernels: the same bits.
+projection themselves, with the macros of the separate kernels: the same bits. With a
+`layer_norm_dtype` who has aggregated a token takes its norm, too.
 """
 
 from typing import Any
@@ -21,6 +22,7 @@ from tile_mhc.kernels._common import (
     row_vector,
     weighted_sum,
 )
+from tile_mhc.kernels._norm import normed_row
 from tile_mhc.kernels._shapes import SUM_LANES
 from tile_mhc.kernels.mixes import logit, sigmoid
 from tile_mhc.kernels.projection import norm_shape, token_mix
@@ -123,6 +125,7 @@ def fused_pre(
     streams_dtype: str,
     scale_dtype: str,
     bias_dtype: str,
+    layer_norm_dtype: str,
     limits: Architecture,
 ):
     tokens = T.dynamic("num_tokens")
@@ -132,6 +135,7 @@ def fused_pre(
     vector = row_vector(hidden_size, streams_dtype)
     threads = max(row_threads(hidden_size, vector), -(-num_mixes // 32) * 32, n * SUM_LANES)
     ctas = limits.warps(limits.sinkhorn_registers) // (threads // 32)
+    norms = layer_norm_dtype != ""
     # Tokens whose mixes one CTA sums, a thread a mix; with many splits one token, in turns.
     sharing = SUM_LANES if many_splits else 1
     group = 1 if many_splits else threads // num_mixes
@@ -152,10 +156,12 @@ def fused_pre(
         comb_mix: T.Tensor[(tokens, n * n), T.float32],
         mixes: T.Tensor[(tokens, num_mixes), T.float32],
         inv_rms: T.Tensor[(tokens,), T.float32],
+        layer_norm_weight: T.Tensor[(hidden_size if norms else 1,), layer_norm_dtype or T.float32],
         norm_eps: T.float32,
         pre_eps: T.float32,
         sinkhorn_eps: T.float32,
         post_mult: T.float32,
+        layer_norm_eps: T.float32,
         repeat: T.int32,
         tf32: T.int32,
     ):
@@ -237,5 +243,15 @@ def fused_pre(
                     pre_eps,
                     tf32,
                 )
+                if norms:
+                    normed_row(
+                        layer_input,
+                        layer_norm_weight,
+                        block - mix_blocks,
+                        hidden_size,
+                        threads,
+                        vector,
+                        layer_norm_eps,
+                    )
 
     return fused_pre_kernel

@@ -21,8 +21,8 @@ from tile_mhc.kernels._common import (
     row_threads,
     row_vector,
 )
+from tile_mhc.kernels._norm import normed_row
 from tile_mhc.kernels._shapes import DELAYED_COLUMNS, factors_width, padded
-from tile_mhc.kernels.delayed_pre import normed_row
 from tile_mhc.kernels.projection import norm_shape
 
 

@@ -24,9 +24,12 @@ from tile_mhc.ops._destinations import (
     gradient_buffers,
     register_into,
 )
-from tile_mhc.ops._library import dtype_of, dtypes, empty_gradients, filled, register
+from tile_mhc.ops._library import absent, dtype_of, dtypes, empty_gradients, filled, register
 from tile_mhc.ops._op import Op
 from tile_mhc.ops.aggregate import check_mix
+
+# The weight and eps of an RMS norm of the layer input.
+Norm = tuple[Tensor, float]
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -234,6 +237,7 @@ def launch(
     sinkhorn_repeat: int,
     num_splits: int | None,
     tf32: bool,
+    layer_norm: Norm | None = None,
 ) -> tuple[Tensor, ...]:
     outputs = empty(residual)
     if residual.numel():
@@ -252,6 +256,7 @@ def launch(
             sinkhorn_repeat,
             tf32,
             outputs,
+            layer_norm,
         )
     return outputs
 
@@ -271,8 +276,12 @@ def launch_from(
     sinkhorn_repeat: int,
     tf32: bool,
     outputs: Sequence[Tensor],
+    layer_norm: Norm | None = None,
 ) -> None:
-    """Write what the operator returns from the splits' products and sums of squares."""
+    """Write what the operator returns from the splits' products and sums of squares.
+
+    The layer input is written as its norm makes it, where there is a `layer_norm`.
+    """
     n, hidden_size = residual.shape[-2:]
     num_mixes, size = weight.shape
     given = dtypes(
@@ -281,7 +290,9 @@ def launch_from(
         norm_weight=dtype_of(norm_weight),
         scale=scale.dtype,
         bias=bias.dtype,
+        layer_norm=None if layer_norm is None else layer_norm[0].dtype,
     )
+    layer_norm_weight, layer_norm_eps = layer_norm or (absent(residual), 0.0)
     layer_input, post_mix, comb_mix, mixes, inv_rms = outputs
     many_splits = selection.has_many_splits(products.shape[0])
     jit.kernel("fused_pre", n, hidden_size, many_splits, *given)(
@@ -297,10 +308,12 @@ def launch_from(
         comb_mix.view(-1, n * n),
         mixes.view(-1, num_mixes),
         inv_rms.view(-1),
+        layer_norm_weight.contiguous(),
         norm_eps,
         pre_eps,
         sinkhorn_eps,
         post_mult,
+        layer_norm_eps,
         sinkhorn_repeat,
         tf32,
     )

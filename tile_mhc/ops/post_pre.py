@@ -184,8 +184,9 @@ def post_pre(
         num_splits,
         tf32,
     )
-    # What is refused with a gradient is looked at in each call.
-    known = _OP.find(inputs) if layer_norm_weight is None else None
+    # What is refused with a gradient is looked at in each call that may have one.
+    looks = layer_norm_weight is not None and torch.is_grad_enabled()
+    known = None if looks else _OP.find(inputs)
     if known is None:
         _check(inputs)
     streams, layer_input, next_pre, *mixes = _OP.call(inputs, known, grad_accumulator)
@@ -245,32 +246,30 @@ def _cuda(
     own_mix = [] if pre_mix is None else [pre_mix]
     n, hidden_size = residual.shape[-2:]
     one_pass = selection.is_one_pass(residual.dtype, n, hidden_size, num_splits)
+    norm = None if layer_norm_weight is None else (layer_norm_weight, layer_norm_eps)
     if one_pass and layer_bias is None and residual.numel():
         of_post = (layer_output, residual, post_mix, comb_mix)
         outputs = (delayed_op if pre_mix is not None else fused_op).empty(residual)
         layer_input, *mixes = outputs
         sums = _launch_pass(*of_post, pre_mix, weight, norm_weight, tf32, streams, layer_input)
         if pre_mix is None:
-            given: list[Any] = [*sums, *gates, norm_weight, *steps, tf32, outputs]
+            given: list[Any] = [*sums, *gates, norm_weight, *steps, tf32, outputs, norm]
             fused_op.launch_from(*given)
             mixes.insert(0, _no_mix(residual))
         else:
-            normed = None
-            if layer_norm_weight is not None:
-                normed = layer_input, layer_norm_weight, layer_norm_eps
-                layer_norm_weight = None
+            normed = None if norm is None else (layer_input, *norm)
             given = [*sums, *gates, norm_weight, *steps, tf32, mixes, normed]
             delayed_op.launch_mixes(*given)
     else:
         post_op.launch(layer_output, residual, post_mix, comb_mix, layer_bias, streams)
         given = [*gates, *own_mix, norm_weight, *steps, num_splits, tf32]
         if pre_mix is None:
-            layer_input, *mixes = fused_op.launch(*given)
+            layer_input, *mixes = fused_op.launch(*given, norm)
             mixes.insert(0, _no_mix(residual))
         else:
             layer_input, *mixes = delayed_op.launch(*given)
-    if layer_norm_weight is not None and residual.numel():
-        _launch_norm(layer_input, layer_norm_weight, layer_norm_eps)
+            if norm is not None and residual.numel():
+                _launch_norm(layer_input, *norm)
     return streams, layer_input, *mixes
 
 
