@@ -94,7 +94,13 @@ HEAD_PROJECTION = dataclasses.replace(PROJECTION, inputs=_head_inputs)
 TWO_PASSES = dataclasses.replace(CONTRACT, run=functools.partial(contract, num_splits=1000))
 # What has kernels of its own for Sinkhorn.
 WITHOUT_EPS = dataclasses.replace(SINKHORN, run=functools.partial(sinkhorn, eps=0.0))
-EVERY_OP = (*OPS, PASSING, DELAYED_PASSING, HEAD_PROJECTION, TWO_PASSES, WITHOUT_EPS)
+# What takes the gradients of its gates in steps.
+IN_STEPS = dataclasses.replace(
+    FUSED_PRE,
+    run=functools.partial(fused_pre, sinkhorn_eps=0.0),
+    reference=functools.partial(reference.fused_pre, sinkhorn_eps=0.0),
+)
+EVERY_OP = (*OPS, PASSING, DELAYED_PASSING, HEAD_PROJECTION, TWO_PASSES, WITHOUT_EPS, IN_STEPS)
 
 
 def run_recompute(

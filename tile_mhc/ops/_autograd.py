@@ -12,7 +12,7 @@ level of torch.func), `forward_ad._current_level` and
 `forward_ad._set_fwd_grad_enabled`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -98,7 +98,7 @@ class Operator:
             return self.function.apply(*inputs)
         return self.launch(inputs)
 
-    def find_in_backward(self, arguments: Sequence[Any]) -> Call | None:
+    def find_in_backward(self, arguments: tuple[Any, ...]) -> Call | None:
         """The call with these arguments if it is of a known kind, and nothing of it is recorded.
 
         What else `__call__` looks for, no call of a known kind has.
@@ -107,7 +107,7 @@ class Operator:
             return None
         return self.replay.find(arguments)
 
-    def launch(self, inputs: Sequence[Any]) -> Any:
+    def launch(self, inputs: tuple[Any, ...]) -> Any:
         """Eager, without autograd."""
         if self.replay is not None:
             call = self.replay.find(inputs) or self.replay.learn(inputs)
@@ -125,7 +125,7 @@ OPERATORS: dict[str, Operator] = {}
 def _functions(
     name: str,
     operator: Any,
-    launch: Callable[[Sequence[Any]], Any],
+    launch: Callable[[tuple[Any, ...]], Any],
     backward: Callable[..., Any],
     setup_context: Callable[..., None] | None,
 ) -> tuple[Any, Any]:

@@ -51,7 +51,7 @@ class Op:
     name: str
     operator: Operator
     save: Callable[..., None]
-    arguments: Callable[..., Sequence[Any]]
+    arguments: Callable[..., tuple[Any, ...]]
     gradients: Operator
     tensors: int
     backward: Callable[[Sequence[Any], Destinations], Sequence[Tensor | None]] | None = None
@@ -60,7 +60,7 @@ class Op:
     residual: int = 0
     parameters: Mapping[int, str] = field(default_factory=dict)
 
-    def find(self, inputs: Sequence[Any]) -> Call | None:
+    def find(self, inputs: tuple[Any, ...]) -> Call | None:
         """The call with these inputs, if it is of a kind whose arguments were checked before."""
         if torch.compiler.is_compiling() or self.operator.replay is None:
             return None

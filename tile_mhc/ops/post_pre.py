@@ -455,10 +455,10 @@ def _launch_pass_backward(
     else:
         pre = gates_op.Delayed(grad_next, pre_mix)
         grad_pre = grads[7].view(-1, n)
+    to_gates = for_part(into, {5: 1, 6: 2})
     of_gates: list[Any] = [*of_mixes, mixes, inv_rms, *gates, *grad_gates]
-    by_token = gates_op.launch_backward(
-        pre, *of_gates, size, options, tf32, for_part(into, {5: 1, 6: 2})
-    )
+    of_gates += [size, options, tf32, to_gates]
+    by_token = gates_op.launch_backward(pre, *of_gates)
     to_matmuls = for_part(into, {4: 1, 9: 2})
     sums, partials, slice_tokens = delayed_op.prepare_backward(
         grad_input, n * (n + 2), weight, norm_weight, grad_weight, to_matmuls
