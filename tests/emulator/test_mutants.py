@@ -47,7 +47,7 @@ HARMLESS = (
     ("mask", r"(1 <=|0 <) (blocks|slice_tokens)", "the ops launch no empty slice"),
     ("mask", r"^\(1 <= num_tokens\)$", "nor anything for no token"),
     ("mask", r"-\d+ <= ", "what is compared cannot be negative"),
-    ("mask", r"^0 <= (own|t)\[0\]$", "nor can the index of a split, or of a token"),
+    ("mask", r"^0 <= ((own|t)\[0\]$|\(\(\(step \* )", "nor can a split's or a token's index"),
     ("mask", r"^\(bool\)1$", "it is true as it is"),
     ("mask", r"blockIdx\.x\) - num_tokens\) < num_tokens", "the grid ends there"),
     (
