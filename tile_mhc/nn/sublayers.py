@@ -41,8 +41,8 @@ class SubLayer(NamedTuple):
 def run_sublayers(streams: Tensor, sublayers: Iterable[SubLayer]) -> Tensor:
     """Run the sub-layers of a DeepSeek-V4 model, with `tile_mhc.post_pre` at each boundary.
 
-    for sublayer in sublayers:
-        streams = sublayer.connection(streams, lambda x: sublayer.layer(sublayer.norm(x)))
+        for sublayer in sublayers:
+            streams = sublayer.connection(streams, sublayer.call)
 
     What comes out, and every gradient, is that of this loop, but for what `post_pre` says of last
     bits: the gradient of the streams is rounded once less at every boundary. It is plain autograd:
@@ -79,8 +79,8 @@ def run_delayed_sublayers(
 ) -> tuple[Tensor, Tensor]:
     """Run the sub-layers of a DeepSeek-V4.1 model; as `run_sublayers` runs those of V4.
 
-    for sublayer in sublayers:
-        streams, pre_mix = sublayer.connection(streams, pre_mix, lambda x: ...)
+        for sublayer in sublayers:
+            streams, pre_mix = sublayer.connection(streams, pre_mix, sublayer.call)
 
     Behind the last sub-layer of a model `tile_mhc.aggregate(streams, pre_mix)` reads its output; a
     part of a model hands both on.
