@@ -16,6 +16,7 @@ from tile_mhc.ops._destinations import (
     gradient_buffers,
     register_into,
 )
+from tile_mhc.ops._group import active
 from tile_mhc.ops._library import dtypes, register
 from tile_mhc.ops._op import Op
 
@@ -120,8 +121,11 @@ def _backward_fake(grad: Tensor, residual: Tensor, pre_mix: Tensor) -> tuple[Ten
     return residual.new_empty(residual.shape), pre_mix.new_empty(pre_mix.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs)
+    if active.group is not None:
+        layer_input = output if isinstance(output, Tensor) else output[0]
+        active.group.made_input(layer_input, *inputs)
 
 
 def _backward_arguments(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:

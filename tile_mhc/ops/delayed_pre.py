@@ -23,6 +23,7 @@ from tile_mhc.ops._destinations import (
     gradient_buffers,
     register_into,
 )
+from tile_mhc.ops._group import active
 from tile_mhc.ops._library import (
     absent,
     dtype_of,
@@ -458,6 +459,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(*inputs[:GRADIENTS], *output[4:6])
     ctx.options = (*options, tf32, inputs[4].requires_grad)
     ctx.set_materialize_grads(False)
+    if active.group is not None:
+        active.group.made_input(output[0], inputs[0], inputs[4])
 
 
 def _backward_arguments(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:

@@ -23,6 +23,7 @@ from tile_mhc.ops._destinations import (
     gradient_buffers,
     register_into,
 )
+from tile_mhc.ops._group import active
 from tile_mhc.ops._library import dtype_of, dtypes, empty_gradients, filled, register
 from tile_mhc.ops._op import Op
 from tile_mhc.ops.aggregate import check_mix
@@ -389,6 +390,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     residual, weight, scale, bias, norm_weight, _, *options, _, tf32 = inputs
     ctx.save_for_backward(residual, weight, scale, bias, norm_weight, *output[3:5])
     ctx.options = (*options, tf32)
+    if active.group is not None:
+        active.group.made_input_by(output[0], residual, output[3], scale, bias, options[0])
 
 
 def _backward_arguments(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:

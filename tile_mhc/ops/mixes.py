@@ -152,6 +152,14 @@ def launch_rows(
     )
 
 
+def pre_mix_of(
+    mixes: Tensor, scale: Tensor, bias: Tensor, num_streams: int, pre_eps: float
+) -> Tensor:
+    """The pre_mix by which `fused_pre` has read its layer input. Without a check."""
+    pre_mix: Tensor = _split_mixes.launch((mixes, scale, bias, num_streams, 1.0, pre_eps))[0]
+    return pre_mix
+
+
 def _cpu(
     mixes: Tensor, scale: Tensor, bias: Tensor, num_streams: int, post_mult: float, pre_eps: float
 ) -> tuple[Tensor, ...]:

@@ -16,6 +16,7 @@ from tile_mhc.ops._destinations import (
     gradient_buffers,
     register_into,
 )
+from tile_mhc.ops._group import active
 from tile_mhc.ops._library import dtype_of, dtypes, empty_gradients, empty_like, register
 from tile_mhc.ops._op import Op
 from tile_mhc.ops.aggregate import check_mix
@@ -207,8 +208,11 @@ def _backward_fake(grad: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
     return empty_gradients(*inputs)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs)
+    if active.group is not None:
+        streams = output if isinstance(output, Tensor) else output[0]
+        active.group.made_streams(streams, *inputs)
 
 
 def _backward_arguments(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

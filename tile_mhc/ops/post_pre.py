@@ -20,6 +20,7 @@ from tile_mhc.ops._destinations import (
     gradient_buffers,
     register_into,
 )
+from tile_mhc.ops._group import active
 from tile_mhc.ops._library import (
     absent,
     dtype_of,
@@ -530,6 +531,19 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.options = (*options, tf32, pre_mix is not None and pre_mix.requires_grad)
     # A gradient of the streams that is not there is not read.
     ctx.set_materialize_grads(False)
+    if active.group is not None:
+        _tell(active.group, inputs, output, options[0])
+
+
+def _tell(group: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], pre_eps: float) -> None:
+    """Tell a recompute group what is made here."""
+    streams, layer_input = output[:2]
+    _, scale, bias, pre_mix, layer_bias = inputs[4:9]
+    group.made_streams(streams, *inputs[:4], layer_bias)
+    if pre_mix is None:
+        group.made_input_by(layer_input, streams, output[5], scale, bias, pre_eps)
+    else:
+        group.made_input(layer_input, streams, pre_mix)
 
 
 def _backward_arguments(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:

@@ -101,8 +101,8 @@ def recompute(
             check_mix(op, f"{name}[{index}]", mix, like)
             errors.check_contiguous(op, f"{name}[{index}]", mix)
     inputs = [initial_residual, *pre_mixes, *layer_outputs, *post_mixes, *comb_mixes]
-    _check_destinations([*layer_inputs, *residuals], inputs)
-    _recompute(
+    check_destinations([*layer_inputs, *residuals], inputs)
+    launch(
         initial_residual,
         list(pre_mixes),
         list(layer_outputs),
@@ -112,6 +112,11 @@ def recompute(
         list(residuals),
     )
     return list(layer_inputs), list(residuals)
+
+
+def launch(initial_residual: Tensor, *tensors: list[Tensor]) -> None:
+    """Write the destinations, the last two lists. Without a check."""
+    _recompute(initial_residual, *tensors)
 
 
 def _check_all(
@@ -129,7 +134,7 @@ def _check_all(
         errors.check_aligned("recompute", f"{name}[{index}]", tensor, alignment)
 
 
-def _check_destinations(destinations: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+def check_destinations(destinations: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
     """All spans of memory in one sorted pass: no destination may meet anything."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in destinations):
         raise errors.ShapeError(
