@@ -18,6 +18,8 @@ their nodes are done, or to the end of that backward, where the graph is retaine
 Relies on these private names of torch, each tested in tests/cpu/test_recompute_group.py:
 
 - `_C._autograd._top_saved_tensors_default_hooks`, the hooks that are in force in this thread;
+- `_C._autograd._get_current_graph_task_keep_graph`, whether the backward that runs in this thread
+  retains its graph;
 - `multiprocessing.reductions.StorageWeakRef`, and `UntypedStorage._cdata`, what it compares.
 """
 
@@ -43,6 +45,7 @@ from tile_mhc.ops._group import active
 
 OP = "recompute_group"
 _top_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
+_keeps_graph: Any = torch._C._autograd._get_current_graph_task_keep_graph
 
 Allocate = Callable[[torch.Size, torch.dtype, torch.device], Tensor]
 
@@ -215,76 +218,112 @@ class RecomputeGroup:
         top = _top_hooks(True)
         return top is not None and getattr(top[0], "__self__", None) is self
 
-    # What the ops tell it.
+    # What the ops say, each where it saves for its backward: what is to be saved, and what it makes.
 
-    def made_streams(
-        self,
-        streams: Tensor,
-        layer_output: Tensor,
-        residual: Tensor,
-        post_mix: Tensor,
-        comb_mix: Tensor,
-        bias: Tensor | None,
+    def after_post(self, ctx: Any, inputs: Sequence[Tensor | None], streams: Tensor) -> None:
+        """Save the inputs of `post`, which makes the streams."""
+        kept = self._save(ctx, inputs, (0, 1), (0, 2, 3, 4))
+        if kept is not None:
+            source = self._source(inputs[1], kept[1])
+            self._add(streams, _Streams(self, source, kept[0], *kept[2:]))
+
+    def after_aggregate(self, ctx: Any, inputs: Sequence[Tensor], layer_input: Tensor) -> None:
+        """Save the inputs of `aggregate`, which makes the layer input."""
+        kept = self._save(ctx, inputs, (0,), (1,))
+        if kept is not None:
+            self._add(layer_input, _Input(self, self._source(inputs[0], kept[0]), kept[1:2]))
+
+    def after_fused_pre(
+        self, ctx: Any, saved: Sequence[Tensor | None], layer_input: Tensor, pre_eps: float
     ) -> None:
-        """The streams are post(layer_output, residual, post_mix, comb_mix, bias=bias)."""
-        if self._takes(streams):
-            kept = None if bias is None else self._keep(bias)
-            mixes = self._keep(post_mix), self._keep(comb_mix)
-            source = self._source(residual)
-            self._add(streams, _Streams(self, source, self._keep(layer_output), *mixes, kept))
+        """Save residual, weight, scale, bias, norm_weight, mixes and inv_rms of `fused_pre`.
 
-    def made_input(self, layer_input: Tensor, residual: Tensor, pre_mix: Tensor) -> None:
-        """The layer input is aggregate(residual, pre_mix)."""
-        if self._takes(layer_input):
-            pre = _PreMix(self._keep(pre_mix))
-            self._add(layer_input, _Input(self, self._source(residual), pre))
+        The layer input is by the pre_mix of split_mixes(mixes, scale, bias, pre_eps=pre_eps).
+        """
+        kept = self._save(ctx, saved, (0,), (2, 3, 5))
+        if kept is not None:
+            gates = kept[5], kept[2], kept[3]
+            made = _Input(self, self._source(saved[0], kept[0]), gates, pre_eps)
+            self._add(layer_input, made)
 
-    def made_input_by(
-        self,
-        layer_input: Tensor,
-        residual: Tensor,
-        mixes: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-        pre_eps: float,
+    def after_delayed_pre(
+        self, ctx: Any, saved: Sequence[Tensor | None], layer_input: Tensor
     ) -> None:
-        """As `made_input`, with the pre_mix of split_mixes(mixes, scale, bias, pre_eps=pre_eps)."""
-        if self._takes(layer_input):
-            gates = self._keep(mixes), self._keep(scale), self._keep(bias)
-            pre = _PreMixOf(*gates, residual.shape[-2], pre_eps)
-            self._add(layer_input, _Input(self, self._source(residual), pre))
+        """Save what `fused_pre` with a pre_mix does: as the fourth its pre_mix."""
+        kept = self._save(ctx, saved, (0,), (4,))
+        if kept is not None:
+            self._add(layer_input, _Input(self, self._source(saved[0], kept[0]), kept[4:5]))
 
-    def _takes(self, made: Tensor) -> bool:
-        """Whether the tensor is one that its storage tells from all others."""
-        return (
-            type(made) is Tensor
-            and self._is_on_top()
-            and not _guards.transforms_active()
-            and not _guards.is_traced()
-            and made.is_contiguous()
-            and not made.storage_offset()
-            and made.untyped_storage().nbytes() == made.nbytes
-        )
+    def after_post_pre(
+        self, ctx: Any, saved: Sequence[Tensor | None], layer_input: Tensor, pre_eps: float
+    ) -> None:
+        """Save the ten inputs of `post_pre` that have a gradient, its streams, mixes and inv_rms."""
+        streams, pre_mix = saved[10], saved[7]
+        kept = self._save(ctx, saved, (0, 1), (0, 2, 3, 5, 6, 7, 8, 11), output=10)
+        if kept is None:
+            return
+        source = self._source(saved[1], kept[1])
+        made = _Streams(self, source, kept[0], kept[2], kept[3], kept[8])
+        if not self._add(streams, made):
+            return
+        if ctx.kept is not None:
+            ctx.kept.packed[10] = made
+        if pre_mix is None:
+            self._add(layer_input, _Input(self, made, (kept[11], kept[5], kept[6]), pre_eps))
+        else:
+            self._add(layer_input, _Input(self, made, kept[7:8]))
 
-    def _add(self, tensor: Tensor, made: "_Made") -> None:
-        made.shape, made.stride = tensor.shape, tensor.stride()
-        made.dtype, made.device, made.version = tensor.dtype, tensor.device, tensor._version
-        storage = tensor.untyped_storage()
-        self._storages.append(StorageWeakRef(storage))
-        self._made[storage._cdata] = made
-        self._all.append(weakref.ref(made))
-        if tensor.is_cuda:
-            index = tensor.get_device()
-            key = index, _replay.current_stream(index)
-            if key not in self._streams:
-                self._streams[key] = torch.cuda.current_stream(index)
+    def _save(
+        self,
+        ctx: Any,
+        tensors: Sequence[Tensor | None],
+        streams: Sequence[int],
+        used: Sequence[int],
+        output: int | None = None,
+    ) -> list[Any] | None:
+        """Save for a node of ours, past the hooks, which take the host ten times as long.
 
-    def _source(self, residual: Tensor) -> "_Source":
+        Args:
+            ctx: the node's.
+            tensors: what its backward reads.
+            streams: the positions of those that may be the group's.
+            used: the positions of those of which something is made.
+            output: the position of one that the node has made.
+
+        Returns:
+            What is kept of each tensor; None where the group has no part in the call.
+        """
+        if (
+            not self._is_on_top()
+            or type(tensors[streams[-1]]) is not Tensor
+            or _guards.transforms_active()
+            or _guards.is_traced()
+        ):
+            ctx.save_for_backward(*tensors)
+            return None
+        if self._outer is not None:
+            ctx.save_for_backward(*tensors)
+            ctx.kept = None
+            kept: list[Any] = [None] * len(tensors)
+            for i in (*streams, *used):
+                kept[i] = None if tensors[i] is None else self._pack(tensors[i])
+            return kept
+        kept = [None if t is None else (t, t._version) for t in tensors]
+        for i in streams:
+            kept[i] = self._pack(tensors[i])
+        if output is not None:
+            # It would hold the node.
+            made = tensors[output].detach()
+            kept[output] = made, made._version
+        ctx.kept = _Kept(kept)
+        return kept
+
+    def _source(self, residual: Tensor, packed: Any) -> "_Source":
         """The streams that an op read."""
-        storage = residual.untyped_storage()
-        made = self._made.get(storage._cdata)
-        if made is not None and made.is_all(residual):
+        made = packed.made if type(packed) is _View else packed
+        if isinstance(made, _Streams) and made.is_all(residual):
             return made
+        storage = residual.untyped_storage()
         key = (
             storage._cdata,
             residual.storage_offset(),
@@ -295,8 +334,24 @@ class RecomputeGroup:
         root = self._roots.get(key)
         if root is None:
             self._storages.append(StorageWeakRef(storage))
-            root = self._roots[key] = _Root(self._keep(residual))
+            root = self._roots[key] = _Root(packed)
         return root
+
+    def _add(self, tensor: Tensor, made: "_Made") -> bool:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() != tensor.nbytes:
+            return False  # it may not be alone there
+        made.shape, made.dtype, made.device = tensor.shape, tensor.dtype, tensor.device
+        made.version = tensor._version
+        self._storages.append(StorageWeakRef(storage))
+        self._made[storage._cdata] = made
+        self._all.append(weakref.ref(made))
+        if tensor.is_cuda:
+            index = tensor.get_device()
+            key = index, _replay.current_stream(index)
+            if key not in self._streams:
+                self._streams[key] = torch.cuda.current_stream(index)
+        return True
 
     # The hooks.
 
@@ -305,18 +360,14 @@ class RecomputeGroup:
         if type(tensor) is Tensor:
             made = self._made.get(tensor.untyped_storage()._cdata)
             if made is not None and made.version == tensor._version and made.dtype == tensor.dtype:
-                layout = tensor.shape, tensor.stride(), tensor.storage_offset()
-                if layout == (made.shape, made.stride, 0):
+                if made.shape == tensor.shape and tensor.is_contiguous():
                     return made
-                if not tensor.is_neg():
-                    return _View(made, *layout)
+                return _View(made, tensor.shape, tensor.stride(), tensor.storage_offset())
         if self._outer is not None:
             pack, unpack = self._outer
             return _Outer(unpack, pack(tensor))
         # An output of the node that saves it would hold the node.
         return tensor if tensor.is_leaf else tensor.detach(), tensor._version
-
-    _keep = _pack
 
     # The replay.
 
@@ -367,8 +418,7 @@ class _Made:
     Attributes:
         group: the group.
         source: the streams that it was made of.
-        shape: its shape.
-        stride: its strides; it starts where its storage does.
+        shape: its shape; it is contiguous, and all of its storage.
         dtype: its dtype.
         device: its device.
         version: of the tensor, when it had just been made.
@@ -385,7 +435,6 @@ class _Made:
         "shape",
         "source",
         "stream",
-        "stride",
         "value",
         "value_version",
         "version",
@@ -394,7 +443,6 @@ class _Made:
     # Of the shape: a layer input has one dimension behind those of the tokens, streams have two.
     dims: ClassVar[int]
     shape: torch.Size
-    stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
     version: int
@@ -439,23 +487,26 @@ class _Made:
 
 
 class _Input(_Made):
-    """A layer input: aggregate(source, pre_mix)."""
+    """A layer input: aggregate(source, pre_mix).
 
-    __slots__ = ("pre_mix",)
+    Attributes:
+        gates: what the pre_mix is of, packed: itself, or the mixes, scale and bias that
+            `split_mixes` takes.
+        pre_eps: what that adds to it.
+    """
+
+    __slots__ = ("gates", "pre_eps")
     dims = 1
 
     def __init__(
-        self,
-        group: RecomputeGroup,
-        source: "_Source",
-        pre_mix: "_PreMix | _PreMixOf",
+        self, group: RecomputeGroup, source: "_Source", gates: Sequence[Any], pre_eps: float = 0.0
     ) -> None:
         super().__init__(group, source)
-        self.pre_mix = pre_mix
+        self.gates, self.pre_eps = gates, pre_eps
 
     def forget(self) -> None:
         super().forget()
-        self.pre_mix = _PreMix(None)
+        self.gates = ()
 
 
 class _Streams(_Made):
@@ -471,28 +522,6 @@ class _Streams(_Made):
     def forget(self) -> None:
         super().forget()
         self.packed = ()
-
-
-class _PreMix:
-    """A pre_mix, packed."""
-
-    def __init__(self, pre_mix: Any) -> None:
-        self.pre_mix = pre_mix
-
-    def get(self, launches: "_Launches") -> Tensor:
-        return launches.resolve(self.pre_mix)
-
-
-class _PreMixOf:
-    """A pre_mix that an op made and did not keep: that of split_mixes, whose inputs are packed."""
-
-    def __init__(self, mixes: Any, scale: Any, bias: Any, num_streams: int, eps: float) -> None:
-        self.gates = mixes, scale, bias
-        self.num_streams, self.eps = num_streams, eps
-
-    def get(self, launches: "_Launches") -> Tensor:
-        gates = [launches.resolve(packed) for packed in self.gates]
-        return mixes_op.pre_mix_of(*gates, self.num_streams, self.eps)
 
 
 class _Root:
@@ -519,6 +548,36 @@ class _View:
 
     def get(self) -> Tensor:
         return self.made.get().as_strided(*self.layout)
+
+
+class _Kept:
+    """What a node of ours has saved, packed."""
+
+    __slots__ = ("packed",)
+
+    def __init__(self, packed: list[Any]) -> None:
+        self.packed = packed
+
+    def take(self) -> tuple[Tensor | None, ...]:
+        """The tensors, in the node's backward; as autograd would, it frees them if it may."""
+        if not self.packed:
+            raise errors.RecomputeError(
+                f"{OP}: a node must be run once where its graph is not retained; got a second "
+                "backward. Give the first one retain_graph=True"
+            )
+        tensors = tuple([None if packed is None else _unpack(packed) for packed in self.packed])
+        if not _keeps_graph():
+            self.packed = []
+        if torch.is_grad_enabled():
+            # For a gradient of the gradient, which is refused, there must be a graph.
+            return tuple(map(_with_gradient, tensors))
+        return tensors
+
+
+def _with_gradient(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None or tensor.requires_grad:
+        return tensor
+    return tensor.detach().requires_grad_()
 
 
 class _Outer:
@@ -589,7 +648,9 @@ class _Launches:
             self._make_streams(made)
 
     def _make_input(self, made: _Input) -> None:
-        pre_mix = made.pre_mix.get(self)
+        pre_mix, *gates = map(self.resolve, made.gates)
+        if gates:
+            pre_mix = mixes_op.pre_mix_of(pre_mix, *gates, made.pre_eps)
         # One aggregate a layer.
         if made.source is not self._tail or len(self._pre_mixes) > len(self._posts):
             self._begin(made.source)

@@ -122,14 +122,15 @@ def _backward_fake(grad: Tensor, residual: Tensor, pre_mix: Tensor) -> tuple[Ten
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs)
-    if active.group is not None:
+    if active.group is None:
+        ctx.save_for_backward(*inputs)
+    else:
         layer_input = output if isinstance(output, Tensor) else output[0]
-        active.group.made_input(layer_input, *inputs)
+        active.group.after_aggregate(ctx, inputs, layer_input)
 
 
 def _backward_arguments(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-    return grad, *ctx.saved_tensors
+    return grad, *(ctx.saved_tensors or ctx.kept.take())
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -456,16 +456,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, *options, _, tf32 = inputs[GRADIENTS:]
-    ctx.save_for_backward(*inputs[:GRADIENTS], *output[4:6])
+    saved = (*inputs[:GRADIENTS], *output[4:6])
     ctx.options = (*options, tf32, inputs[4].requires_grad)
     ctx.set_materialize_grads(False)
-    if active.group is not None:
-        active.group.made_input(output[0], inputs[0], inputs[4])
+    if active.group is None:
+        ctx.save_for_backward(*saved)
+    else:
+        active.group.after_delayed_pre(ctx, saved, output[0])
 
 
 def _backward_arguments(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """Gradients that autograd left out are zeros; that of the residual joins what it has."""
-    saved = ctx.saved_tensors  # once: checkpointing unpacks it only once
+    saved = ctx.saved_tensors or ctx.kept.take()  # once: checkpointing unpacks it only once
     passed = grads[-1] if len(grads) in (5, 7) else None
     return *filled(grads[:4], empty, saved[0]), *saved, *ctx.options, passed
 

@@ -388,14 +388,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     residual, weight, scale, bias, norm_weight, _, *options, _, tf32 = inputs
-    ctx.save_for_backward(residual, weight, scale, bias, norm_weight, *output[3:5])
+    saved = (residual, weight, scale, bias, norm_weight, *output[3:5])
     ctx.options = (*options, tf32)
-    if active.group is not None:
-        active.group.made_input_by(output[0], residual, output[3], scale, bias, options[0])
+    if active.group is None:
+        ctx.save_for_backward(*saved)
+    else:
+        active.group.after_fused_pre(ctx, saved, output[0], options[0])
 
 
 def _backward_arguments(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    return *grads[:3], *ctx.saved_tensors, *ctx.options, None
+    saved = ctx.saved_tensors or ctx.kept.take()
+    return *grads[:3], *saved, *ctx.options, None
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -441,7 +444,7 @@ def _with_residual(*inputs: Any) -> tuple[Tensor, ...]:
 
 def _passing_arguments(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """Gradients that autograd left out are zeros; that of the residual joins what it has."""
-    saved = ctx.saved_tensors  # once: checkpointing unpacks it only once
+    saved = ctx.saved_tensors or ctx.kept.take()  # once: checkpointing unpacks it only once
     given: Sequence[Tensor | None] = grads[:3]
     if grads[0] is None or grads[1] is None or grads[2] is None:
         given = filled(given, empty, saved[0])

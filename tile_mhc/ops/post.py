@@ -209,14 +209,15 @@ def _backward_fake(grad: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs)
-    if active.group is not None:
+    if active.group is None:
+        ctx.save_for_backward(*inputs)
+    else:
         streams = output if isinstance(output, Tensor) else output[0]
-        active.group.made_streams(streams, *inputs)
+        active.group.after_post(ctx, inputs, streams)
 
 
 def _backward_arguments(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return grad, *ctx.saved_tensors
+    return grad, *(ctx.saved_tensors or ctx.kept.take())
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -527,28 +527,19 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
         _refuse_gradient(inputs[GRADIENTS])
     _, _, *options, _, _, tf32 = inputs[GRADIENTS:]
     pre_mix = inputs[7]
-    ctx.save_for_backward(*inputs[:GRADIENTS], output[0], *output[5:])
+    saved = (*inputs[:GRADIENTS], output[0], *output[5:])
     ctx.options = (*options, tf32, pre_mix is not None and pre_mix.requires_grad)
     # A gradient of the streams that is not there is not read.
     ctx.set_materialize_grads(False)
-    if active.group is not None:
-        _tell(active.group, inputs, output, options[0])
-
-
-def _tell(group: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], pre_eps: float) -> None:
-    """Tell a recompute group what is made here."""
-    streams, layer_input = output[:2]
-    _, scale, bias, pre_mix, layer_bias = inputs[4:9]
-    group.made_streams(streams, *inputs[:4], layer_bias)
-    if pre_mix is None:
-        group.made_input_by(layer_input, streams, output[5], scale, bias, pre_eps)
+    if active.group is None:
+        ctx.save_for_backward(*saved)
     else:
-        group.made_input(layer_input, streams, pre_mix)
+        active.group.after_post_pre(ctx, saved, output[1], options[0])
 
 
 def _backward_arguments(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """Gradients that autograd left out are zeros; that of the streams is left out."""
-    saved = ctx.saved_tensors  # once: checkpointing unpacks it only once
+    saved = ctx.saved_tensors or ctx.kept.take()  # once: checkpointing unpacks it only once
     residual, pre_mix = saved[1], saved[7]
     given = list(grads[1:5])
     if pre_mix is None:
