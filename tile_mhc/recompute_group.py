@@ -218,7 +218,7 @@ class RecomputeGroup:
         top = _top_hooks(True)
         return top is not None and getattr(top[0], "__self__", None) is self
 
-    # What the ops say, each where it saves for its backward: what is to be saved, and what it makes.
+    # What ops say where they save for their backward: what is to be saved, and what they make.
 
     def after_post(self, ctx: Any, inputs: Sequence[Tensor | None], streams: Tensor) -> None:
         """Save the inputs of `post`, which makes the streams."""
@@ -257,7 +257,7 @@ class RecomputeGroup:
     def after_post_pre(
         self, ctx: Any, saved: Sequence[Tensor | None], layer_input: Tensor, pre_eps: float
     ) -> None:
-        """Save the ten inputs of `post_pre` that have a gradient, its streams, mixes and inv_rms."""
+        """Save the ten inputs with a gradient of `post_pre`, its streams, mixes and inv_rms."""
         streams, pre_mix = saved[10], saved[7]
         kept = self._save(ctx, saved, (0, 1), (0, 2, 3, 5, 6, 7, 8, 11), output=10)
         if kept is None:

@@ -1,6 +1,5 @@
 """Recompute groups: the same bits for less memory, and nothing that stays behind."""
 
-import contextlib
 import gc
 import threading
 from contextlib import nullcontext
@@ -52,10 +51,10 @@ class Watch(TorchDispatchMode):
                     self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         return result
 
-    def live(self, *besides):
-        """Bytes that are still there, but for those of these tensors."""
+    def live(self, stack, *besides):
+        """Bytes that are still there, but for the parameters and these tensors."""
         gc.collect()
-        known = {tensor.untyped_storage()._cdata for tensor in besides}
+        known = {t.untyped_storage()._cdata for t in (*stack.parameters(), *besides)}
         return sum(
             size
             for key, (reference, size) in self._storages.items()
@@ -87,8 +86,8 @@ class Odd(Layer):
     """Saves views of its input that are not all of it, or not as it lies."""
 
     def forward(self, x):
-        half = x[..., ::2].exp().sum(-1, keepdim=True)
-        turned = x.transpose(0, 1).square().transpose(0, 1)
+        half = x[..., ::2].cos().sum(-1, keepdim=True)
+        turned = x.transpose(0, 1).sin().transpose(0, 1)
         return (self.linear(x.reshape(-1, H)).view(x.shape) + half * turned).contiguous()
 
 
@@ -246,7 +245,7 @@ def gradients(stack, around, streams=None, forward=None):
     streams = first_streams(next(stack.layers.parameters()).dtype) if streams is None else streams
     torch.manual_seed(3)
     with around:
-        out = (forward or stack)(streams)
+        out = (stack if forward is None else forward)(streams)
     loss_of(out).backward()
     found = [out.detach(), streams.grad, *(p.grad for p in stack.parameters())]
     stack.zero_grad()
@@ -293,28 +292,28 @@ def test_memory(way):
         with Watch() as watch:
             with group:
                 out = stack(streams)
-            live[name] = watch.live(out, streams)
-    made = (LAYERS - 1) * STREAMS_BYTES + LAYERS * INPUT_BYTES
+            live[name] = watch.live(stack, out, streams)
+    between = LAYERS - 1 + (way == "V4.1")  # the last streams are not its output
+    made = between * STREAMS_BYTES + LAYERS * INPUT_BYTES
     assert live["without"] - live["with"] == made
 
 
 def test_what_is_made_again_goes_as_the_backward_passes():
-    stack, seen = Stack(), []
-    with Watch() as watch:
-        streams = first_streams()
-        with recompute_group():
-            out = stack(streams)
-        kept = watch.live(out, streams)
-        for layer in stack.layers:
-            layer.linear.weight.register_hook(lambda _: seen.append(watch.live(out, streams)))
-        loss_of(out).backward()
-        gc.collect()
-        left = [p.grad for p in stack.parameters() if p.grad is not None]
-        assert watch.live(out, streams, streams.grad, *left) < 1000
-    assert len(seen) == LAYERS
-    assert seen == sorted(seen, reverse=True)
-    assert seen[0] > kept
-    assert seen[-1] < kept
+    stack, there = Stack(), []
+    with recompute_group() as group:
+        out = stack(first_streams())
+
+    def look(_):
+        there.append(sum(made.value is not None for made in group._alive()))
+
+    assert there == []
+    for layer in stack.layers:
+        layer.linear.weight.register_hook(look)
+    loss_of(out).backward()
+    # Of a sub-layer its input and its streams, but the first streams are not made again.
+    assert there == [7, 5, 3, 1] or there == [6, 4, 2, 0]
+    look(None)
+    assert there[-1] == 0
 
 
 def test_a_graph_that_is_dropped_leaves_nothing():
@@ -324,7 +323,7 @@ def test_a_graph_that_is_dropped_leaves_nothing():
         with recompute_group() as group:
             out = stack(streams)
         del out
-        assert watch.live(streams) == 0
+        assert watch.live(stack, streams) == 0
     assert group._alive() == []
 
 
@@ -349,21 +348,27 @@ def test_nothing_but_the_graph_keeps_what_is_kept():
         gc.enable()
 
 
+def leave(group, first):
+    with group:
+        first()
+        raise KeyError
+
+
 def test_an_exception_frees_all():
     stack, kept = Stack(), []
     with Watch() as watch:
         streams = first_streams()
-        with pytest.raises(KeyError), recompute_group() as group:
-            kept.append(stack(streams))
-            raise KeyError
+        group = recompute_group()
+        with pytest.raises(KeyError):
+            leave(group, lambda: kept.append(stack(streams)))
         assert active.group is None
-        assert [made.source for made in group._alive() if made.source.packed is not None] == []
+        assert [made for made in group._alive() if made.source.packed is not None] == []
     with pytest.raises(RecomputeError, match="left without an exception"):
         loss_of(kept[0]).backward()
     with pytest.raises(RecomputeError, match="left without an exception"):
         group.replay()
     kept.clear()
-    assert watch.live(streams) == 0
+    assert watch.live(stack, streams) == 0
 
 
 @pytest.mark.parametrize("sizes", [(1, 3), (2, 2), (1, 1, 1, 1), (4,)])
@@ -448,12 +453,12 @@ def test_two_backwards():
         with recompute_group() as group:
             out = stack(streams)
         loss = loss_of(out)
-        kept = watch.live(out, streams)
+        kept = watch.live(stack, out, streams)
         loss.backward(retain_graph=True)
         first = [streams.grad, *(p.grad for p in stack.parameters())]
         # What the replay has made does not stay.
         besides = [tensor for tensor in first if tensor is not None]
-        assert watch.live(out, streams, *besides) <= kept
+        assert watch.live(stack, out, streams, *besides) <= kept
         assert group._alive()
         streams.grad = None
         stack.zero_grad()
@@ -599,7 +604,7 @@ def test_a_checkpoint_outside_keeps_its_input_alone():
 
     with Watch() as watch:
         out = checkpoint(grouped, streams, use_reentrant=False)
-        assert watch.live(out, streams) < 100  # the state of random numbers
+        assert watch.live(stack, out, streams) < 100  # the state of random numbers
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -682,7 +687,7 @@ def test_what_is_kept_must_not_change(change):
     run = in_place_cases()[change]
     with recompute_group():
         out = run(stack, first_streams())
-    with pytest.raises(RecomputeError, match=r"at version 0; got .* at version 1"):
+    with pytest.raises(RecomputeError, match=r"at version \d; got .* at version \d, which"):
         loss_of(out).backward()
 
 
@@ -965,12 +970,12 @@ def test_known_calls_tell_too(way):
             count, alive = len(group._all), len(group._alive())
             out.backward(torch.zeros_like(out))
             assert group._alive() == []
-        with contextlib.ExitStack() as patches:
-            for operator in OPERATORS.values():
-                if operator.replay is not None:
-                    patches.enter_context(pytest.MonkeyPatch.context()).setattr(
-                        operator, "_operator", None
-                    )
+        # Of post_pre without a pre_mix the backward has an empty argument, and is never known.
+        dispatched = {"post_pre_backward"} if way == "boundaries" else set()
+        with pytest.MonkeyPatch.context() as patch:
+            for name in set(OPERATORS) - dispatched:
+                if OPERATORS[name].replay is not None:
+                    patch.setattr(OPERATORS[name], "_operator", None)
             with recompute_group() as group:
                 out = stack(streams)
             assert (len(group._all), len(group._alive())) == (count, alive)

@@ -15,6 +15,7 @@ from tile_mhc.ops import log_sinkhorn as log_sinkhorn_op
 from tile_mhc.ops import mixes as mixes_op
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops import sinkhorn as sinkhorn_op
+from tile_mhc.ops._autograd import records
 from tile_mhc.ops._destinations import (
     NO_DESTINATIONS,
     Destinations,
@@ -459,7 +460,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     saved = (*inputs[:GRADIENTS], *output[4:6])
     ctx.options = (*options, tf32, inputs[4].requires_grad)
     ctx.set_materialize_grads(False)
-    if active.group is None:
+    if active.group is None or torch.compiler.is_compiling():
         ctx.save_for_backward(*saved)
     else:
         active.group.after_delayed_pre(ctx, saved, output[0])
@@ -535,7 +536,8 @@ class _DelayedPreAndResidual(torch.autograd.Function):
 
 
 def _passed(*inputs: Any) -> tuple[Tensor, ...]:
-    if transforms_active():  # takes only what torch.func can transform: the operator, and a view
+    # Transforms of torch.func take only what they know: the operator, and a view.
+    if transforms_active() or not records(inputs):
         return _with_residual(*inputs)
     outputs: tuple[Tensor, ...] = _DelayedPreAndResidual.apply(*inputs)  # type: ignore[no-untyped-call]
     return outputs

@@ -531,7 +531,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.options = (*options, tf32, pre_mix is not None and pre_mix.requires_grad)
     # A gradient of the streams that is not there is not read.
     ctx.set_materialize_grads(False)
-    if active.group is None:
+    if active.group is None or torch.compiler.is_compiling():
         ctx.save_for_backward(*saved)
     else:
         active.group.after_post_pre(ctx, saved, output[1], options[0])
