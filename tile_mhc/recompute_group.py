@@ -85,6 +85,11 @@ def recompute_group() -> "RecomputeGroup":
     return RecomputeGroup()
 
 
+def has_hooks() -> bool:
+    """Whether what is saved now goes through hooks, of a group or of something else."""
+    return _top_hooks(True) is not None
+
+
 class RecomputeGroup:
     """What `recompute_group` returns. `with group:` is one `part`, and `close`."""
 
