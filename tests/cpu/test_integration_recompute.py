@@ -131,7 +131,7 @@ def test_nothing_waits_after_a_step():
     with integration.patch(recompute_layers=3):
         step(model, ids)
     gc.collect()
-    assert [each for each in gc.get_objects() if isinstance(each, RecomputeGroup)] == []
+    assert [each for each in gc.get_objects() if type(each) is RecomputeGroup] == []
 
 
 def test_bad_numbers_of_layers():

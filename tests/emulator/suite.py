@@ -101,10 +101,13 @@ def run_recompute(
     case: Case, device: str = "cpu", dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Tensor]:
     """A replay of three layers and two posts."""
-    outputs = recompute(*recompute_inputs(3, 2, *case.shape, device, dtype))
+    inputs = recompute_inputs(3, 2, *case.shape, device, dtype)
+    norms = [norm_weight(case.hidden_size, device) for _ in range(3)]
+    outputs = (*recompute(*inputs), *recompute(*inputs, layer_norm_weights=norms))
+    names = ("layer_inputs", "residuals", "normed layer_inputs", "residuals of the normed")
     return {
         f"{name}[{i}]": tensor
-        for name, tensors in zip(("layer_inputs", "residuals"), outputs, strict=True)
+        for name, tensors in zip(names, outputs, strict=True)
         for i, tensor in enumerate(tensors)
     }
 

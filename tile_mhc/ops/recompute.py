@@ -22,6 +22,8 @@ def recompute(
     *,
     layer_inputs: Sequence[Tensor] | None = None,
     residuals: Sequence[Tensor] | None = None,
+    layer_norm_weights: Sequence[Tensor] | None = None,
+    layer_norm_eps: float = 1e-6,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Recompute every layer input and residual of a group of sub-layers from its first residual.
 
@@ -32,6 +34,16 @@ def recompute(
     it), so each tensor is read or written once. Bitwise equal to the separate ops. One
     kernel serves any number of layers.
 
+    In DeepSeek-V4.1 a layer input is read by the pre_mix that the sub-layer before has made, and
+    the first by one that is given: those are its `pre_mixes`, each beside the streams that it is
+    for.
+
+    With `layer_norm_weights` the layer inputs are written as the layers' own norms make them, by a
+    kernel for each behind the replay:
+
+    layer_inputs[l] = layer_input * rsqrt(mean(layer_input**2) + layer_norm_eps)
+                      * layer_norm_weights[l]
+
     Args:
         initial_residual: (..., n, H) bfloat16, float16 or float32, contiguous; n in 2, 4, 8; H up
             to 16384. The other streams have its dtype.
@@ -41,6 +53,9 @@ def recompute(
         comb_mixes: P tensors (..., n, n) float32, contiguous.
         layer_inputs: optional L destinations (..., H).
         residuals: optional P destinations (..., n, H).
+        layer_norm_weights: optional L tensors (H,) float32 or bfloat16, of RMS norms of the layer
+            inputs; all of one dtype.
+        layer_norm_eps: added to the mean square of those norms.
 
     Returns:
         layer_inputs and residuals. The replay has no gradient of its own.
@@ -62,6 +77,7 @@ def recompute(
         ("comb_mixes", comb_mixes),
         ("layer_inputs", () if layer_inputs is None else layer_inputs),
         ("residuals", () if residuals is None else residuals),
+        ("layer_norm_weights", () if layer_norm_weights is None else layer_norm_weights),
     ):
         if not isinstance(given, list | tuple):
             raise errors.ShapeError(
@@ -86,6 +102,8 @@ def recompute(
         "layer_inputs": (layer_inputs, layers),
         "residuals": (residuals, posts),
     }
+    if layer_norm_weights is not None:
+        groups["layer_norm_weights"] = (layer_norm_weights, layers)
     for name, (tensors, count) in groups.items():
         if len(tensors) != count:
             raise errors.ShapeError(f"{op}: {name} must hold {count} tensors; got {len(tensors)}")
@@ -100,7 +118,9 @@ def recompute(
         for index, mix in enumerate(mixes):
             check_mix(op, f"{name}[{index}]", mix, like)
             errors.check_contiguous(op, f"{name}[{index}]", mix)
-    inputs = [initial_residual, *pre_mixes, *layer_outputs, *post_mixes, *comb_mixes]
+    norms = [] if layer_norm_weights is None else list(layer_norm_weights)
+    _check_norms(norms, layer_norm_eps, like)
+    inputs = [initial_residual, *pre_mixes, *layer_outputs, *post_mixes, *comb_mixes, *norms]
     check_destinations([*layer_inputs, *residuals], inputs)
     launch(
         initial_residual,
@@ -110,13 +130,35 @@ def recompute(
         list(comb_mixes),
         list(layer_inputs),
         list(residuals),
+        norms,
+        layer_norm_eps,
     )
     return list(layer_inputs), list(residuals)
 
 
-def launch(initial_residual: Tensor, *tensors: list[Tensor]) -> None:
-    """Write the destinations, the last two lists. Without a check."""
-    _recompute(initial_residual, *tensors)
+def launch(
+    initial_residual: Tensor,
+    pre_mixes: list[Tensor],
+    layer_outputs: list[Tensor],
+    post_mixes: list[Tensor],
+    comb_mixes: list[Tensor],
+    layer_inputs: list[Tensor],
+    residuals: list[Tensor],
+    layer_norm_weights: Sequence[Tensor] = (),
+    layer_norm_eps: float = 0.0,
+) -> None:
+    """Write the layer inputs and residuals. Without a check."""
+    lists = pre_mixes, layer_outputs, post_mixes, comb_mixes, layer_inputs, residuals
+    _recompute(initial_residual, *lists, list(layer_norm_weights), layer_norm_eps)
+
+
+def _check_norms(weights: Sequence[Tensor], eps: float, like: tuple[str, Tensor]) -> None:
+    dtypes_allowed: tuple[torch.dtype, ...] = errors.PARAMETERS
+    for index, weight in enumerate(weights):
+        name = f"layer_norm_weights[{index}]"
+        errors.check_tensor("recompute", name, weight, [like[1].shape[-1:]], dtypes_allowed, like)
+        dtypes_allowed = (weight.dtype,)
+    errors.check_number("recompute", "layer_norm_eps", eps)
 
 
 def _check_all(
@@ -166,6 +208,8 @@ def _cuda(
     comb_mixes: list[Tensor],
     layer_inputs: list[Tensor],
     residuals: list[Tensor],
+    layer_norm_weights: Sequence[Tensor] = (),
+    layer_norm_eps: float = 0.0,
 ) -> None:
     if initial_residual.numel() == 0:
         return
@@ -183,6 +227,11 @@ def _cuda(
     given = dtypes(streams=initial_residual.dtype)
     kernel = jit.kernel("recompute", n, hidden_size, *given)
     kernel(initial_residual.view(-1, n, hidden_size), table, posts)
+    for layer_input, weight in zip(layer_inputs, layer_norm_weights, strict=False):
+        norm_dtypes = dtypes(streams=layer_input.dtype, layer_norm=weight.dtype)
+        jit.kernel("input_norm", hidden_size, *norm_dtypes)(
+            layer_input.view(-1, hidden_size), weight.contiguous(), layer_norm_eps
+        )
 
 
 def _write_table(addresses: list[int], table: Tensor) -> None:
@@ -202,9 +251,17 @@ def _cpu(
     comb_mixes: list[Tensor],
     layer_inputs: list[Tensor],
     residuals: list[Tensor],
+    layer_norm_weights: Sequence[Tensor],
+    layer_norm_eps: float,
 ) -> None:
     results = reference.recompute(
-        initial_residual, pre_mixes, layer_outputs, post_mixes, comb_mixes
+        initial_residual,
+        pre_mixes,
+        layer_outputs,
+        post_mixes,
+        comb_mixes,
+        layer_norm_weights=layer_norm_weights or None,
+        layer_norm_eps=layer_norm_eps,
     )
     for destinations, sources in zip((layer_inputs, residuals), results, strict=True):
         for destination, source in zip(destinations, sources, strict=True):
@@ -214,7 +271,7 @@ def _cpu(
 _recompute = register(
     "recompute(Tensor initial_residual, Tensor[] pre_mixes, Tensor[] layer_outputs, "
     "Tensor[] post_mixes, Tensor[] comb_mixes, Tensor(a!)[] layer_inputs, "
-    "Tensor(b!)[] residuals) -> ()",
+    "Tensor(b!)[] residuals, Tensor[] layer_norm_weights, float layer_norm_eps) -> ()",
     cuda=_cuda,
     cpu=_cpu,
     fake=lambda *args: None,
