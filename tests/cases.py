@@ -331,6 +331,11 @@ DESTINATIONS = {
 }
 
 
+def _flat_gates(gates: list[Tensor]) -> list[Tensor]:
+    """Mixes with one row a token, scale and bias."""
+    return [gates[0].view(-1, gates[0].shape[-1]), *gates[1:]]
+
+
 def operator_calls(
     lead: Sequence[int], n: int, hidden_size: int, device: str
 ) -> dict[str, tuple[Any, ...]]:
@@ -428,6 +433,11 @@ def operator_calls(
             [torch.zeros_like(narrow) for _ in range(2)],
             [torch.zeros_like(wide)],
             [torch.ones_like(narrow.view(-1, hidden_size)[0]) for _ in range(2)],
+            1e-6,
+        ),
+        "recompute_gates": (
+            wide.view(-1, n, hidden_size),
+            *map(list, zip(*[_flat_gates(tensors(SPLIT_MIXES)) for _ in range(2)], strict=True)),
             1e-6,
         ),
     }

@@ -20,7 +20,8 @@ Relies on these private names of torch, each tested in tests/cpu/test_recompute_
 - `_C._autograd._top_saved_tensors_default_hooks`, the hooks that are in force in this thread;
 - `_C._autograd._get_current_graph_task_keep_graph`, whether the backward that runs in this thread
   retains its graph;
-- `multiprocessing.reductions.StorageWeakRef`, and `UntypedStorage._cdata`, what it compares.
+- `UntypedStorage._weak_ref` and `_free_weak_ref`, as multiprocessing.reductions.StorageWeakRef has
+  them, and `_cdata`, the address that no other storage has as long as there is a weak reference.
 """
 
 import contextlib
@@ -34,17 +35,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from tile_mhc import _backward, _guards, errors
 from tile_mhc.ops import _replay
-from tile_mhc.ops import mixes as mixes_op
 from tile_mhc.ops import post as post_op
 from tile_mhc.ops import recompute as recompute_op
 from tile_mhc.ops._group import active
 
 OP = "recompute_group"
 _top_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
+_free_weak_ref: Any = torch.UntypedStorage._free_weak_ref
+_is_transforming: Any = torch._C._are_functorch_transforms_active
+_tracing_state: Any = torch._C._get_tracing_state
 _keeps_graph: Any = torch._C._autograd._get_current_graph_task_keep_graph
 
 Allocate = Callable[[torch.Size, torch.dtype, torch.device], Tensor]
@@ -104,7 +106,7 @@ class RecomputeGroup:
         # While it is open, by the address of the storage, which the weak references hold.
         self._made: dict[int, _Made] = {}
         self._roots: dict[tuple[Any, ...], _Root] = {}
-        self._storages: list[StorageWeakRef] = []
+        self._storages: list[int] = []
         # All of it, in the order of the forward.
         self._all: list[weakref.ref[_Made]] = []
         # The streams of a GPU on which it was made, by device and address.
@@ -155,9 +157,16 @@ class RecomputeGroup:
                 f"{what}. `with group:` closes it, too"
             )
         self._closed = True
+        self._free()
+
+    def _free(self) -> None:
         self._made.clear()
         self._roots.clear()
-        self._storages.clear()
+        while self._storages:
+            _free_weak_ref(self._storages.pop())
+
+    def __del__(self) -> None:
+        self._free()
 
     def replay(self, allocate: Allocate | None = None) -> None:
         """Make the group again now, before a backward needs it, on the current stream.
@@ -301,8 +310,8 @@ class RecomputeGroup:
         if (
             not self._is_on_top()
             or type(tensors[streams[-1]]) is not Tensor
-            or _guards.transforms_active()
-            or _guards.is_traced()
+            or _is_transforming()
+            or _tracing_state() is not None
         ):
             ctx.save_for_backward(*tensors)
             return None
@@ -326,7 +335,9 @@ class RecomputeGroup:
     def _source(self, residual: Tensor, packed: Any) -> "_Source":
         """The streams that an op read."""
         made = packed.made if type(packed) is _View else packed
-        if isinstance(made, _Streams) and made.is_all(residual):
+        if made is packed and type(made) is _Streams:
+            return made
+        if type(made) is _Streams and made.is_all(residual):
             return made
         storage = residual.untyped_storage()
         key = (
@@ -338,17 +349,16 @@ class RecomputeGroup:
         )
         root = self._roots.get(key)
         if root is None:
-            self._storages.append(StorageWeakRef(storage))
-            root = self._roots[key] = _Root(packed)
+            self._storages.append(storage._weak_ref())
+            root = self._roots[key] = _Root(packed, residual.dtype, residual.device)
         return root
 
     def _add(self, tensor: Tensor, made: "_Made") -> bool:
         storage = tensor.untyped_storage()
         if storage.nbytes() != tensor.nbytes:
             return False  # it may not be alone there
-        made.shape, made.dtype, made.device = tensor.shape, tensor.dtype, tensor.device
-        made.version = tensor._version
-        self._storages.append(StorageWeakRef(storage))
+        made.shape, made.version = tensor.shape, tensor._version
+        self._storages.append(storage._weak_ref())
         self._made[storage._cdata] = made
         self._all.append(weakref.ref(made))
         if tensor.is_cuda:
@@ -448,13 +458,12 @@ class _Made:
     # Of the shape: a layer input has one dimension behind those of the tokens, streams have two.
     dims: ClassVar[int]
     shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
     version: int
 
     def __init__(self, group: RecomputeGroup, source: "_Source") -> None:
         self.group = group
         self.source = source
+        self.dtype, self.device = source.dtype, source.device
         self.value: Tensor | None = None
         self.value_version = 0
         self.stream: torch.cuda.Stream | None = None
@@ -532,15 +541,15 @@ class _Streams(_Made):
 class _Root:
     """Streams that something else made, packed."""
 
-    __slots__ = ("packed", "value")
+    __slots__ = ("device", "dtype", "packed", "value")
 
-    def __init__(self, packed: Any) -> None:
-        self.packed = packed
+    def __init__(self, packed: Any, dtype: torch.dtype, device: torch.device) -> None:
+        self.packed, self.dtype, self.device = packed, dtype, device
         self.value: Tensor | None = None
 
 
 _Source = _Made | _Root
-_NOTHING = _Root(None)
+_NOTHING = _Root(None, torch.float32, torch.device("meta"))
 
 
 class _View:
@@ -570,13 +579,22 @@ class _Kept:
                 f"{OP}: a node must be run once where its graph is not retained; got a second "
                 "backward. Give the first one retain_graph=True"
             )
-        tensors = tuple([None if packed is None else _unpack(packed) for packed in self.packed])
+        tensors: list[Tensor | None] = []
+        for packed in self.packed:
+            # As `_unpack`, whose call would take as long as all of it.
+            if type(packed) is tuple:
+                tensor, version = packed
+                if tensor._version != version:
+                    raise _changed(tensor, version, "a tensor that the backward needs")
+                tensors.append(tensor)
+            else:
+                tensors.append(None if packed is None else packed.get())
         if not _keeps_graph():
             self.packed = []
         if torch.is_grad_enabled():
             # For a gradient of the gradient, which is refused, there must be a graph.
             return tuple(map(_with_gradient, tensors))
-        return tensors
+        return tuple(tensors)
 
 
 def _with_gradient(tensor: Tensor | None) -> Tensor | None:
@@ -633,6 +651,8 @@ class _Launches:
         # The streams that the last layer so far leaves, or that the first begins with.
         self._tail: _Source | None = None
         self._pre_mixes: list[Tensor] = []
+        # What pre_mixes are to be made of, with their positions.
+        self._gates: dict[Any, list[tuple[int, tuple[Tensor, ...]]]] = {}
         self._posts: list[Sequence[Tensor]] = []
         self._layer_inputs: list[Tensor] = []
         self._residuals: list[Tensor] = []
@@ -653,13 +673,19 @@ class _Launches:
             self._make_streams(made)
 
     def _make_input(self, made: _Input) -> None:
-        pre_mix, *gates = map(self.resolve, made.gates)
-        if gates:
-            pre_mix = mixes_op.pre_mix_of(pre_mix, *gates, made.pre_eps)
+        gates = list(map(self.resolve, made.gates))
         # One aggregate a layer.
         if made.source is not self._tail or len(self._pre_mixes) > len(self._posts):
             self._begin(made.source)
-        self._pre_mixes.append(self._rows(pre_mix, self._num_streams))
+        if len(gates) == 1:
+            self._pre_mixes.append(self._rows(gates[0], self._num_streams))
+        else:
+            mixes, scale, bias = gates
+            rows = self._num_streams * (self._num_streams + 2)
+            given = self._rows(mixes, rows), _aligned(scale), _aligned(bias)
+            key = scale.dtype, bias.dtype, made.pre_eps
+            self._gates.setdefault(key, []).append((len(self._pre_mixes), given))
+            self._pre_mixes.append(mixes)  # until the launch
         self._layer_inputs.append(self._destination(made))
 
     def _make_streams(self, made: _Streams) -> None:
@@ -733,6 +759,12 @@ class _Launches:
     def run(self) -> None:
         """Launch what has been gathered."""
         if self._residuals or self._layer_inputs:
+            for (*_, pre_eps), found in self._gates.items():
+                positions, gates = zip(*found, strict=True)
+                columns = [list(column) for column in zip(*gates, strict=True)]
+                pre_mixes = recompute_op.pre_mixes(self._initial, *columns, pre_eps)
+                for position, pre_mix in zip(positions, pre_mixes.unbind(), strict=True):
+                    self._pre_mixes[position] = pre_mix
             posts = [list(column) for column in zip(*self._posts, strict=True)] or [[], [], []]
             if self._allocate is not None:
                 given = [self._initial, *self._pre_mixes, *itertools.chain(*posts)]

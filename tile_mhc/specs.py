@@ -512,6 +512,7 @@ SPECS = (
     Spec("log_sinkhorn_fwd", "log_sinkhorn", ("sinkhorn", *_PRE_OPS, *_TE), _N, _n),
     Spec("log_sinkhorn_bwd", "log_sinkhorn", ("sinkhorn", *_PRE_OPS, *_TE), _STEPS, _steps),
     Spec("recompute", "recompute", ("recompute",), _STREAMS, _streams),
+    Spec("recompute_gates", "recompute", ("recompute",), _N, _n_gates),
     Spec("recompute_table", "recompute", ("recompute",), ("slots",), lambda _: [(TABLE_SLOTS,)]),
 )
 

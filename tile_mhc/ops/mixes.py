@@ -1,6 +1,5 @@
 """Mixes -> pre, post and comb weights: scale, bias and sigmoid."""
 
-import math
 from typing import Any
 
 import torch
@@ -151,13 +150,6 @@ def launch_rows(
         post_mult,
         pre_eps,
     )
-
-
-def pre_mix_of(mixes: Tensor, scale: Tensor, bias: Tensor, pre_eps: float) -> Tensor:
-    """The pre_mix by which `fused_pre` has read its layer input. Without a check."""
-    num_streams = math.isqrt(bias.numel() + 1) - 1  # of which there are n * (n + 2)
-    pre_mix: Tensor = _split_mixes.launch((mixes, scale, bias, num_streams, 1.0, pre_eps))[0]
-    return pre_mix
 
 
 def _cpu(
