@@ -331,11 +331,6 @@ DESTINATIONS = {
 }
 
 
-def _flat_gates(gates: list[Tensor]) -> list[Tensor]:
-    """Mixes with one row a token, scale and bias."""
-    return [gates[0].view(-1, gates[0].shape[-1]), *gates[1:]]
-
-
 def operator_calls(
     lead: Sequence[int], n: int, hidden_size: int, device: str
 ) -> dict[str, tuple[Any, ...]]:
@@ -436,8 +431,8 @@ def operator_calls(
             1e-6,
         ),
         "recompute_gates": (
-            wide.view(-1, n, hidden_size),
-            *map(list, zip(*[_flat_gates(tensors(SPLIT_MIXES)) for _ in range(2)], strict=True)),
+            wide,
+            *map(list, zip(*[tensors(SPLIT_MIXES) for _ in range(2)], strict=True)),
             1e-6,
         ),
     }

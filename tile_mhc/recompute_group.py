@@ -30,7 +30,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -455,8 +455,6 @@ class _Made:
         "version",
     )
 
-    # Of the shape: a layer input has one dimension behind those of the tokens, streams have two.
-    dims: ClassVar[int]
     shape: torch.Size
     version: int
 
@@ -510,7 +508,6 @@ class _Input(_Made):
     """
 
     __slots__ = ("gates", "pre_eps")
-    dims = 1
 
     def __init__(
         self, group: RecomputeGroup, source: "_Source", gates: Sequence[Any], pre_eps: float = 0.0
@@ -527,7 +524,6 @@ class _Streams(_Made):
     """Streams: post(layer_output, source, post_mix, comb_mix, bias), all of them packed."""
 
     __slots__ = ("packed",)
-    dims = 2
 
     def __init__(self, group: RecomputeGroup, source: "_Source", *packed: Any) -> None:
         super().__init__(group, source)
@@ -644,12 +640,15 @@ class _Launches:
         self._others: list[torch.cuda.Stream] = []
         self._stream: torch.cuda.Stream | None = None
         self._roots: list[_Root] = []
-        self._scratch: Tensor | None = None
+        # Of each launch, by their shape: tensors of the dtype and device of the streams.
+        self._likes: dict[torch.Size, Tensor] = {}
         self._clear()
 
     def _clear(self) -> None:
         # The streams that the last layer so far leaves, or that the first begins with.
         self._tail: _Source | None = None
+        self._likes.clear()
+        self._unread: Tensor | None = None
         self._pre_mixes: list[Tensor] = []
         # What pre_mixes are to be made of, with their positions.
         self._gates: dict[Any, list[tuple[int, tuple[Tensor, ...]]]] = {}
@@ -667,10 +666,7 @@ class _Launches:
             self._stream.wait_stream(stream)
 
     def make(self, made: _Made) -> None:
-        if isinstance(made, _Input):
-            self._make_input(made)
-        elif isinstance(made, _Streams):
-            self._make_streams(made)
+        (self._make_input if type(made) is _Input else self._make_streams)(made)
 
     def _make_input(self, made: _Input) -> None:
         gates = list(map(self.resolve, made.gates))
@@ -678,37 +674,37 @@ class _Launches:
         if made.source is not self._tail or len(self._pre_mixes) > len(self._posts):
             self._begin(made.source)
         if len(gates) == 1:
-            self._pre_mixes.append(self._rows(gates[0], self._num_streams))
+            self._pre_mixes.append(self._shaped(gates[0], self._of_mix))
         else:
             mixes, scale, bias = gates
-            rows = self._num_streams * (self._num_streams + 2)
-            given = self._rows(mixes, rows), _aligned(scale), _aligned(bias)
+            given = self._shaped(mixes, self._of_mixes), _aligned(scale), _aligned(bias)
             key = scale.dtype, bias.dtype, made.pre_eps
             self._gates.setdefault(key, []).append((len(self._pre_mixes), given))
             self._pre_mixes.append(mixes)  # until the launch
-        self._layer_inputs.append(self._destination(made))
+        self._layer_inputs.append(self._destination(made, self._of_output))
 
     def _make_streams(self, made: _Streams) -> None:
         layer_output, post_mix, comb_mix, bias = map(self._resolve_any, made.packed)
         if made.source is not self._tail or bias is not None:
             self._begin(made.source)
-        layer_output = self._rows(layer_output, self._hidden_size)
-        post_mix = self._rows(post_mix, self._num_streams)
-        comb_mix = self._rows(comb_mix, self._num_streams, self._num_streams)
+        layer_output = self._shaped(layer_output, self._of_output)
+        post_mix = self._shaped(post_mix, self._of_mix)
+        comb_mix = self._shaped(comb_mix, self._of_comb)
+        of_streams = self._initial.shape
         if bias is not None:
             # The kernel of `recompute` has none.
-            out = self._destination(made)
+            out = self._destination(made, of_streams)
             post_op.post(layer_output, self._initial, post_mix, comb_mix, bias=bias, out=out)
             self._settle()
             return
         if len(self._pre_mixes) == len(self._posts):
             # Nobody wants the layer input: it goes where nobody reads, by whatever weights.
-            if self._scratch is None:
-                self._scratch = torch.empty_like(layer_output)
+            if self._unread is None:
+                self._unread = torch.empty_like(layer_output)
             self._pre_mixes.append(post_mix)
-            self._layer_inputs.append(self._scratch)
+            self._layer_inputs.append(self._unread)
         self._posts.append((layer_output, post_mix, comb_mix))
-        self._residuals.append(self._destination(made))
+        self._residuals.append(self._destination(made, of_streams))
         self._tail = made
 
     def resolve(self, packed: Any) -> Tensor:
@@ -738,23 +734,30 @@ class _Launches:
         else:
             streams = source.get()
         self._tail = source
-        self._num_streams, self._hidden_size = streams.shape[-2:]
-        self._initial = _aligned(streams.contiguous().view(-1, *streams.shape[-2:]))
+        self._initial = _aligned(streams.contiguous())
+        *lead, n, hidden_size = streams.shape
+        # Of what belongs to these streams, by what it is.
+        self._of_output = torch.Size((*lead, hidden_size))
+        self._of_mix, self._of_comb = torch.Size((*lead, n)), torch.Size((*lead, n, n))
+        self._of_mixes = torch.Size((*lead, n * (n + 2)))
 
-    def _rows(self, tensor: Tensor, *shape: int) -> Tensor:
-        """One row a token, as `recompute` takes it."""
-        shape = (self._initial.shape[0], *shape)
+    def _shaped(self, tensor: Tensor, shape: torch.Size) -> Tensor:
+        """As the launch takes it: of the streams' leading dimensions, contiguous, aligned."""
         if tensor.shape != shape or not tensor.is_contiguous():
             tensor = tensor.contiguous().view(shape)
         return _aligned(tensor)
 
-    def _destination(self, made: _Made) -> Tensor:
-        if self._allocate is None:
-            room = torch.empty(made.shape, dtype=made.dtype, device=made.device)
-        else:
+    def _destination(self, made: _Made, shape: torch.Size) -> Tensor:
+        if self._allocate is not None:
             room = _checked(self._allocate(made.shape, made.dtype, made.device), made)
+        elif made.shape in self._likes:
+            # A third of the host's time of an allocation by its shape.
+            room = torch.empty_like(self._likes[made.shape])
+        else:
+            room = torch.empty(made.shape, dtype=made.dtype, device=made.device)
+            self._likes[made.shape] = room
         self._pending.append((made, room))
-        return room.view(self._initial.shape[0], *made.shape[-made.dims :])
+        return room if made.shape == shape else room.view(shape)
 
     def run(self) -> None:
         """Launch what has been gathered."""

@@ -254,14 +254,14 @@ def pre_mixes(
     the current device.
 
     Args:
-        initial_residual: (T, n, H), of which the shape counts.
-        mixes: L tensors (T, n*(n+2)) float32, contiguous.
+        initial_residual: (..., n, H), of which the shape counts.
+        mixes: L tensors (..., n*(n+2)) float32, contiguous.
         scales: L tensors (3,), all of one dtype.
         biases: L tensors (n*(n+2),), all of one dtype.
         pre_eps: added to each.
 
     Returns:
-        (L, T, n) float32, contiguous.
+        (L, ..., n) float32, contiguous.
     """
     call = _gates_cuda if _is_unseen(initial_residual) else _gates
     return call(initial_residual, mixes, scales, biases, pre_eps)
@@ -274,7 +274,7 @@ def _gates_fake(
     biases: list[Tensor],
     pre_eps: float,
 ) -> Tensor:
-    return mixes[0].new_empty(len(mixes), *initial_residual.shape[:2])
+    return mixes[0].new_empty(len(mixes), *initial_residual.shape[:-1])
 
 
 def _gates_cuda(
@@ -292,7 +292,8 @@ def _gates_cuda(
         rows = zip(mixes, scales, biases, strict=True)
         _write_table([tensor.data_ptr() for row in rows for tensor in row], table.view(-1))
         given = dtypes(scale=scales[0].dtype, bias=biases[0].dtype)
-        jit.kernel("recompute_gates", out.shape[2], *given)(table, out, pre_eps)
+        n = out.shape[-1]
+        jit.kernel("recompute_gates", n, *given)(table, out.view(len(mixes), -1, n), pre_eps)
     return out
 
 
@@ -303,7 +304,7 @@ def _gates_cpu(
     biases: list[Tensor],
     pre_eps: float,
 ) -> Tensor:
-    n = initial_residual.shape[1]
+    n = initial_residual.shape[-2]
     rows = zip(mixes, scales, biases, strict=True)
     return torch.stack(
         [reference.split_mixes(*row, num_streams=n, pre_eps=pre_eps)[0] for row in rows]
