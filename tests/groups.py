@@ -52,6 +52,13 @@ class Same(Layer):
         return x
 
 
+class Negative(Layer):
+    """Saves a view that is read with the other sign."""
+
+    def forward(self, x):
+        return self.linear(x) * torch._neg_view(x)
+
+
 class NoInput(Layer):
     """Saves nothing of its input."""
 
@@ -66,6 +73,7 @@ LAYER_KINDS = {
     "views": Odd,
     "in place": InPlace,
     "its input": Same,
+    "negative": Negative,
     "without its input": NoInput,
     "dropout": lambda hidden_size: Layer(nn.Dropout(0.5), hidden_size=hidden_size),
 }

@@ -1,6 +1,7 @@
 """Recompute groups: the same bits for less memory, and nothing that stays behind."""
 
 import gc
+import importlib
 import threading
 from contextlib import nullcontext
 
@@ -40,6 +41,8 @@ from tile_mhc.ops import _replay
 from tile_mhc.ops._autograd import OPERATORS
 from tile_mhc.ops._group import active
 
+# The function has the module's name.
+group_module = importlib.import_module("tile_mhc.recompute_group")
 STREAMS_BYTES = 2 * 5 * N * H * 2
 INPUT_BYTES = STREAMS_BYTES // N
 
@@ -797,22 +800,41 @@ def test_known_calls_tell_too(way):
     assert count == 2 * LAYERS + (way == "V4.1")
 
 
-def test_private_names_of_torch():
+def test_hooks_in_force():
     top = torch._C._autograd._top_saved_tensors_default_hooks
     assert top(True) is None
     with saved_tensors_hooks(pack := (lambda t: t), unpack := (lambda t: t)):
         assert top(True) == (pack, unpack)
     assert top(True) is None
+
+
+def test_weak_references_of_storages():
     tensor = torch.empty(3)
     storage = tensor.untyped_storage()
-    reference, address = StorageWeakRef(storage), storage._cdata
+    reference, address = storage._weak_ref(), storage._cdata
     assert tensor.view(3, 1)[1:].untyped_storage()._cdata == address
     del storage
-    assert not reference.expired()
+    assert not torch.UntypedStorage._expired(reference)
     del tensor
-    assert reference.expired()
+    assert torch.UntypedStorage._expired(reference)
     # Its address is not another's, as long as the weak reference is there.
     assert all(torch.empty(3).untyped_storage()._cdata != address for _ in range(100))
+    torch.UntypedStorage._free_weak_ref(reference)
+
+
+def test_a_group_that_is_never_closed_frees_its_weak_references(monkeypatch):
+    freed, free = [], torch.UntypedStorage._free_weak_ref
+    monkeypatch.setattr(
+        group_module, "_free_weak_ref", lambda reference: (freed.append(reference), free(reference))
+    )
+    group, stack = recompute_group(), Stack()
+    with group.part():
+        out = stack(first_streams())
+    expected = list(group._storages)
+    assert len(expected) == 2 * LAYERS + 1
+    del group, out
+    gc.collect()
+    assert sorted(freed) == sorted(expected)
 
 
 @pytest.mark.parametrize("retain", [False, True])

@@ -337,7 +337,7 @@ def _cpu(
         layer_outputs,
         post_mixes,
         comb_mixes,
-        layer_norm_weights=layer_norm_weights or None,
+        layer_norm_weights=list(layer_norm_weights) or None,
         layer_norm_eps=layer_norm_eps,
     )
     for destinations, sources in zip((layer_inputs, residuals), results, strict=True):
