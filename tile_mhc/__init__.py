@@ -7,6 +7,7 @@ and mix them; on a CUDA device they run TileLang kernels, on a CPU the torch ref
 from tile_mhc import _checkout  # noqa: F401  (first: the others import tile_mhc.kernels)
 from tile_mhc import config as config
 from tile_mhc import nn as nn
+from tile_mhc._recompute_group import RecomputeGroup, recompute_group
 from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.errors import AccumulatorError, RecomputeError, ShapeError, UnsupportedError
 from tile_mhc.main_grad import without_main_grad
@@ -21,7 +22,6 @@ from tile_mhc.ops.post_pre import post_pre
 from tile_mhc.ops.projection import projection
 from tile_mhc.ops.recompute import recompute
 from tile_mhc.ops.sinkhorn import sinkhorn
-from tile_mhc.recompute_group import RecomputeGroup, recompute_group
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,4 +1,4 @@
-"""Tensors that a recompute group keeps without their memory; see `recompute_group`.
+"""Tensors that a recompute group keeps without their memory; see `_recompute_group`.
 
 What autograd, or a node of ours, keeps of a tensor is called packed here. It is one of
 

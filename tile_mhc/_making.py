@@ -1,4 +1,4 @@
-"""The replay of a recompute group: as few launches as its tensors take; see `recompute_group`."""
+"""The replay of a recompute group: as few launches as its tensors take; see `_recompute_group`."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -197,6 +197,9 @@ def _checked(room: object, made: Made) -> Tensor:
 
 def _aligned(tensor: Tensor) -> Tensor:
     """A kernel that knows a tensor by its address trusts it to start as an allocation does."""
-    if tensor.is_cuda and tensor.data_ptr() % errors.ALIGNMENT:
-        return tensor.clone()
-    return tensor
+    if not tensor.is_cuda:
+        return tensor
+    address = tensor.data_ptr()
+    if address < errors.FREED:
+        errors.check_storage(OP, "a tensor that the group keeps", tensor)
+    return tensor.clone() if address % errors.ALIGNMENT else tensor

@@ -10,8 +10,8 @@ from tile_mhc import recompute_group
 from tile_mhc.integrations import transformers as integration
 
 pytest.importorskip(integration.MODELING)
+from tile_mhc._recompute_group import RecomputeGroup
 from tile_mhc.integrations import _recompute_layers
-from tile_mhc.recompute_group import RecomputeGroup
 from tiny_deepseek import make_model, step
 
 LAYERS = 4

@@ -1,19 +1,21 @@
 """Recompute groups: the same bits for less memory, and nothing that stays behind."""
 
 import gc
-import importlib
 import threading
 from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+import distributed
 import replaying
+import sharding
 import tile_mhc
 from groups import (
     BF16,
@@ -37,12 +39,11 @@ from tile_mhc import (
     UnsupportedError,
     recompute_group,
 )
+from tile_mhc import _recompute_group as group_module
 from tile_mhc.ops import _replay
 from tile_mhc.ops._autograd import OPERATORS
 from tile_mhc.ops._group import active
 
-# The function has the module's name.
-group_module = importlib.import_module("tile_mhc.recompute_group")
 STREAMS_BYTES = 2 * 5 * N * H * 2
 INPUT_BYTES = STREAMS_BYTES // N
 
@@ -358,6 +359,14 @@ def test_without_gradients_nothing_is_noted():
         stack.requires_grad_(False)
         stack(first_streams().requires_grad_(False))
     assert group._all == []
+
+
+@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
+@pytest.mark.parametrize("calls_methods", [False, True], ids=["forward", "pre and post"])
+def test_under_fully_shard(calls_methods, tmp_path):
+    """Which gathers the parameters of a module for its own forward and backward alone."""
+    found = distributed.spawn(sharding.in_a_group, tmp_path, calls_methods)
+    assert found == {"same": True, "replays": 4}
 
 
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tile_mhc import _backward
-from tile_mhc.recompute_group import RecomputeGroup, has_hooks
+from tile_mhc._recompute_group import RecomputeGroup, has_hooks
 
 
 class _Waiting(threading.local):

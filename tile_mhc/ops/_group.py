@@ -9,7 +9,7 @@ from typing import Any
 
 
 class _Active(threading.local):
-    # A `tile_mhc.recompute_group.RecomputeGroup`, which imports the ops.
+    # A `tile_mhc.RecomputeGroup`, which imports the ops.
     group: Any = None
 
 

@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.autograd.graph import saved_tensors_hooks
 
 from tile_mhc import _backward, _guards, errors
@@ -101,7 +102,7 @@ class RecomputeGroup:
         # While it is open, by the address of the storage, which the weak references hold.
         self._made: dict[int, Made] = {}
         self._roots: dict[tuple[Any, ...], Root] = {}
-        self._storages: list[Any] = []
+        self._storages = _WeakReferences()
         # All of it, in the order of the forward.
         self._all: list[weakref.ref[Made]] = []
         # The streams of a GPU on which it was made, by device and address.
@@ -152,16 +153,9 @@ class RecomputeGroup:
                 f"{what}. `with group:` closes it, too"
             )
         self._closed = True
-        self._free()
-
-    def _free(self) -> None:
         self._made.clear()
         self._roots.clear()
-        while self._storages:
-            _free_weak_ref(self._storages.pop())
-
-    def __del__(self) -> None:
-        self._free()
+        self._storages.free()
 
     def replay(self, allocate: Allocate | None = None) -> None:
         """Make the group again now, before a backward needs it, on the current stream.
@@ -251,7 +245,7 @@ class RecomputeGroup:
         """
         kept = self._save(ctx, saved, (0,), (2, 3, 5))
         if kept is not None:
-            gates = kept[5], kept[2], kept[3]
+            gates = kept[5], _own(saved[2], kept[2]), _own(saved[3], kept[3])
             made = Input(self, self._source(saved[0], kept[0]), gates, pre_eps)
             self._add(layer_input, made)
 
@@ -276,7 +270,8 @@ class RecomputeGroup:
         if ctx.kept is not None:
             ctx.kept.packed[10] = made
         if pre_mix is None:
-            self._add(layer_input, Input(self, made, (kept[11], kept[5], kept[6]), pre_eps))
+            gates = kept[11], _own(saved[5], kept[5]), _own(saved[6], kept[6])
+            self._add(layer_input, Input(self, made, gates, pre_eps))
         else:
             self._add(layer_input, Input(self, made, kept[7:8]))
 
@@ -316,6 +311,10 @@ class RecomputeGroup:
                 kept[i] = None if tensors[i] is None else self._pack(tensors[i])
             return kept
         kept = [None if t is None else (t, t._version) for t in tensors]
+        for i in used:
+            # What is made of it must not hold the graph, of which the node is a part.
+            if kept[i] is not None and not tensors[i].is_leaf:
+                kept[i] = tensors[i].detach(), kept[i][1]
         for i in streams:
             kept[i] = self._pack(tensors[i])
         if output is not None:
@@ -421,3 +420,24 @@ class RecomputeGroup:
         with self._lock:
             for made in self._alive():
                 made.value = None
+
+
+def _own(parameter: Tensor, packed: Any) -> Any:
+    """What is kept of a scale or bias: where a framework may gather it for its own module's forward
+    and backward alone, as FSDP does, a copy, as a group is made again in the backward of another.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return packed
+    copy = parameter.detach().clone()
+    return copy, copy._version
+
+
+class _WeakReferences(list[Any]):
+    """Those of storages, which torch wants to be freed by hand."""
+
+    def free(self) -> None:
+        while self:
+            _free_weak_ref(self.pop())
+
+    def __del__(self) -> None:
+        self.free()
