@@ -50,6 +50,9 @@ use_venv() {
     local base stamp wanted options=()
     base=$(find_python) || exit 1
     PYTHON="$ROOT/.venv/bin/python"
+    # As many images of containers set it: then every process would compile all of torch that it
+    # imports, which is two thirds of the time of that import.
+    unset PYTHONDONTWRITEBYTECODE
     wanted="$("$base" --version) ${TILE_MHC_TORCH:-} $(cksum <"$ROOT/pyproject.toml") $ROOT"
     stamp="$ROOT/.venv/tile_mhc.stamp"
     if [ -x "$PYTHON" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
@@ -59,7 +62,7 @@ use_venv() {
     # A torch that was installed for this machine's GPU is worth keeping.
     if has_gpu && imports "$base" torch; then options=(--system-site-packages); fi
     say "creating $ROOT/.venv with $("$base" --version)"
-    # Without --no-compile pip compiles all of torch; Python does that for what is imported.
+    # Without --no-compile pip compiles all of torch; Python does that for what is imported, once.
     "$base" -m venv --clear ${options[@]+"${options[@]}"} "$ROOT/.venv" || return 1
     if ! imports "$PYTHON" torch; then
         local torch="torch==2.13.0"

@@ -1,9 +1,10 @@
 """Record outputs and gradients of TileKernels in tests/golden; needs a GPU and tile_kernels 1.0.0.
 
-    python scripts/make_golden.py [--force]
+    python scripts/make_golden.py [--force | --add]
 
-Each case is run twice and must give the same bits, and be close to a float64 that rounds to TF32
-where TileKernels does, before anything is written.
+`--add` records the cases that are not there, and leaves the others. Each case is run twice and must
+give the same bits, and be close to a float64 that rounds to TF32 where TileKernels does, before
+anything is written.
 """
 
 import argparse
@@ -50,37 +51,44 @@ def record(theirs, case):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--force", action="store_true", help="replace what is recorded")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--force", action="store_true", help="replace what is recorded")
+    how.add_argument("--add", action="store_true", help="record only what is not there")
     options = parser.parse_args()
-    if golden.MANIFEST.exists() and not options.force:
-        parser.error(f"{golden.MANIFEST} exists; --force replaces it")
+    if golden.MANIFEST.exists() and not (options.force or options.add):
+        parser.error(f"{golden.MANIFEST} exists; --force replaces it, --add adds to it")
+    cases = [case for case in golden.CASES if not (options.add and case.path.exists())]
     if not torch.cuda.is_available():
         parser.error("a CUDA device is needed; torch sees none")
     torch.set_float32_matmul_precision("highest")
     with real.tile_kernels() as theirs:
         version = theirs.version
-        recorded = {case: record(theirs, case) for case in golden.CASES}
-    golden.FOLDER.mkdir(exist_ok=True)
-    for stale in golden.FOLDER.glob("*.safetensors"):
-        stale.unlink()
-    files, total = {}, 0
-    for case, (tensors, entry) in recorded.items():
-        save_file(tensors, case.path)
-        size = case.path.stat().st_size
-        files[case.path.name] = {"sha256": golden.file_sha256(case.path), "bytes": size, **entry}
-        total += size
-        print(f"{case.path.name}: {size} bytes, errors {entry['errors']}")
-    if total >= golden.MAX_BYTES:
-        raise SystemExit(f"the files have {total} bytes; the limit is {golden.MAX_BYTES}")
-    manifest = {
+        recorded = {case: record(theirs, case) for case in cases}
+    made_with = {
         "tile_kernels": version,
         "tilelang": importlib.metadata.version("tilelang"),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name(),
         "seed": calls.SEED,
-        "files": files,
     }
+    golden.FOLDER.mkdir(exist_ok=True)
+    manifest = golden.read_manifest() if options.add else {**made_with, "files": {}}
+    files = manifest["files"]
+    for stale in golden.FOLDER.glob("*.safetensors"):
+        if stale.name not in files:
+            stale.unlink()
+    for case, (tensors, entry) in recorded.items():
+        save_file(tensors, case.path)
+        size = case.path.stat().st_size
+        files[case.path.name] = {"sha256": golden.file_sha256(case.path), "bytes": size, **entry}
+        # What was added later may have been made with something else.
+        other = {name: value for name, value in made_with.items() if manifest[name] != value}
+        files[case.path.name] |= {"made_with": other} if other else {}
+        print(f"{case.path.name}: {size} bytes, errors {entry['errors']}")
+    total = sum(entry["bytes"] for entry in files.values())
+    if total >= golden.MAX_BYTES:
+        raise SystemExit(f"the files have {total} bytes; the limit is {golden.MAX_BYTES}")
     golden.MANIFEST.write_text(json.dumps(manifest, indent=1) + "\n")
     print(f"{len(files)} files, {total} bytes, {golden.MANIFEST}")
 

@@ -1,10 +1,12 @@
 """Train a small mHC transformer on text, with tile_mhc and with its torch reference side by side.
 
 A byte-level transformer of the usual kind, but that every sub-layer stands in a
-`tile_mhc.nn.HyperConnection`: four streams of bfloat16, parameters in float32. It is trained from
-one seed, on the same batches, four times:
+`tile_mhc.nn.HyperConnection`, as in DeepSeek-V4, or with `--model v4.1` in a
+`tile_mhc.nn.DelayedHyperConnection`: four streams of bfloat16, parameters in float32. It is trained
+from one seed, on the same batches, four times:
 
-- tile_mhc: the modules as they are. On a GPU that is the TileLang kernels.
+- tile_mhc: the modules as they are, in `tile_mhc.nn.run_sublayers` or `run_delayed_sublayers`: one
+  op a boundary between two sub-layers. On a GPU that is the TileLang kernels.
 - reference: the same modules with `tile_mhc.reference` in the place of the ops, and autograd for
   the gradients.
 - float32 streams: the reference again, with nothing rounded in the streams.
@@ -27,7 +29,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -35,14 +37,22 @@ import torch
 from text_batches import add_arguments, check_arguments, device_name, read_batches
 from torch import Tensor, nn
 
-from tile_mhc import functional, reference
-from tile_mhc.nn import HyperConnection, HyperHead
+from tile_mhc import aggregate, functional, reference
+from tile_mhc.nn import (
+    DelayedHyperConnection,
+    HyperConnection,
+    HyperHead,
+    SubLayer,
+    run_delayed_sublayers,
+    run_sublayers,
+)
 
 SLACK = 4.0
 HIDDEN, STREAMS, LAYERS, HEADS = 256, 4, 4, 4
 LEARNING_RATE = 1e-3
 MANUAL = "the manual that comes with Python"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MODELS = ("v4", "v4.1")
 # Rows of a batch, bytes of a row, steps.
 SIZES = {"cpu": (4, 64, 40), "cuda": (32, 256, 200)}
 
@@ -73,30 +83,52 @@ class FeedForward(nn.Module):
         return self.project_out(hidden).to(x.dtype)
 
 
+def reference_pre(
+    connection: HyperConnection | DelayedHyperConnection, streams: Tensor, **given: Tensor
+) -> tuple[Tensor, ...]:
+    # Under autocast the specification's matmuls would round their arguments.
+    with torch.autocast(streams.device.type, enabled=False):
+        return reference.fused_pre(
+            streams,
+            connection.weight,
+            connection.scale,
+            connection.bias,
+            norm_eps=connection.norm_eps,
+            pre_eps=connection.pre_eps,
+            sinkhorn_eps=connection.sinkhorn_eps,
+            post_mult=connection.post_mult,
+            sinkhorn_repeat=connection.sinkhorn_repeat,
+            **given,
+        )
+
+
+def reference_post(
+    layer_output: Tensor, streams: Tensor, post_mix: Tensor, comb_mix: Tensor
+) -> Tensor:
+    with torch.autocast(streams.device.type, enabled=False):
+        return reference.post(layer_output, streams, post_mix, comb_mix)
+
+
+# Methods of their own: a stack calls these connections one by one.
 class ReferenceConnection(HyperConnection):
     """The same parameters and options, computed by the specification."""
 
-    def pre(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        # Under autocast the specification's matmuls would round their arguments.
-        with torch.autocast(streams.device.type, enabled=False):
-            layer_input, post_mix, comb_mix = reference.fused_pre(
-                streams,
-                self.weight,
-                self.scale,
-                self.bias,
-                norm_eps=self.norm_eps,
-                pre_eps=self.pre_eps,
-                sinkhorn_eps=self.sinkhorn_eps,
-                post_mult=self.post_mult,
-                sinkhorn_repeat=self.sinkhorn_repeat,
-            )
-        return layer_input, post_mix, comb_mix, streams
+    post = staticmethod(reference_post)
 
-    def post(
-        self, layer_output: Tensor, streams: Tensor, post_mix: Tensor, comb_mix: Tensor
-    ) -> Tensor:
-        with torch.autocast(streams.device.type, enabled=False):
-            return reference.post(layer_output, streams, post_mix, comb_mix)
+    def pre(self, streams: Tensor) -> Any:
+        return *reference_pre(self, streams), streams
+
+
+class ReferenceDelayedConnection(DelayedHyperConnection):
+    """The same of DeepSeek-V4.1."""
+
+    post = staticmethod(reference_post)
+
+    def pre(self, streams: Tensor, pre_mix: Tensor | None = None) -> Any:
+        if pre_mix is None:
+            pre_mix = streams.new_zeros(streams.shape[:-1], dtype=torch.float32)
+            pre_mix[..., 0] = 1
+        return *reference_pre(self, streams, pre_mix=pre_mix), streams
 
 
 class ReferenceHead(HyperHead):
@@ -112,9 +144,21 @@ class ReferenceHead(HyperHead):
             )
 
 
-class PlainConnection(nn.Module):
-    def forward(self, x: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-        return x + sublayer(x)
+def run_plain(hidden: Tensor, sublayers: Iterable[SubLayer]) -> Tensor:
+    for _, sublayer, _ in sublayers:
+        hidden = hidden + sublayer(hidden)
+    return hidden
+
+
+class Delayed(nn.Module):
+    """The readout of DeepSeek-V4.1: by the pre_mix that the last sub-layer has made."""
+
+    def __init__(self, collapse: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.collapse = collapse
+
+    def forward(self, outputs: tuple[Tensor, Tensor]) -> Tensor:
+        return self.collapse(*outputs)
 
 
 class Transformer(nn.Module):
@@ -125,10 +169,11 @@ class Transformer(nn.Module):
         length: int,
         expand: Callable[[Tensor], Tensor],
         connection: Callable[[], nn.Module],
+        run: Callable[[Tensor, Iterable[SubLayer]], Any],
         head: Callable[[], nn.Module],
     ) -> None:
         super().__init__()
-        self.expand = expand
+        self.expand, self.run = expand, run
         self.bytes = nn.Embedding(256, HIDDEN)
         self.positions = nn.Embedding(length, HIDDEN)
         self.sublayers = nn.ModuleList(
@@ -145,13 +190,12 @@ class Transformer(nn.Module):
         inputs, targets = text[:, :-1], text[:, 1:]
         places = torch.arange(inputs.shape[1], device=text.device)
         streams = self.expand(self.bytes(inputs) + self.positions(places))
-        for connection, sublayer in zip(self.connections, self.sublayers, strict=True):
-            streams = connection(streams, sublayer)
-        logits = self.logits(self.norm(self.head(streams).float()))
+        outputs = self.run(streams, map(SubLayer, self.connections, self.sublayers))
+        logits = self.logits(self.norm(self.head(outputs).float()))
         return nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
-def mixing(kind: type[HyperConnection] | type[HyperHead]) -> Callable[[], nn.Module]:
+def mixing(kind: type[HyperConnection | DelayedHyperConnection | HyperHead]) -> Callable[[], Any]:
     """One that from the first step reads, writes and mixes every stream differently.
 
     As they are initialised the streams stay nearly the same, and a wrong mix would hardly show.
@@ -165,38 +209,42 @@ def mixing(kind: type[HyperConnection] | type[HyperHead]) -> Callable[[], nn.Mod
     return make
 
 
-def build(run: str, length: int) -> Transformer:
+def build(run: str, length: int, model: str = "v4") -> Transformer:
     if run == "plain residual":
-        return Transformer(length, Tensor.bfloat16, PlainConnection, nn.Identity)
-    if run == "tile_mhc":
-        return Transformer(
-            length,
-            lambda hidden: functional.expand_from_embedding(hidden.bfloat16(), STREAMS),
-            mixing(HyperConnection),
-            mixing(HyperHead),
-        )
+        return Transformer(length, Tensor.bfloat16, nn.Identity, run_plain, nn.Identity)
+    ours = run == "tile_mhc"
     dtype = torch.float32 if run == "float32 streams" else torch.bfloat16
+    spread = functional.expand_from_embedding if ours else reference.expand
+
+    def expand(hidden: Tensor) -> Tensor:
+        return spread(hidden.to(dtype), STREAMS)
+
+    if model == "v4":
+        connection = HyperConnection if ours else ReferenceConnection
+        head = mixing(HyperHead if ours else ReferenceHead)
+        return Transformer(length, expand, mixing(connection), run_sublayers, head)
+    delayed = DelayedHyperConnection if ours else ReferenceDelayedConnection
+    collapse = aggregate if ours else reference.aggregate
     return Transformer(
-        length,
-        lambda hidden: reference.expand(hidden.to(dtype), STREAMS),
-        mixing(ReferenceConnection),
-        mixing(ReferenceHead),
+        length, expand, mixing(delayed), run_delayed_sublayers, lambda: Delayed(collapse)
     )
 
 
 RUNS = ("tile_mhc", "reference", "float32 streams", "plain residual")
 
 
-def train(run: str, batches: Tensor, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+def train(
+    run: str, batches: Tensor, dtype: torch.dtype, seed: int, model: str = "v4"
+) -> dict[str, Any]:
     """The loss of every step, and the bytes a second of the median step."""
     torch.manual_seed(seed)
-    model = build(run, batches.shape[-1]).to(batches.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    transformer = build(run, batches.shape[-1], model).to(batches.device)
+    optimizer = torch.optim.AdamW(transformer.parameters(), lr=LEARNING_RATE)
     losses, seconds = [], []
     for batch in batches:
         start = time.perf_counter()
         with torch.autocast(batch.device.type, dtype, enabled=dtype != torch.float32):
-            loss = model(batch)
+            loss = transformer(batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -251,6 +299,7 @@ def print_table(runs: dict[str, dict[str, Any]], lines: int = 12) -> None:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add_arguments(parser, None, MANUAL)
+    parser.add_argument("--model", choices=MODELS, default="v4", help="kind of connections (v4)")
     parser.add_argument("--steps", type=int, help="of each run (CPU: 40, GPU: 200)")
     parser.add_argument("--dtype", choices=DTYPES, help="of matmuls (CPU: float32, GPU: bfloat16)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (0)")
@@ -272,16 +321,18 @@ def main(argv: list[str] | None = None) -> int:
     # The tensors are small: on a CPU with other work, threads wait for each other most of the time.
     torch.set_num_threads(1)
     try:
-        runs = {name: train(name, batches, DTYPES[dtype], arguments.seed) for name in RUNS}
+        options = (DTYPES[dtype], arguments.seed, arguments.model)
+        runs = {name: train(name, batches, *options) for name in RUNS}
     finally:
         torch.set_num_threads(threads)
     verdict = compare({name: run["losses"] for name, run in runs.items()})
     if arguments.json:
-        given = {"device": device_name(device), "dtype": dtype, "seed": arguments.seed}
+        given = {"device": device_name(device), "model": arguments.model}
+        given |= {"dtype": dtype, "seed": arguments.seed}
         print(json.dumps(given | {"runs": runs} | verdict, indent=2))
         return 1 if verdict["failures"] else 0
     print(f"{batches.numel():,} bytes of {arguments.text or MANUAL}")
-    print(f"on {device_name(device)}, matmuls in {dtype}\n")
+    print(f"{arguments.model} on {device_name(device)}, matmuls in {dtype}\n")
     print_table(runs)
     away = verdict["distances"]
     print(

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from tile_mhc import config, jit
+from tile_mhc import _memory, config, jit
 from tile_mhc._descriptors import TYPES, DLTensor
 from tile_mhc.ops import _replay
 
@@ -54,6 +54,7 @@ def replaying(kernel: Callable[[str, tuple[Any, ...]], jit.Launch]) -> Iterator[
         mock.patch.object(_replay, "current_stream", return_value=0),
         mock.patch.object(_replay, "stream_setter", return_value=_set_no_stream),
         mock.patch.object(_replay, "is_on_gpu", lambda tensor: tensor.device.type == "cpu"),
+        mock.patch.object(_replay, "empty", _memory.empty_on_cpu),
         mock.patch.object(jit, "resident", resident),
         mock.patch.object(config, "get_num_sms", return_value=NUM_SMS),
         # A CPU tensor's device has no index.
@@ -104,7 +105,7 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(torch.uint8)
 
 
-def fresh(args: Sequence[Any]) -> list[Any]:
+def fresh(args: Sequence[Any]) -> tuple[Any, ...]:
     """Copies of an operator's arguments: tensors as they are allocated, options with a hash."""
     copies: list[Any] = []
     for value in args:
@@ -112,4 +113,4 @@ def fresh(args: Sequence[Any]) -> list[Any]:
             copies.append(value.detach().clone(memory_format=torch.contiguous_format))
         else:
             copies.append(tuple(value) if isinstance(value, list) else value)
-    return copies
+    return tuple(copies)

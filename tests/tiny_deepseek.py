@@ -12,8 +12,18 @@ transformers = pytest.importorskip("transformers")
 modeling = pytest.importorskip(integration.MODELING)
 CLASSES = ("DeepseekV4HyperConnection", "DeepseekV4HyperHead", "DeepseekV4DecoderLayer")
 CPU = "reference (on cpu)"
-# What a step of `make_model()` calls.
-ONE_STEP = {"head": {CPU: 1}, "post": {CPU: 4}, "pre": {CPU: 4}}
+
+
+def one_step(**apart):
+    """What a step of `make_model()` calls, with so many of its boundaries apart, by the reason."""
+    count = sum(apart.values())
+    reasons = {f"separate ({why})": times for why, times in apart.items()}
+    whole = {CPU: 3 - count} if count < 3 else {}
+    both = {CPU: 1 + count}
+    return {"boundary": whole | reasons, "head": {CPU: 1}, "post": both, "pre": both}
+
+
+ONE_STEP = one_step()
 
 
 def make_config(**changes):

@@ -30,9 +30,8 @@ def is_watched() -> bool:
     )
 
 
-def transforms_active() -> bool:
-    """Whether a transform of torch.func (grad, vmap, jvp, ...) runs: its tensors are wrappers."""
-    return torch._C._are_functorch_transforms_active()
+# Whether a transform of torch.func (grad, vmap, jvp, ...) runs: its tensors are wrappers.
+transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
 def is_traced() -> bool:

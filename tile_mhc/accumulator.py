@@ -13,6 +13,8 @@ from tile_mhc.ops._autograd import refuse_tangents
 from tile_mhc.ops._library import outside_graphs
 
 OP = "GradAccumulator"
+# The address of a device's current stream. Absent from a torch that was built without CUDA.
+_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 class GradAccumulator:
@@ -143,10 +145,12 @@ class State:
         self.device = residual.device
         self.dtype = dtype
         self.given = buffer is not None
-        self.buffer = buffer
+        # In the shape of the residual.
+        self.buffer = None if buffer is None else buffer.view(residual.shape)
         # The backward, as autograd numbers them, whose sum the buffer holds.
         self.task: int | None = None
-        self.stream: torch.cuda.Stream | None = None
+        # By its address: an object takes time to make, and is needed only where streams differ.
+        self.stream: int | None = None
 
     def target(self, op: str) -> tuple[Tensor, bool]:
         """The buffer for `op` to write to, and whether it must add to what is there."""
@@ -156,7 +160,7 @@ class State:
         if self.buffer is None:
             self.buffer = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         self._follow_writers()
-        return self.buffer.view(self.shape), self.task is not None
+        return self.buffer, self.task is not None
 
     def written(self) -> None:
         with _lock:
@@ -169,7 +173,7 @@ class State:
         if self.task is None or self.buffer is None:
             return grad
         self._follow_writers()
-        total = self.buffer.view(self.shape)
+        total = self.buffer
         if self.dtype == self.residual_dtype and not self.given:
             result = total if grad is None else total.add_(grad)
         else:
@@ -214,10 +218,11 @@ class State:
         """No tensor passes between the writers: autograd orders them, but not their streams."""
         if self.device.type != "cuda" or self.buffer is None or not errors.has_memory(self.buffer):
             return
-        stream = torch.cuda.current_stream(self.device)
+        stream: int = _current_stream(self.device.index)
         if self.stream is not None and self.stream != stream:
-            stream.wait_stream(self.stream)
-            self.buffer.record_stream(stream)
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(torch.cuda.ExternalStream(self.stream, self.device))
+            self.buffer.record_stream(current)
         self.stream = stream
 
 

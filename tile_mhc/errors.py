@@ -238,7 +238,7 @@ def has_memory(tensor: Tensor) -> bool:
         return False
     if _guards.transforms_active():  # wrappers of torch.func
         return False
-    return tensor.device.type != "meta" and tensor.numel() > 0
+    return not tensor.is_meta and tensor.numel() > 0
 
 
 def check_storage(op: str, name: str, tensor: Tensor) -> None:

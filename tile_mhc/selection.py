@@ -23,6 +23,7 @@ from tile_mhc.kernels._shapes import (
     SUM_LANES,
     TOKENS_PER_PARTIAL,
     cluster_size,
+    is_no_eps,
 )
 
 # What a launch is sized by; every architecture agrees in it, but for L2.
@@ -41,8 +42,10 @@ START_TILES = 3
 # delayed_pre, post_pre: up to so many tokens every CTA of a pass splits the weight that it reads, a
 # quarter more instructions; with more a kernel does before, for all. Not measured yet.
 SPLIT_WEIGHT_TOKENS = 1024
-# The same as START_TILES, in steps.
+# The same as START_TILES, in steps; and that of their backward, in tiles of START_TILES: H200,
+# 2026-11, 8192x7168, 112 CTAs at a time and six times 131: 779 and 717 us, 442 and 420.
 DELAYED_START = 2
+DELAYED_START_TILES = 0.5
 # Blocks of a split in the batch-invariant mode: more of them leave a GPU with few tokens idle,
 # fewer make more partial sums where there are many.
 INVARIANT_BLOCKS = 16
@@ -82,6 +85,13 @@ def reads_once(dtype: torch.dtype, n: int, hidden_size: int, backward: bool) -> 
 def history_capacity(repeat: int) -> int:
     """Steps for which a backward of Sinkhorn is built, so that many counts share one kernel."""
     return -(-repeat // HISTORY_STEP) * HISTORY_STEP
+
+
+def has_gates_at_once(n: int, repeat: int, eps: float) -> bool:
+    """gates: whether one kernel takes all gates' gradients: its CTAs, of as many tokens as are one
+    row of partial sums, keep the steps of all of them. Eight streams leave no room for that."""
+    history = 2 * history_capacity(repeat) * n * TOKENS_PER_PARTIAL * 4
+    return history <= LIMITS.history_bytes and not is_no_eps(eps)
 
 
 def partial_rows(num_tokens: int) -> int:
@@ -171,13 +181,15 @@ def any_blocks_per_split(num_tokens: int, size: int, num_splits: int | None) -> 
     )
 
 
-def backward_slice(num_tokens: int, size: int, num_mixes: int, columns: int) -> int:
+def backward_slice(
+    num_tokens: int, size: int, num_mixes: int, columns: int, start: float = START_TILES
+) -> int:
     """Tokens one CTA of the backward takes (a multiple of its tile).
 
     CTAs are column blocks x token slices, one on an SM at a time. The slices are those that take
     the least time, counted in tiles: whole waves of CTAs, each with the start of its pipeline, and
     the partial weight gradients, which each slice writes and the sum reads (a tile of x and of its
-    gradient is the unit of bytes).
+    gradient is the unit of bytes). `start` is that of a pipeline, in tiles.
     """
     sms = config.get_num_sms()
     blocks = size // columns
@@ -186,7 +198,7 @@ def backward_slice(num_tokens: int, size: int, num_mixes: int, columns: int) -> 
 
     def time(slices: int) -> float:
         waves = -(-blocks * slices // sms)
-        return waves * (START_TILES + -(-tiles // slices)) + slices * per_slice
+        return waves * (start + -(-tiles // slices)) + slices * per_slice
 
     return -(-tiles // min(range(1, min(tiles, 16) + 1), key=time)) * BACKWARD_TOKENS
 

@@ -123,6 +123,18 @@ def _n_gates(s: Sizes) -> list[Arguments]:
     return _gates(s, s.n)
 
 
+def _of_gates_at_once(
+    arguments: Callable[[Sizes], list[Arguments]],
+) -> Callable[[Sizes], list[Arguments]]:
+    """Where one kernel takes the gradients of all gates, with some eps."""
+    return lambda s: arguments(s) if selection.has_gates_at_once(s.n, s.repeat, 1.0) else []
+
+
+@_of_gates_at_once
+def _gates_at_once(s: Sizes) -> list[Arguments]:
+    return _gates(s, s.n, s.capacity)
+
+
 def _column_sums(s: Sizes) -> list[Arguments]:
     # One column a bias and a scale.
     counts = ((s.mixes, 3), (s.n, 1))
@@ -444,6 +456,15 @@ SPECS = (
     ),
     Spec("sinkhorn_fwd", "sinkhorn", ("sinkhorn",), _N, _n),
     Spec("sinkhorn_bwd", "sinkhorn", ("sinkhorn", "fused_pre", "post_pre"), _STEPS, _steps),
+    Spec(
+        "gates_bwd",
+        "gates",
+        ("fused_pre", "post_pre"),
+        _STEPS,
+        _gates_at_once,
+        early=("grad_post", "grad_comb", "mixes", "inv_rms", "scale", "bias"),
+    ),
+    Spec("delayed_gates_bwd", "gates", ("fused_pre", "post_pre"), _STEPS, _gates_at_once),
     Spec("aggregate_fwd", "aggregate", ("aggregate", *_PRE_OPS), _STREAMS, _streams),
     Spec("aggregate_last_fwd", "aggregate", ("aggregate", *_PRE_OPS), _STREAMS, _streams),
     Spec("aggregate_bwd", "aggregate", ("aggregate",), _STREAMS, _aggregate_backwards),
@@ -454,6 +475,13 @@ SPECS = (
         _STREAMS,
         _streams,
         early=("grad", "residual"),
+    ),
+    Spec(
+        "aggregate_mix_first_bwd",
+        "aggregate",
+        ("fused_pre", "post_pre"),
+        _STREAMS,
+        _of_gates_at_once(_streams),
     ),
     Spec("post_fwd", "post", ("post", "post_pre"), _STREAMS, _posts),
     Spec("post_bwd", "post", ("post", "post_pre"), _STREAMS, _post_backwards),

@@ -297,6 +297,15 @@ def halve(values: T.Buffer, count: int, lane_bit: T.int32, distance: int):
         values[k] = kept + T.shfl_xor(given, distance)
 
 
+@T.macro
+def still_read(shared: T.Buffer, last: T.Buffer):
+    """Keep the pipeline from loading the next tile over one that the tensor cores still read.
+
+    It hands a buffer back after the last statement that names it, done or not. nvcc drops the load.
+    """
+    last[0] = shared[0, 0]
+
+
 def backward_pass(
     hidden_size: int,
     makes: bool,
@@ -311,6 +320,9 @@ def backward_pass(
     it is what is written. A CTA owns 64 columns of all streams, and a slice of tokens comes by:
     their weights stay in shared memory, their gradient in registers. Thread t has eight columns of
     token t // 8 of the tile. Sums over H are left in a row of partial sums a CTA's columns.
+
+    Two warps on a scheduler hide no latency of each other, so that of the tensor cores is hidden by
+    what a thread has to do meanwhile: G w by the streams, the weight's gradient by the sums.
     """
     tokens = T.dynamic("num_tokens")
     slices = T.dynamic("num_slices")
@@ -318,13 +330,13 @@ def backward_pass(
     block, columns = DELAYED_BACKWARD_TOKENS, DELAYED_COLUMNS
     wide = STREAMS * columns
     per_row = columns // VECTOR
-    streams_of = tuple(range(STREAMS))
     part_rows = padded(MIXES)
     both = 2 * part_rows
     width = factors_width(STREAMS)
     sums_count = num_sums(makes)
-    fixed = 2 * both * wide * 2 + block * (wide + 8) * 4
-    fixed += block * (wide * 2 * (1 + makes) + (columns * 2 if makes else 0))
+    product_row = wide + VECTOR // 2
+    fixed = 2 * both * wide * 2 + block * product_row * 4
+    fixed += block * (wide * 2 * 2 + (columns * 2 if makes else 0))
     stage = block * (
         wide * 2 * (1 + has_held)
         + columns * 2 * (1 + makes)
@@ -333,6 +345,15 @@ def backward_pass(
         + (STREAMS * (STREAMS + 1) * 4 if makes else 0)
     )
     stages = max(1, min(3, (limits.matmul_bytes - fixed) // stage))
+
+    def at(k: T.int32) -> T.int32:
+        """Where column k of the product lies: of eight neighbours four in each half of the row.
+
+        Eight threads then read 16 bytes each in a row, and those that write a column, of a token
+        each, are four banks apart.
+        """
+        half = k // 4 % 2 * (product_row // 2)
+        return half + k // VECTOR * 4 + k % 4
 
     @T.macro
     def body(
@@ -358,45 +379,30 @@ def backward_pass(
             T.annotate_producer_reg_dealloc(24)
             high_twice = T.alloc_shared((both, wide), T.bfloat16)
             low_then_zero = T.alloc_shared((both, wide), T.bfloat16)
-            x_shared = T.alloc_shared((block, wide), T.bfloat16)
+            # A copy of all streams waits at one barrier; a row of them is whole in the banks.
+            x_shared = T.alloc_shared((block, STREAMS, columns), T.bfloat16)
             g_shared = T.alloc_shared((block, both), T.bfloat16)
             factors_shared = T.alloc_shared((block, width), T.float32)
             input_shared = T.alloc_shared((block, columns), T.bfloat16)
-            product_shared = T.alloc_shared((block, wide + 8), T.float32)
-            out_shared = T.alloc_shared((block, wide), T.bfloat16)
-            T.annotate_layout(
-                {
-                    input_shared: make_swizzled_layout(input_shared),
-                    out_shared: make_swizzled_layout(out_shared),
-                }
-            )
+            product_shared = T.alloc_shared((block, product_row), T.float32)
+            out_shared = T.alloc_shared((block, STREAMS, columns), T.bfloat16)
+            made_shared = T.alloc_shared((block, wide), T.bfloat16)
             if makes:
                 f_shared = T.alloc_shared((block, columns), T.bfloat16)
                 of_output_shared = T.alloc_shared((block, columns), T.bfloat16)
-                made_shared = T.alloc_shared((block, wide), T.bfloat16)
                 post_shared = T.alloc_shared((block, STREAMS), T.float32)
                 comb_shared = T.alloc_shared((block, STREAMS * STREAMS), T.float32)
-                T.annotate_layout(
-                    {
-                        f_shared: make_swizzled_layout(f_shared),
-                        of_output_shared: make_swizzled_layout(of_output_shared),
-                        x_shared: make_swizzled_layout(x_shared),
-                    }
-                )
-            else:
-                made_shared = x_shared
             if has_held:
-                held_shared = T.alloc_shared((block, wide), T.bfloat16)
-                T.annotate_layout({held_shared: make_swizzled_layout(held_shared)})
-            product = T.alloc_fragment((block, wide), T.float32)
+                held_shared = T.alloc_shared((block, STREAMS, columns), T.bfloat16)
+            product = T.alloc_fragment((wide, block), T.float32)
             weight_local = T.alloc_fragment((wide, both), T.float32)
             tile_weight = T.alloc_fragment((wide, both), T.float32)
             w_local = T.alloc_local((part_rows * wide // THREADS,), T.float32)
             streams = T.alloc_local((STREAMS, VECTOR), T.bfloat16)
+            rounded = T.alloc_local((STREAMS, VECTOR), T.bfloat16)
             output = T.alloc_local((VECTOR,), T.bfloat16)
             wide_grad = T.alloc_local((VECTOR,), T.bfloat16)
             others = T.alloc_local((VECTOR,), T.bfloat16)
-            rounded = T.alloc_local((VECTOR,), T.bfloat16)
             total = T.alloc_local((VECTOR,), T.float32)
             of_output = T.alloc_local((VECTOR,), T.float32)
             of_streams = T.alloc_local((STREAMS, VECTOR), T.float32)
@@ -404,6 +410,7 @@ def backward_pass(
             comb = T.alloc_local((STREAMS, STREAMS), T.float32)
             per_token = T.alloc_local((width,), T.float32)
             added = T.alloc_local((sums_count,), T.float32)
+            last = T.alloc_local((1,), T.bfloat16)
             store_weight_parts(
                 weight,
                 norm_weight,
@@ -428,42 +435,38 @@ def backward_pass(
             ):
                 t0 = first + step * block
                 t1 = t0 + block
-                for i in streams_of:
-                    k0 = i * hidden_size + h0
-                    c0 = i * columns
-                    T.copy(x[t0:t1, k0 : k0 + columns], x_shared[0:block, c0 : c0 + columns])
-                    if has_held:
-                        T.copy(
-                            held[t0:t1, k0 : k0 + columns], held_shared[0:block, c0 : c0 + columns]
-                        )
                 T.copy(grad_parts[t0, 0], g_shared)
-                T.copy(factors[t0, 0], factors_shared)
-                T.copy(grad_input[t0, h0], input_shared)
+                T.copy(x[t0:t1, 0:STREAMS, h0 : h0 + columns], x_shared)
                 if makes:
                     T.copy(layer_output[t0, h0], f_shared)
                     T.copy(post_mix[t0, 0], post_shared)
                     T.copy(comb_mix[t0, 0], comb_shared)
+                T.copy(factors[t0, 0], factors_shared)
+                T.copy(grad_input[t0, h0], input_shared)
+                if has_held:
+                    T.copy(held[t0:t1, 0:STREAMS, h0 : h0 + columns], held_shared)
                 T.gemm(
-                    g_shared,
                     high_twice,
+                    g_shared,
                     product,
+                    transpose_A=True,
+                    transpose_B=True,
                     clear_accum=True,
-                    policy=FULL_COLUMN,
+                    policy=FULL_ROW,
+                    annotations={"wg_wait": -1},
                 )
-                T.gemm(g_shared, low_then_zero, product, policy=FULL_COLUMN)
-                T.copy(product, product_shared[0:block, 0:wide])
-                # The tile before has left these: its stores ran beside this tile's products.
-                T.tma_store_wait(0)
-                T.sync_threads()
-                for v in T.vectorized(4):
-                    per_token[v] = factors_shared[row, v]
-                for v in T.vectorized(4):
-                    per_token[4 + v] = factors_shared[row, 4 + v]
+                T.gemm(
+                    low_then_zero,
+                    g_shared,
+                    product,
+                    transpose_A=True,
+                    transpose_B=True,
+                    policy=FULL_ROW,
+                    annotations={"wg_wait": -1},
+                )
                 for i in T.unroll(STREAMS):
                     for v in T.vectorized(VECTOR):
-                        streams[i, v] = x_shared[row, i * columns + c + v]
-                for v in T.vectorized(VECTOR):
-                    wide_grad[v] = input_shared[row, c + v]
+                        streams[i, v] = x_shared[row, i, c + v]
                 if makes:
                     for v in T.vectorized(VECTOR):
                         output[v] = f_shared[row, c + v]
@@ -472,13 +475,6 @@ def backward_pass(
                     for i in T.unroll(STREAMS):
                         for v in T.vectorized(STREAMS):
                             comb[i, v] = comb_shared[row, i * STREAMS + v]
-                    for v in T.unroll(VECTOR):
-                        of_output[v] = 0.0
-                    for i in T.unroll(STREAMS):
-                        for v in T.unroll(VECTOR):
-                            of_streams[i, v] = 0.0
-                for k in T.unroll(sums_count):
-                    added[k] = 0.0
                 for j in T.unroll(STREAMS):
                     if makes:
                         # In the order of a post's forward: the streams that were projected.
@@ -488,30 +484,53 @@ def backward_pass(
                             for v in T.unroll(VECTOR):
                                 total[v] += comb[i, j] * T.cast(streams[i, v], T.float32)
                         for v in T.vectorized(VECTOR):
-                            rounded[v] = T.cast(total[v], T.bfloat16)
-                        for v in T.vectorized(VECTOR):
-                            made_shared[row, j * columns + c + v] = rounded[v]
+                            rounded[j, v] = T.cast(total[v], T.bfloat16)
                     else:
                         for v in T.vectorized(VECTOR):
-                            rounded[v] = streams[j, v]
+                            rounded[j, v] = streams[j, v]
                     for v in T.vectorized(VECTOR):
-                        total[v] = product_shared[row, j * columns + c + v]
+                        made_shared[row, j * columns + c + v] = rounded[j, v]
+                T.wait_wgmma(0)
+                for k, t in T.Parallel(wide, block):
+                    product_shared[t, at(k)] = product[k, t]
+                # The tile before has left these: its stores ran beside this tile's products.
+                T.tma_store_wait(0)
+                T.sync_threads()
+                for v in T.vectorized(4):
+                    per_token[v] = factors_shared[row, v]
+                for v in T.vectorized(4):
+                    per_token[4 + v] = factors_shared[row, 4 + v]
+                for v in T.vectorized(VECTOR):
+                    wide_grad[v] = input_shared[row, c + v]
+                if makes:
+                    for v in T.unroll(VECTOR):
+                        of_output[v] = 0.0
+                    for i in T.unroll(STREAMS):
+                        for v in T.unroll(VECTOR):
+                            of_streams[i, v] = 0.0
+                for k in T.unroll(sums_count):
+                    added[k] = 0.0
+                for j in T.unroll(STREAMS):
+                    for v in T.vectorized(4):
+                        total[v] = product_shared[row, at(j * columns + c) + v]
+                    for v in T.vectorized(4):
+                        total[4 + v] = product_shared[row, at(j * columns + c + 4) + v]
                     for v in T.unroll(VECTOR):
                         total[v] = (
                             total[v] * per_token[2]
-                            + (T.cast(rounded[v], T.float32) * per_token[0]) * per_token[1]
+                            + (T.cast(rounded[j, v], T.float32) * per_token[0]) * per_token[1]
                         )
                     for v in T.unroll(VECTOR):
                         total[v] += per_token[3 + j] * T.cast(wide_grad[v], T.float32)
                     if has_held:
                         for v in T.vectorized(VECTOR):
-                            others[v] = held_shared[row, j * columns + c + v]
+                            others[v] = held_shared[row, j, c + v]
                         for v in T.unroll(VECTOR):
                             total[v] += T.cast(others[v], T.float32)
                     for v in T.unroll(VECTOR):
-                        added[sums_count - STREAMS + j] += T.cast(rounded[v], T.float32) * T.cast(
-                            wide_grad[v], T.float32
-                        )
+                        added[sums_count - STREAMS + j] += T.cast(
+                            rounded[j, v], T.float32
+                        ) * T.cast(wide_grad[v], T.float32)
                     if makes:
                         for v in T.unroll(VECTOR):
                             of_output[v] += post[j] * total[v]
@@ -524,15 +543,28 @@ def backward_pass(
                                 )
                     else:
                         for v in T.vectorized(VECTOR):
-                            out_shared[row, j * columns + c + v] = T.cast(total[v], T.bfloat16)
+                            out_shared[row, j, c + v] = T.cast(total[v], T.bfloat16)
                 if makes:
                     for i in T.unroll(STREAMS):
                         for v in T.vectorized(VECTOR):
-                            out_shared[row, i * columns + c + v] = T.cast(
-                                of_streams[i, v], T.bfloat16
-                            )
+                            out_shared[row, i, c + v] = T.cast(of_streams[i, v], T.bfloat16)
                     for v in T.vectorized(VECTOR):
                         of_output_shared[row, c + v] = T.cast(of_output[v], T.bfloat16)
+                # The tensor cores and TMA read these through another path than threads write.
+                T.fence_proxy_async()
+                T.sync_threads()
+                T.tma_copy(out_shared, grad_x[t0:t1, 0:STREAMS, h0 : h0 + columns])
+                if makes:
+                    T.tma_copy(of_output_shared, grad_output[t0:t1, h0 : h0 + columns])
+                T.gemm(
+                    made_shared,
+                    g_shared,
+                    tile_weight,
+                    transpose_A=True,
+                    clear_accum=True,
+                    policy=FULL_ROW,
+                    annotations={"wg_wait": -1},
+                )
                 # Eight neighbours share a token.
                 halve(added, sums_count, tid & 4, 4)
                 halve(added, sums_count // 2, tid & 2, 2)
@@ -545,25 +577,8 @@ def backward_pass(
                     added[0] += T.shfl_xor(added[0], 1)
                     if tid % 2 == 0 and t0 + row < tokens:
                         sums[column, t0 + row, tid % 8 // 2] = added[0]
-                # The tensor cores and TMA read these through another path than threads write.
-                T.fence_proxy_async()
-                T.sync_threads()
-                for i in streams_of:
-                    k0 = i * hidden_size + h0
-                    c0 = i * columns
-                    T.tma_copy(
-                        out_shared[0:block, c0 : c0 + columns], grad_x[t0:t1, k0 : k0 + columns]
-                    )
-                if makes:
-                    T.tma_copy(of_output_shared, grad_output[t0:t1, h0 : h0 + columns])
-                T.gemm(
-                    made_shared,
-                    g_shared,
-                    tile_weight,
-                    transpose_A=True,
-                    clear_accum=True,
-                    policy=FULL_ROW,
-                )
+                T.wait_wgmma(0)
+                still_read(g_shared, last)
                 for k, m in T.Parallel(wide, both):
                     weight_local[k, m] += tile_weight[k, m] * factors_shared[0, 2]
             T.tma_store_wait(0)
@@ -571,7 +586,7 @@ def backward_pass(
             weight_shared = T.alloc_shared((both, wide + 4), T.float32)
             for k, m in T.Parallel(wide, both):
                 weight_shared[m, k] = weight_local[k, m]
-            for i in streams_of:
+            for i in range(STREAMS):
                 for m, k in T.Parallel(MIXES, columns):
                     partials[slot, m, i * hidden_size + h0 + k] = (
                         weight_shared[m, i * columns + k]

@@ -140,6 +140,28 @@ def aggregate_bwd(n: int, hidden_size: int, *, streams_dtype: str, into_dtype: s
     return aggregate_bwd_kernel
 
 
+@T.macro
+def mix_sum(grad: T.Tensor, residual: T.Tensor, t: T.int32, threads: int, total: T.Buffer):
+    """total[0] = the gradient of a token's pre_mix[i], in thread i * sum_lanes(n, threads)."""
+    n, hidden_size = residual.shape[1:]
+    vector = row_vector(hidden_size, residual.dtype)
+    tid = T.get_thread_binding()
+    streams = T.alloc_local((n, vector), residual.dtype)
+    wide = T.alloc_local((vector,), residual.dtype)
+    sums = T.alloc_local((n,), T.float32)
+    shared = T.alloc_shared(sums_shape(n, threads), T.float32)
+    for i in T.unroll(n):
+        sums[i] = 0.0
+    for c in T.serial(T.ceildiv(hidden_size, threads * vector)):
+        h = (c * threads + tid) * vector
+        if h < hidden_size:
+            for v in T.vectorized(vector):
+                wide[v] = grad[t, h + v]
+            load_streams(residual, t, h, n, streams)
+            row_products(wide, streams, n, sums)
+    block_sums(sums, n, threads, shared, total)
+
+
 @builder(SIMT)
 def aggregate_mix_bwd(n: int, hidden_size: int, *, streams_dtype: str):
     """The gradient of pre_mix alone: the projection's backward takes the rest along.
@@ -147,8 +169,7 @@ def aggregate_mix_bwd(n: int, hidden_size: int, *, streams_dtype: str):
     It reads beside the kernel before it, one of the mixes', and waits for that before it writes.
     """
     tokens = T.dynamic("num_tokens")
-    vector = row_vector(hidden_size, streams_dtype)
-    threads = row_threads(hidden_size, vector)
+    threads = row_threads(hidden_size, row_vector(hidden_size, streams_dtype))
     lanes = sum_lanes(n, threads)
 
     @T.prim_func
@@ -161,23 +182,36 @@ def aggregate_mix_bwd(n: int, hidden_size: int, *, streams_dtype: str):
             # The last tokens first: the projection's backward then finds its first in L2.
             t = tokens - 1 - block
             tid = T.get_thread_binding()
-            streams = T.alloc_local((n, vector), streams_dtype)
-            wide = T.alloc_local((vector,), streams_dtype)
-            sums = T.alloc_local((n,), T.float32)
             total = T.alloc_local((1,), T.float32)
-            shared = T.alloc_shared(sums_shape(n, threads), T.float32)
-            for i in T.unroll(n):
-                sums[i] = 0.0
-            for c in T.serial(T.ceildiv(hidden_size, threads * vector)):
-                h = (c * threads + tid) * vector
-                if h < hidden_size:
-                    for v in T.vectorized(vector):
-                        wide[v] = grad[t, h + v]
-                    load_streams(residual, t, h, n, streams)
-                    row_products(wide, streams, n, sums)
-            block_sums(sums, n, threads, shared, total)
+            mix_sum(grad, residual, t, threads, total)
             follow_previous()
             if tid % lanes == 0 and tid < n * lanes:
                 grad_mix[t, tid // lanes] = total[0]
 
     return aggregate_mix_bwd_kernel
+
+
+@builder(SIMT)
+def aggregate_mix_first_bwd(n: int, hidden_size: int, *, streams_dtype: str):
+    """The same as the first kernel of an op: the one before may be what writes its gradient."""
+    tokens = T.dynamic("num_tokens")
+    threads = row_threads(hidden_size, row_vector(hidden_size, streams_dtype))
+    lanes = sum_lanes(n, threads)
+
+    @T.prim_func
+    def aggregate_mix_first_bwd_kernel(
+        grad: T.Tensor[(tokens, hidden_size), streams_dtype],
+        residual: T.Tensor[(tokens, n, hidden_size), streams_dtype],
+        grad_mix: T.Tensor[(tokens, n), T.float32],
+    ):
+        with T.Kernel(tokens, threads=threads) as block:
+            follow_previous()
+            # As above.
+            t = tokens - 1 - block
+            tid = T.get_thread_binding()
+            total = T.alloc_local((1,), T.float32)
+            mix_sum(grad, residual, t, threads, total)
+            if tid % lanes == 0 and tid < n * lanes:
+                grad_mix[t, tid // lanes] = total[0]
+
+    return aggregate_mix_first_bwd_kernel

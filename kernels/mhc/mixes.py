@@ -99,6 +99,43 @@ def split_mixes_fwd(n: int, *, scale_dtype: str, bias_dtype: str):
     return split_mixes_fwd_kernel
 
 
+@T.macro
+def gate_gradients(
+    mix: T.Buffer,
+    pre: T.Buffer,
+    post: T.Buffer,
+    comb: T.Buffer,
+    scale: T.Tensor,
+    bias: T.Tensor,
+    post_mult: T.float32,
+    z: T.Buffer,
+    slope: T.Buffer,
+    sums: T.Buffer,
+):
+    """A token's terms of the gradients of bias, then of scale, from those of pre, post and logits.
+
+    Those of bias, times scale, are the gradients of the mixes. The terms of scale start from what
+    sums has.
+    """
+    n = pre.shape[0]
+    num_mixes = mix.shape[0]
+    for k in T.unroll(n):
+        logit(mix[k], scale[0], bias[k], z)
+        sigmoid_slope(z[0], slope)
+        sums[k] = pre[k] * slope[0]
+    for k in T.unroll(n):
+        logit(mix[n + k], scale[1], bias[n + k], z)
+        sigmoid_slope(z[0], slope)
+        sums[n + k] = post[k] * post_mult * slope[0]
+    for k in T.unroll(n * n):
+        sums[2 * n + k] = comb[k]
+    for k in T.unroll(n):
+        sums[num_mixes] += sums[k] * mix[k]
+        sums[num_mixes + 1] += sums[n + k] * mix[n + k]
+    for k in T.unroll(n * n):
+        sums[num_mixes + 2] += sums[2 * n + k] * mix[2 * n + k]
+
+
 @builder(SIMT)
 def split_mixes_bwd(n: int, *, scale_dtype: str, bias_dtype: str):
     tokens = T.dynamic("num_tokens")
@@ -139,21 +176,7 @@ def split_mixes_bwd(n: int, *, scale_dtype: str, bias_dtype: str):
                 load_mixes(grad_pre, t, 0, n, pre)
                 load_mixes(grad_post, t, 0, n, post)
                 load_mixes(grad_comb, t, 0, n * n, comb)
-                for k in T.unroll(n):
-                    logit(mix[k], scale[0], bias[k], z)
-                    sigmoid_slope(z[0], slope)
-                    sums[k] = pre[k] * slope[0]
-                for k in T.unroll(n):
-                    logit(mix[n + k], scale[1], bias[n + k], z)
-                    sigmoid_slope(z[0], slope)
-                    sums[n + k] = post[k] * post_mult * slope[0]
-                for k in T.unroll(n * n):
-                    sums[2 * n + k] = comb[k]
-                for k in T.unroll(n):
-                    sums[num_mixes] += sums[k] * mix[k]
-                    sums[num_mixes + 1] += sums[n + k] * mix[n + k]
-                for k in T.unroll(n * n):
-                    sums[num_mixes + 2] += sums[2 * n + k] * mix[2 * n + k]
+                gate_gradients(mix, pre, post, comb, scale, bias, post_mult, z, slope, sums)
                 for k in T.unroll(num_mixes):
                     mix[k] = sums[k] * T.cast(scale[T.min(k // n, 2)], T.float32)
                 store_mixes(mix, num_mixes, grad_mixes, t, 0)

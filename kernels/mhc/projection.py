@@ -398,6 +398,22 @@ def store_parts(
         store_mixes(per_token, per_token.shape[0], factors, t, 0)
 
 
+@T.macro
+def product_gradient(
+    values: T.Buffer, mixed: T.Buffer, per_token: T.Buffer, size: T.float32, tf32: T.int32
+):
+    """values, a token's gradient of its mixes, becomes that of the bare product.
+
+    per_token has inv_rms, and zero for the factor of x from the statistic.
+    """
+    for m in T.unroll(mixed.shape[0]):
+        per_token[1] += values[m] * mixed[m]
+        values[m] *= per_token[0]
+        if tf32 != 0:
+            values[m] = rounded_to_tf32(values[m])
+    per_token[1] = -per_token[1] * per_token[0] / size
+
+
 @builder(SIMT)
 def projection_norm_bwd(num_mixes: int, size: int, n: int):
     """Gradient of the bare product, in two parts, and what else `projection_bwd` needs per token.
@@ -436,12 +452,7 @@ def projection_norm_bwd(num_mixes: int, size: int, n: int):
                 load_mixes(grad, t, 0, num_mixes, values)
                 load_mixes(mixes, t, 0, num_mixes, mixed)
                 per_token[0] = inv_rms[t]
-                for m in T.unroll(num_mixes):
-                    per_token[1] += values[m] * mixed[m]
-                    values[m] *= per_token[0]
-                    if tf32 != 0:
-                        values[m] = rounded_to_tf32(values[m])
-                per_token[1] = -per_token[1] * per_token[0] / size
+                product_gradient(values, mixed, per_token, size, tf32)
                 if n > 0:
                     for i in T.unroll(n):
                         per_token[3 + i] = pre_mix[t, i]

@@ -127,14 +127,85 @@ def sinkhorn_fwd(n: int):
     return sinkhorn_fwd_kernel
 
 
-@builder(SIMT)
-def sinkhorn_bwd(n: int, capacity: int, *, limits: Architecture):
-    """The gradient of the `repeat`-step map (repeat <= capacity).
+@T.macro
+def undo_sinkhorn(
+    comb: T.Buffer,
+    delta: T.Buffer,
+    a: T.Buffer,
+    b: T.Buffer,
+    inv_a: T.Buffer,
+    inv_b: T.Buffer,
+    along: T.Buffer,
+    history_a: T.Buffer,
+    history_b: T.Buffer,
+    repeat: T.int32,
+    eps: T.float32,
+):
+    """delta, a token's gradient of the matrix, becomes that of the softmax; comb, its logits, is
+    overwritten.
 
     With Y = diag(a) E diag(b) after a step and the gradient kept as G = dY * a * b, undoing a
     normalisation of row i is G[i, :] -= a[i] * b * sum_j E[i, j] * G[i, j], likewise for columns:
-    no division. The scalings of every step are kept in shared memory, E in registers.
+    no division. The scalings of every step are kept in shared memory, E in registers. Each thread
+    reads back only what it wrote: no barrier is needed.
     """
+    n = comb.shape[0]
+    tid = T.get_thread_binding()
+    softmax_rows(comb, n)
+    for i in T.unroll(n):
+        a[i] = 1.0
+        inv_a[i] = 1.0
+        inv_b[i] = 1.0
+        for j in T.unroll(n):
+            comb[i, j] += eps
+    for step in T.serial(repeat):
+        for i in T.unroll(n):
+            history_a[step, i, tid] = a[i]
+        column_divisors(comb, a, inv_b, n, eps)
+        for j in T.unroll(n):
+            reciprocal(inv_b[j], b, j)
+            history_b[step, j, tid] = b[j]
+        if step + 1 < repeat:
+            scale_rows(comb, a, inv_a, b, n, eps)
+    for i in T.unroll(n):
+        for j in T.unroll(n):
+            delta[i, j] *= a[i] * b[j]
+    for back in T.serial(repeat):
+        step = repeat - 1 - back
+        for i in T.unroll(n):
+            a[i] = history_a[step, i, tid]
+            b[i] = history_b[step, i, tid]
+        for j in T.unroll(n):
+            along[0] = 0.0
+            for i in T.unroll(n):
+                along[0] += comb[i, j] * delta[i, j]
+            for i in T.unroll(n):
+                delta[i, j] -= a[i] * (b[j] * along[0])
+        if step > 0:
+            for j in T.unroll(n):
+                b[j] = history_b[step - 1, j, tid]
+            for i in T.unroll(n):
+                along[0] = 0.0
+                for j in T.unroll(n):
+                    along[0] += comb[i, j] * delta[i, j]
+                for j in T.unroll(n):
+                    delta[i, j] -= b[j] * (a[i] * along[0])
+
+
+@T.macro
+def undo_softmax_row(comb: T.Buffer, delta: T.Buffer, i: T.int32, along: T.Buffer):
+    """delta[i, :], the gradient of comb[i, :], becomes that of what comb is the softmax of."""
+    n = comb.shape[0]
+    along[0] = 0.0
+    for j in T.unroll(n):
+        along[0] += comb[i, j] * delta[i, j]
+    for j in T.unroll(n):
+        delta[i, j] = comb[i, j] * (delta[i, j] - along[0])
+
+
+@builder(SIMT)
+def sinkhorn_bwd(n: int, capacity: int, *, limits: Architecture):
+    """The gradient of the `repeat`-step map (repeat <= capacity)."""
     tokens = T.dynamic("num_tokens")
     threads = THREADS
     while threads > 1 and 2 * capacity * n * threads * 4 > limits.history_bytes:
@@ -159,7 +230,6 @@ def sinkhorn_bwd(n: int, capacity: int, *, limits: Architecture):
             inv_a = T.alloc_local((n,), T.float32)
             inv_b = T.alloc_local((n,), T.float32)
             along = T.alloc_local((1,), T.float32)
-            # Each thread reads back only what it wrote: no barrier is needed.
             history_a = T.alloc_shared((capacity, n, threads), T.float32)
             history_b = T.alloc_shared((capacity, n, threads), T.float32)
             if t < tokens:
@@ -168,56 +238,16 @@ def sinkhorn_bwd(n: int, capacity: int, *, limits: Architecture):
                         comb[i, j] = logits[t, i * n + j]
                     for j in T.vectorized(n):
                         delta[i, j] = grad[t, i * n + j]
-                softmax_rows(comb, n)
-                for i in T.unroll(n):
-                    a[i] = 1.0
-                    inv_a[i] = 1.0
-                    inv_b[i] = 1.0
-                    for j in T.unroll(n):
-                        comb[i, j] += eps
-                for step in T.serial(repeat):
-                    for i in T.unroll(n):
-                        history_a[step, i, tid] = a[i]
-                    column_divisors(comb, a, inv_b, n, eps)
-                    for j in T.unroll(n):
-                        reciprocal(inv_b[j], b, j)
-                        history_b[step, j, tid] = b[j]
-                    if step + 1 < repeat:
-                        scale_rows(comb, a, inv_a, b, n, eps)
-                for i in T.unroll(n):
-                    for j in T.unroll(n):
-                        delta[i, j] *= a[i] * b[j]
-                for back in T.serial(repeat):
-                    step = repeat - 1 - back
-                    for i in T.unroll(n):
-                        a[i] = history_a[step, i, tid]
-                        b[i] = history_b[step, i, tid]
-                    for j in T.unroll(n):
-                        along[0] = 0.0
-                        for i in T.unroll(n):
-                            along[0] += comb[i, j] * delta[i, j]
-                        for i in T.unroll(n):
-                            delta[i, j] -= a[i] * (b[j] * along[0])
-                    if step > 0:
-                        for j in T.unroll(n):
-                            b[j] = history_b[step - 1, j, tid]
-                        for i in T.unroll(n):
-                            along[0] = 0.0
-                            for j in T.unroll(n):
-                                along[0] += comb[i, j] * delta[i, j]
-                            for j in T.unroll(n):
-                                delta[i, j] -= b[j] * (a[i] * along[0])
+                undo_sinkhorn(
+                    comb, delta, a, b, inv_a, inv_b, along, history_a, history_b, repeat, eps
+                )
                 # The softmax again: to take eps off E would leave E's rounding in it.
                 for i in T.unroll(n):
                     for j in T.vectorized(n):
                         comb[i, j] = logits[t, i * n + j]
                 softmax_rows(comb, n)
                 for i in T.unroll(n):
-                    along[0] = 0.0
-                    for j in T.unroll(n):
-                        along[0] += comb[i, j] * delta[i, j]
-                    for j in T.unroll(n):
-                        delta[i, j] = comb[i, j] * (delta[i, j] - along[0])
+                    undo_softmax_row(comb, delta, i, along)
                     for j in T.vectorized(n):
                         grad_logits[t, i * n + j] = delta[i, j]
 

@@ -11,7 +11,7 @@ import torch
 
 import tile_mhc
 from tile_mhc import jit, reference, specs
-from tile_mhc.bench import checking, compiling, floors, measuring, ops, peer, timing
+from tile_mhc.bench import checking, compiling, floors, measuring, ops, peer, stacks, timing
 from tile_mhc.bench.inputs import LAYERS, make_inputs
 from tile_mhc.bench.measuring import Shape
 
@@ -51,6 +51,24 @@ READS = {
     "post_pre_delayed.bwd": "hidden residual post_mix comb_mix weight scale bias pre_mix mixes "
     "inv_rms grad_residual grad_hidden grad_pre grad_post grad_comb",
     "recompute.fwd": "residual pre_mixes post_mixes comb_mixes layer_outputs",
+    "post_pre_norm.fwd": "hidden residual post_mix comb_mix weight scale bias layer_norm",
+    "post_pre_norm_delayed.fwd": "hidden residual post_mix comb_mix weight scale bias pre_mix "
+    "layer_norm",
+}
+# Ops of other rows, and what is read and written besides.
+PARTS = {
+    "post_pre_norm_separate.fwd": ("post.fwd fused_pre.fwd", "hidden hidden norm_16"),
+    "post_pre_norm_delayed_separate.fwd": ("post.fwd delayed_pre.fwd", "hidden hidden norm_16"),
+    "post_pre.fwd+bwd": ("post_pre.fwd post_pre.bwd", ""),
+    "post_pre_delayed.fwd+bwd": ("post_pre_delayed.fwd post_pre_delayed.bwd", ""),
+}
+# A linear layer, forward and backward.
+LINEAR = "hidden linear hidden  hidden hidden linear linear hidden"
+STACKS = {
+    "stack.fwd+bwd": "post_pre.fwd+bwd",
+    "stack_separate.fwd+bwd": "post.fwd fused_pre.fwd fused_pre.bwd_add post.bwd",
+    "stack_delayed.fwd+bwd": "post_pre_delayed.fwd+bwd",
+    "stack_delayed_separate.fwd+bwd": "post.fwd delayed_pre.fwd delayed_pre.bwd_add post.bwd",
 }
 # Forward and backward are passes of their own: read and written by each, and the weight by both.
 SUB_LAYER = (
@@ -60,10 +78,6 @@ SUB_LAYER = (
     "residual grad_hidden grad_residual residual",  # that of pre: one
     "weight weight weight",
 )
-
-
-# Rows that are a forward and a backward.
-BOTH = ("post_pre.fwd+bwd", "post_pre_delayed.fwd+bwd")
 
 
 def table():
@@ -98,18 +112,27 @@ def test_floor_of_the_sub_layer_is_that_of_its_passes(inputs):
     assert floor == sum(size(getattr(inputs, name)) for name in names)
 
 
-@pytest.mark.parametrize("name", BOTH)
-def test_floor_of_both_passes_is_that_of_each(name, inputs):
-    stem = name.partition(".")[0]
-    parts = [table()[f"{stem}.{part}"].floor(5, 64, inputs.n) for part in ("fwd", "bwd")]
-    assert table()[name].floor(5, 64, inputs.n) == sum(parts)
+@pytest.mark.parametrize("name", PARTS)
+def test_floor_of_several_ops_is_that_of_each(name, inputs):
+    parts, more = PARTS[name]
+    tensors = vars(inputs) | {"norm_16": inputs.layer_norm.bfloat16()}
+    expected = sum(table()[part].floor(5, 64, inputs.n) for part in parts.split())
+    expected += sum(size(tensors[operand]) for operand in more.split())
+    assert table()[name].floor(5, 64, inputs.n) == expected
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_floor_of_a_stack_is_that_of_its_boundaries(name, inputs):
+    one = sum(table()[part].floor(5, 64, inputs.n) for part in STACKS[name].split())
+    one += sum(size(getattr(inputs, operand)) for operand in LINEAR.split())
+    assert table()[name].floor(5, 64, inputs.n) == stacks.BOUNDARIES * one
 
 
 def test_every_op_has_a_floor_of_its_own():
-    assert set(table()) == {*READS, *BOTH, "sub_layer.fwd+bwd"}
+    assert set(table()) == {*READS, *PARTS, *STACKS, "sub_layer.fwd+bwd"}
     used = [op.floor for op in ops.make_ops()]
     assert len(set(used)) == len(used)
-    written = {f for f in vars(floors).values() if callable(f)}
+    written = {f for name, f in vars(floors).items() if callable(f) and name[0] != "_"}
     assert written == set(used)
 
 
@@ -143,7 +166,7 @@ def test_floors_are_those_of_the_notes(name, per_token, once):
     assert LAYERS == 10
 
 
-@pytest.mark.parametrize("name", [*READS, *BOTH, "sub_layer.fwd+bwd"])
+@pytest.mark.parametrize("name", [*READS, *PARTS, *STACKS, "sub_layer.fwd+bwd"])
 def test_right_results_pass_and_one_wrong_element_does_not(name, monkeypatch):
     monkeypatch.setattr(checking, "CHUNK", 16)  # 37 tokens: two whole chunks and a ragged one
     op = table()[name]
@@ -175,7 +198,9 @@ def test_the_tolerance_follows_from_the_roundings_of_an_op():
         for factor, is_right in ((0.9, True), (1.1, False)):
             got = (want + factor * allowed).bfloat16()
             assert (checking.find_error(got, want, roundings) is None) == is_right
-    assert {op.roundings for op in table().values() if op.name != "recompute.fwd"} == {3}
+    deep = {"recompute.fwd", *STACKS}
+    assert {op.roundings for op in table().values() if op.name not in deep} == {3}
+    assert {table()[name].roundings for name in STACKS} == {3 * stacks.BOUNDARIES}
     assert table()["recompute.fwd"].roundings == LAYERS
 
 

@@ -8,8 +8,17 @@ import torch
 from tile_mhc.integrations import transformers as integration
 
 pytest.importorskip(integration.MODELING)
-from tiny_deepseek import ONE_STEP, cast_parameters, distance, make_connection, make_model, step
+from tiny_deepseek import (
+    ONE_STEP,
+    cast_parameters,
+    distance,
+    make_connection,
+    make_model,
+    one_step,
+    step,
+)
 
+HOOKED = one_step(**{"hooks on a layer": 1})
 RELEASE = tuple(map(int, importlib.metadata.version("transformers").split(".")[:2]))
 
 
@@ -54,7 +63,7 @@ def test_streams_dtype_reaches_the_operators_and_nothing_else(own, asked, bound)
         output = model(ids, labels=ids, use_cache=False)
         output.loss.backward()
         report = integration.backend_report()
-    assert report == ONE_STEP
+    assert report == HOOKED
     assert streams == [asked, own]  # the last one's go to the head, which returns what it is given
     assert inputs == [own] * 5
     assert output.logits.dtype == own
@@ -63,8 +72,21 @@ def test_streams_dtype_reaches_the_operators_and_nothing_else(own, asked, bound)
     assert all(grad.isfinite().all() for grad in grads)
     with integration.patch():
         again, _ = step(model, ids)
-        assert integration.backend_report() == ONE_STEP
+        assert integration.backend_report() == HOOKED
     assert distance(again, truth) <= (1e-5 if own == torch.float32 else bound)
+
+
+@pytest.mark.parametrize("asked", [torch.bfloat16, torch.float16])
+def test_streams_dtype_from_layer_to_layer(asked):
+    """The same bits as where hooks keep the layers apart."""
+    model = make_model().eval()
+    ids = torch.randint(32, (2, 24))
+    with torch.no_grad(), integration.patch(streams_dtype=asked):
+        logits = model(ids, use_cache=False).logits
+        assert integration.backend_report() == ONE_STEP
+        model.model.layers[0].register_forward_hook(lambda *call: None)
+        assert torch.equal(model(ids, use_cache=False).logits, logits)
+    assert logits.dtype == torch.float32
 
 
 def test_streams_dtype_under_autocast():
@@ -130,7 +152,7 @@ def test_bfloat16_checkpoint(tmp_path, streams_dtype):
         layer.register_forward_hook(lambda *call: streams.append(call[-1].dtype))
     integration.patch(streams_dtype=streams_dtype)
     ours, our_grads = step(model, ids)
-    assert integration.backend_report() == ONE_STEP
+    assert integration.backend_report() == HOOKED
     assert streams == [torch.bfloat16] * 2
     assert 0 < distance(ours, logits) <= 3e-2
     assert our_grads.keys() == grads.keys()

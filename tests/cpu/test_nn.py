@@ -580,6 +580,12 @@ def from_state(method, *, kind=HyperConnection, prefix=CONNECTION, without=(), *
     return getattr(kind(H), method)(state, prefix)
 
 
+def sublayer(connection=None, **changes):
+    """A right one but for `changes`."""
+    connection = HyperConnection(H) if connection is None else connection
+    return nn.SubLayer(**{"connection": connection, "layer": torch.tanh} | changes)
+
+
 HF = "model.layers.0.attn_hc."
 
 # (what is wrong, the call, the exception, its message)
@@ -610,6 +616,33 @@ MISTAKES = [
      "HyperConnection: sequence_parallel must be True or False; got int 1"),
     ("another init", lambda: HyperConnection(H, init="xavier"), ShapeError,
      "HyperConnection: init must be one of ('megatron', 'deepseek_v4'); got 'xavier'"),
+    ("nothing delayed", lambda: nn.run_delayed_sublayers(make_streams(), []), ShapeError,
+     "run_delayed_sublayers: sublayers must hold at least one, which makes a pre_mix; got none"),
+    ("no streams", lambda: nn.run_sublayers([], []), ShapeError,
+     "run_sublayers: streams must be a torch.Tensor; got list []"),
+    ("a pair for a sub-layer", lambda: nn.run_sublayers(
+        make_streams(), [(HyperConnection(H), torch.tanh)]), ShapeError,
+     "run_sublayers: sublayers[0] must be a SubLayer; got tuple"),
+    ("a connection of V4.1", lambda: nn.run_sublayers(
+        make_streams(), [sublayer(), sublayer(nn.DelayedHyperConnection(H))]), ShapeError,
+     "run_sublayers: sublayers[1].connection must be a HyperConnection; "
+     "got DelayedHyperConnection"),
+    ("a connection of V4", lambda: nn.run_delayed_sublayers(make_streams(), [sublayer()]),
+     ShapeError, "run_delayed_sublayers: sublayers[0].connection must be a "
+     "DelayedHyperConnection; got HyperConnection"),
+    ("a connection of another width", lambda: nn.run_sublayers(
+        make_streams(), [sublayer(), sublayer(HyperConnection(128, 2))]), ShapeError,
+     "run_sublayers: sublayers[1].connection must be for n=4, H=64, as the streams; "
+     "got n=2, H=128"),
+    ("a layer that is none", lambda: nn.run_sublayers(make_streams(), [sublayer(layer=None)]),
+     ShapeError, "run_sublayers: sublayers[0].layer must be callable; got None"),
+    ("a norm that is none", lambda: nn.run_sublayers(make_streams(), [sublayer(norm=1e-6)]),
+     ShapeError, "run_sublayers: sublayers[0].norm must be callable; got float 1e-06"),
+    ("a tuple behind a boundary", lambda: nn.run_sublayers(
+        make_streams(), [sublayer(layer=lambda x: (x, None)), sublayer()]), ShapeError,
+     "post_pre: layer_output must be a torch.Tensor; got tuple"),
+    ("no streams to delay", lambda: nn.DelayedHyperConnection(H).pre(None), ShapeError,
+     "DelayedHyperConnection: streams must be a torch.Tensor; got None"),
     ("other streams", lambda: HyperConnection(H)(make_streams(2), torch.tanh), ShapeError,
      "fused_pre: weight must be (8, 128) float32 or bfloat16 to match residual"),
     ("float64 streams", lambda: HyperHead(H)(make_streams().double()), UnsupportedError,
@@ -670,12 +703,14 @@ def test_every_raise_is_reached():
         with pytest.raises(exception) as caught:
             mistake()
         reached.add((str(caught.traceback[-1].path), caught.traceback[-1].lineno + 1))
-    tree = ast.parse(Path(nn.__file__).read_text())
-    raises = [node for node in ast.walk(tree) if isinstance(node, ast.Raise)]
-    assert raises
-    for statement in raises:
+    statements = []
+    for file in Path(nn.__file__).parent.glob("*.py"):
+        nodes = ast.walk(ast.parse(file.read_text()))
+        statements += [(str(file), node) for node in nodes if isinstance(node, ast.Raise)]
+    assert len(statements) > 2
+    for file, statement in statements:
         lines = range(statement.lineno, statement.end_lineno + 1)
-        assert any((nn.__file__, line) in reached for line in lines), f"nn.py:{statement.lineno}"
+        assert any((file, line) in reached for line in lines), f"{file}:{statement.lineno}"
 
 
 def test_nothing_is_half_loaded():

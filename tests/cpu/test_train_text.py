@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tile_mhc.nn import HyperConnection
+from tile_mhc.nn import HyperConnection, connection
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
@@ -23,13 +23,14 @@ def small(monkeypatch):
     monkeypatch.setitem(train_text.SIZES, "cpu", (2, 32, 1))
 
 
-def test_agreement(capsys):
+@pytest.mark.parametrize("model", train_text.MODELS)
+def test_agreement(capsys, model):
     threads = torch.get_num_threads()
-    assert train_text.main([*ARGUMENTS, "--json"]) == 0
+    assert train_text.main([*ARGUMENTS, "--json", "--model", model]) == 0
     assert torch.get_num_threads() == threads
     report = json.loads(capsys.readouterr().out)
     assert report["failures"] == []
-    assert report["device"] == "cpu"
+    assert (report["device"], report["model"]) == ("cpu", model)
     losses = {name: run["losses"] for name, run in report["runs"].items()}
     assert list(losses) == list(train_text.RUNS)
     assert all(len(values) == 4 for values in losses.values())
@@ -48,7 +49,7 @@ def test_table(capsys, tmp_path):
     assert train_text.main([*ARGUMENTS, "--text", str(text), "--dtype", "bfloat16"]) == 0
     out = capsys.readouterr().out
     assert f"256 bytes of {text}" in out
-    assert "on cpu, matmuls in bfloat16" in out
+    assert "v4 on cpu, matmuls in bfloat16" in out
     assert "no GPU: tile_mhc is the reference here" in out
     assert out.endswith("agreement\n")
     rows = [line.split()[0] for line in out.splitlines() if line.strip()]
@@ -73,13 +74,23 @@ def test_seed():
     assert first != other
 
 
-def test_a_wrong_direction_is_found(capsys, monkeypatch):
-    right = HyperConnection.post
+@pytest.mark.parametrize("at", ["a boundary", "every post"])
+def test_a_wrong_direction_is_found(capsys, monkeypatch, at):
+    if at == "a boundary":
+        right = connection.post_pre
 
-    def transposed(self, layer_output, streams, post_mix, comb_mix):
-        return right(self, layer_output, streams, post_mix, comb_mix.mT.contiguous())
+        def transposed(layer_output, streams, post_mix, comb_mix, *gates, **options):
+            comb_mix = comb_mix.mT.contiguous()
+            return right(layer_output, streams, post_mix, comb_mix, *gates, **options)
 
-    monkeypatch.setattr(HyperConnection, "post", transposed)
+        monkeypatch.setattr(connection, "post_pre", transposed)
+    else:
+        right = HyperConnection.post
+
+        def transposed(self, layer_output, streams, post_mix, comb_mix):
+            return right(self, layer_output, streams, post_mix, comb_mix.mT.contiguous())
+
+        monkeypatch.setattr(HyperConnection, "post", transposed)
     # In a few small steps it does not show for every seed.
     monkeypatch.setitem(train_text.SIZES, "cpu", (4, 64, 12))
     assert train_text.main(["--device", "cpu"]) == 1

@@ -113,6 +113,8 @@ enum class DataType { kBFloat16, kTensorFloat32, kFloat32 };
 inline float fast_rcp(float x) { return 1 / x; }
 inline void fence_proxy_async() {}
 inline void fence_barrier_init() {}
+// The sibling without wgmma has left the products when it comes here.
+template <int pending> void wait_wgmma() {}
 
 // The one thread of the CTA that sets up mbarriers.
 template <int threads> bool tl_shuffle_elect() {

@@ -29,8 +29,8 @@ NUM_SMS = 6
 FEW = Case(13, 4, 192, "less than a tile")
 KERNELS = (
     "expand_bwd", "projection_fwd", "projection_norm", "projection_norm_bwd", "projection_bwd",
-    "split_mixes_fwd", "split_mixes_bwd", "column_sums", "sinkhorn_bwd", "aggregate_bwd",
-    "post_bwd", "contract_cluster_fwd", "contract_cluster_bwd", "fused_pre",
+    "split_mixes_fwd", "split_mixes_bwd", "column_sums", "sinkhorn_bwd", "gates_bwd",
+    "aggregate_bwd", "post_bwd", "contract_cluster_fwd", "contract_cluster_bwd", "fused_pre",
 )  # fmt: skip
 PER_KIND = 3
 SEEDS = (0, 1)

@@ -62,7 +62,15 @@ def test_inside_is_what_this_torch_offers():
 
 
 @pytest.mark.parametrize(
-    "name", ["post.fwd", "projection.bwd_add", "fused_pre.bwd_add", "sub_layer.fwd+bwd"]
+    "name",
+    [
+        "post.fwd",
+        "projection.bwd_add",
+        "fused_pre.bwd_add",
+        "sub_layer.fwd+bwd",
+        "stack_delayed.fwd+bwd",
+        "post_pre_norm_separate.fwd",
+    ],
 )
 def test_ours_is_timed_and_what_is_wrong_is_not(name, clock):
     op = {op.name: op for op in ops.make_ops()}[name]

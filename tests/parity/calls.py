@@ -183,6 +183,51 @@ def _sub_layer(tk: SimpleNamespace, x: Named) -> Named:
     return {"out": tk.mhc_post(layer_input * 0.5, x["residual"], post_mix, comb_mix)}
 
 
+def _boundary(tk: SimpleNamespace, x: Named) -> Named:
+    """A post and all that is before the next sub-layer; with a pre_mix DeepSeek-V4.1's.
+
+    TileKernels has it op by op; without fuse_grad_acc, as the streams are an output.
+    """
+    run = getattr(tk, "post_pre", None) or _op_by_op(tk)
+    of_post = [x[name] for name in ("x", "residual", "post_mix", "comb_mix")]
+    gates = [x[name] for name in ("fn", "scale", "base")]
+    names = ["streams", "layer_input", "next_post", "next_comb"]
+    if "pre_mix" in x:
+        names.insert(2, "next_pre")
+    outputs = run(*of_post, *gates, x.get("pre_mix"))
+    shapes = {"next_pre": -1, "next_post": -1}
+    return {
+        name: out.squeeze(shapes[name]) if name in shapes and out.ndim == 4 else out
+        for name, out in zip(names, outputs, strict=True)
+    }
+
+
+def _op_by_op(tk: SimpleNamespace) -> Callable[..., tuple[Tensor, ...]]:
+    def run(layer_output, residual, post_mix, comb_mix, fn, scale, base, pre_mix):
+        streams = tk.mhc_post(layer_output, residual, post_mix, comb_mix)
+        mixes = tk.mhc_pre_norm_fn(streams, fn, None, 1e-6, False)
+        own, *others = tk.mhc_pre_split_mixes(mixes, scale, base, NUM_STREAMS, 2.0, 1e-6)
+        next_comb = tk.sinkhorn_normalize(others[1], 20, 1e-6)
+        layer_input = tk.mhc_pre_apply_mix(streams, own if pre_mix is None else pre_mix)
+        next_pre = () if pre_mix is None else (own,)
+        return streams, layer_input, *next_pre, others[0], next_comb
+
+    return run
+
+
+def _boundary_inputs(make: Maker) -> Named:
+    inputs = make.block()
+    inputs["x"] = make.hidden("x")
+    inputs["post_mix"] = make.mix("post_mix", NUM_STREAMS, 1)
+    # Rows that sum to about 1 keep the residual of one size.
+    inputs["comb_mix"] = make.mix("comb_mix", NUM_STREAMS, NUM_STREAMS) / 2
+    return inputs
+
+
+def _delayed_inputs(make: Maker) -> Named:
+    return _boundary_inputs(make) | {"pre_mix": make.mix("pre_mix", NUM_STREAMS, 1)}
+
+
 def _without_gates(make: Maker) -> Named:
     inputs = make.block()
     return {name: inputs[name] for name in ("residual", "fn")}
@@ -194,6 +239,19 @@ NORM_FN_BOUNDS = {
     "grad_residual": BF16,
     "grad_fn": PRODUCT_GRADIENT,
     "grad_norm_weight": PRODUCT_GRADIENT,
+}
+# Roundings to bfloat16 on the way. Of outputs: the streams; then the layer input; the mixes are
+# sums over K of the rounded streams. Of gradients: of the streams one after each of two parts, and
+# where autograd adds them to what the streams have; then the result. Those of scale and bias are
+# sums over tokens, of which few may cancel.
+BOUNDARY_BOUNDS = {
+    "streams": BF16,
+    "layer_input": BF16 * math.sqrt(2),
+    **dict.fromkeys(("next_pre", "next_post", "next_comb"), BF16 / 2),
+    **dict.fromkeys(("grad_x", "grad_residual"), BF16 * math.sqrt(5)),
+    **dict.fromkeys(("grad_post_mix", "grad_comb_mix"), BF16 * 2),
+    **dict.fromkeys(("grad_fn", "grad_pre_mix"), BF16 * math.sqrt(2)),
+    **dict.fromkeys(("grad_scale", "grad_base"), BF16 * 4),
 }
 CALLS = {
     call.name: call
@@ -283,6 +341,8 @@ CALLS = {
             {"out": BF16 * math.sqrt(2), "grad_residual": BF16 * math.sqrt(5)}
             | {f"grad_{name}": BF16 * math.sqrt(2) for name in ("fn", "scale", "base")},
         ),
+        Call("boundary", _boundary_inputs, _boundary, BOUNDARY_BOUNDS),
+        Call("boundary_delayed", _delayed_inputs, _boundary, BOUNDARY_BOUNDS),
     )
 }
 
@@ -394,7 +454,12 @@ def native() -> SimpleNamespace:
     def norm_fn(residual, fn, weight, eps, _):
         return tile_mhc.projection(residual, fn, norm_weight=weight, norm_eps=eps)
 
+    def post_pre(*inputs):
+        *inputs, pre_mix = inputs
+        return tile_mhc.post_pre(*inputs, pre_mix=pre_mix, post_mult=2.0, sinkhorn_repeat=20)
+
     found = functions("tile_mhc.compat.tile_kernels")
+    found.post_pre = post_pre
     found.mhc_pre, found.mhc_pre_norm_fn, found.mhc_pre_big_fuse = pre, norm_fn, _big_fuse_of(pre)
     return found
 

@@ -22,6 +22,8 @@ SHAPES = {
     "big_fuse": ((512, 1280), (8192, 2560)),
     "recompute": ((8192, 2560),),
     "sub_layer": ((512, 1280), (4096, 2560)),
+    "boundary": ((512, 1280), (4096, 2560)),
+    "boundary_delayed": ((512, 1280), (4096, 2560)),
 }
 
 
@@ -42,6 +44,24 @@ def ours():
 @pytest.mark.cpu
 def test_every_call_is_compared():
     assert SHAPES.keys() == calls.CALLS.keys()
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("name", ["boundary", "boundary_delayed"])
+@pytest.mark.parametrize("functions", ["native", "compat"])
+def test_boundaries_on_a_cpu(ours, functions, name):
+    """By `post_pre` and op by op: within the bounds, which are those of the roundings."""
+    call = calls.CALLS[name]
+    make = calls.Maker(name, 13, 256, "cpu")
+    inputs = call.inputs(make)
+    found, cotangents = calls.evaluate(
+        calls.native() if functions == "native" else ours, call, inputs, make
+    )
+    truth = calls.evaluate_exactly(call, inputs, cotangents)
+    assert found.keys() == truth.keys()
+    for tensor, exact in truth.items():
+        error = calls.relative_error(found[tensor].view_as(exact), exact)
+        assert error <= call.bound(tensor), f"{tensor}: {error:.3e}"
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,12 @@ PARTS = {
     "sub_layer": ("fused_pre", "post"),
     "delayed_pre": ("fused_pre",),
     "post_pre_delayed": ("post_pre",),
+    **dict.fromkeys(("stack", "stack_delayed"), ("post_pre",)),
+    **dict.fromkeys(("stack_separate", "stack_delayed_separate"), ("fused_pre", "post")),
+    **dict.fromkeys(("post_pre_norm", "post_pre_norm_delayed"), ("post_pre",)),
+    **dict.fromkeys(
+        ("post_pre_norm_separate", "post_pre_norm_delayed_separate"), ("fused_pre", "post")
+    ),
 }
 PEER_PARTS = {"sub_layer": ("projection", "split_mixes", "sinkhorn", "aggregate", "post")}
 

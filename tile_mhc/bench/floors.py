@@ -154,6 +154,57 @@ def post_pre_delayed_both(T: int, H: int, n: int) -> int:
     return post_pre_delayed_fwd(T, H, n) + post_pre_delayed_bwd(T, H, n)
 
 
+def post_pre_norm_fwd(T: int, H: int, n: int) -> int:
+    """With the norm of the layer input, and its weight."""
+    return post_pre_fwd(T, H, n) + FP32 * H
+
+
+def post_pre_norm_delayed_fwd(T: int, H: int, n: int) -> int:
+    """The same with a pre_mix."""
+    return post_pre_delayed_fwd(T, H, n) + FP32 * H
+
+
+def post_pre_norm_separate_fwd(T: int, H: int, n: int) -> int:
+    """Three ops: the streams are read again, and so is the layer input, by a norm whose weight is
+    bfloat16."""
+    return post_fwd(T, H, n) + fused_pre_fwd(T, H, n) + BF16 * (2 * T * H + H)
+
+
+def post_pre_norm_delayed_separate_fwd(T: int, H: int, n: int) -> int:
+    """The same with a pre_mix."""
+    return post_fwd(T, H, n) + delayed_pre_fwd(T, H, n) + BF16 * (2 * T * H + H)
+
+
+def _linear(T: int, H: int) -> int:
+    """Forward and backward of a layer of H to H: x in, y out; x and the gradient of y in, that of x
+    out; the weight twice in, its gradient out."""
+    return BF16 * (5 * T * H + 3 * H * H)
+
+
+def stack(T: int, H: int, n: int, boundaries: int = 8) -> int:
+    """Forward and backward of boundaries, behind each a linear layer."""
+    return boundaries * (post_pre_both(T, H, n) + _linear(T, H))
+
+
+def stack_delayed(T: int, H: int, n: int, boundaries: int = 8) -> int:
+    """The same with a pre_mix."""
+    return boundaries * (post_pre_delayed_both(T, H, n) + _linear(T, H))
+
+
+def stack_separate(T: int, H: int, n: int, boundaries: int = 8) -> int:
+    """Of separate ops, where fused_pre adds the gradient that the streams have from their post."""
+    of_post = post_fwd(T, H, n) + post_bwd(T, H, n)
+    of_pre = fused_pre_fwd(T, H, n) + fused_pre_bwd_add(T, H, n)
+    return boundaries * (of_post + of_pre + _linear(T, H))
+
+
+def stack_delayed_separate(T: int, H: int, n: int, boundaries: int = 8) -> int:
+    """The same with a pre_mix."""
+    of_post = post_fwd(T, H, n) + post_bwd(T, H, n)
+    of_pre = delayed_pre_fwd(T, H, n) + delayed_pre_bwd_add(T, H, n)
+    return boundaries * (of_post + of_pre + _linear(T, H))
+
+
 def recompute_fwd(T: int, H: int, n: int, layers: int = 10) -> int:
     """The first residual; by layer its mixes, its input, its output and the residual after it."""
     return BF16 * T * H * (n + layers * (n + 2)) + FP32 * T * layers * n * (n + 2)

@@ -40,6 +40,9 @@ class Inputs:
     head_weight: Tensor
     head_scale: Tensor
     head_bias: Tensor
+    # Of the layer behind a boundary, and of the norm before it: values of bfloat16.
+    linear: Tensor
+    layer_norm: Tensor
     # By layer, for the recompute alone: see `with_layers`.
     pre_mixes: tuple[Tensor, ...] = ()
     post_mixes: tuple[Tensor, ...] = ()
@@ -80,7 +83,10 @@ class Inputs:
 
     def double(self, tokens: slice) -> "Inputs":
         """Some of the tokens in float64, with all of the parameters: for the reference."""
-        parameters = ("weight", "scale", "bias", "head_weight", "head_scale", "head_bias")
+        parameters = (
+            "weight", "scale", "bias", "head_weight", "head_scale", "head_bias", "linear",
+            "layer_norm",
+        )  # fmt: skip
 
         def part(name: str, value: Any) -> Any:
             if isinstance(value, tuple):
@@ -121,4 +127,6 @@ def make_inputs(T: int, H: int, n: int, device: torch.device) -> Inputs:
         head_weight=normal(n, n * H) / (n * H) ** 0.5,
         head_scale=1 + 0.1 * normal(1),
         head_bias=normal(n),
+        linear=(normal(H, H) / H**0.5).bfloat16(),
+        layer_norm=(1 + 0.1 * normal(H)).bfloat16().float(),
     )

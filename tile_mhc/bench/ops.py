@@ -4,6 +4,7 @@ A forward is the public function without gradients, a backward the operator that
 on what its forward saved. `sub_layer` goes through autograd, forward and backward in one call.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import tile_mhc
 from tile_mhc import functional, reference
-from tile_mhc.bench import floors
+from tile_mhc.bench import floors, stacks
 from tile_mhc.bench.inputs import LAYERS, Inputs
 
 Outputs = Sequence[Tensor]
@@ -516,4 +517,57 @@ def make_ops() -> list[Op]:
             lambda x: sub_layer(_sub_layer_truth, x)(),
             summed=(3, 4, 5),
         ),
+        *_stack_rows(),
+        *_norm_rows(),
+    ]
+
+
+def _stack_rows() -> list[Op]:
+    """V4 and V4.1, by boundaries and by separate ops."""
+    of_kind = {
+        "stack": (floors.stack, stacks.boundary, False),
+        "stack_separate": (floors.stack_separate, stacks.separate, False),
+        "stack_delayed": (floors.stack_delayed, stacks.boundary, True),
+        "stack_delayed_separate": (floors.stack_delayed_separate, stacks.separate, True),
+    }
+    return [
+        Op(
+            f"{stem}.fwd+bwd",
+            floor,
+            functools.partial(stacks.stack, run, delayed=delayed),
+            functools.partial(_stack_truth, delayed=delayed),
+            roundings=ROUNDINGS * stacks.BOUNDARIES,
+        )
+        for stem, (floor, run, delayed) in of_kind.items()
+    ]
+
+
+def _stack_truth(x: Inputs, delayed: bool) -> Outputs:
+    return stacks.stack(stacks.exact, x, delayed)()
+
+
+def _norm_rows() -> list[Op]:
+    """Without gradients: what serves a model."""
+    of_kind: dict[str, tuple[Any, Any, bool]] = {
+        "post_pre_norm": (floors.post_pre_norm_fwd, stacks.normed, False),
+        "post_pre_norm_separate": (
+            floors.post_pre_norm_separate_fwd,
+            stacks.normed_separate,
+            False,
+        ),
+        "post_pre_norm_delayed": (floors.post_pre_norm_delayed_fwd, stacks.normed, True),
+        "post_pre_norm_delayed_separate": (
+            floors.post_pre_norm_delayed_separate_fwd,
+            stacks.normed_separate,
+            True,
+        ),
+    }
+    return [
+        Op(
+            f"{stem}.fwd",
+            floor,
+            functools.partial(run, delayed=delayed),
+            functools.partial(stacks.normed_truth, delayed=delayed),
+        )
+        for stem, (floor, run, delayed) in of_kind.items()
     ]

@@ -1,11 +1,12 @@
 """tile_mhc under Hugging Face's DeepSeek-V4: `patch()`, `unpatch()` and `backend_report()`.
 
-Three forwards of `transformers.models.deepseek_v4.modeling_deepseek_v4` are replaced:
+Forwards of `transformers.models.deepseek_v4.modeling_deepseek_v4` are replaced:
 `DeepseekV4HyperConnection` (read the layer input), `DeepseekV4DecoderLayer` (write the layer output
-back) and `DeepseekV4HyperHead`. The functions stay the objects that they were, and get other code.
-So whoever holds one of them is served, and given the original back, whenever it was taken: models
-built before and after; modules whose `forward` accelerate's hooks captured; the class that FSDP2
-makes of a layer's; the wrapper in which transformers 5.23 and later do activation checkpointing.
+back), `DeepseekV4HyperHead`, and `DeepseekV4Model`, whose own code then runs the layers. The
+functions stay the objects that they were, and get other code. So whoever holds one of them is
+served, and given the original back, whenever it was taken: models built before and after; modules
+whose `forward` accelerate's hooks captured; the class that FSDP2 makes of a layer's; the wrapper in
+which transformers 5.23 and later do activation checkpointing.
 What `torch.compile` has traced is traced again: `patch()` empties its caches, so that everything
 compiled so far, in the whole process, is compiled anew at its next call; `unpatch()` need not. Out
 of reach is only what no longer runs those functions: exported and ahead-of-time compiled programs,
@@ -13,6 +14,11 @@ CUDA graphs captured by hand, and a subclass with a `forward` of its own, which 
 
 Parameters, state dicts and hooks stay as they are. The copy of the embedding into the streams
 stays torch's: it is inlined in `DeepseekV4Model.forward`, and has the bits of `tile_mhc.expand`.
+
+The boundary between two sub-layers is one op, `tile_mhc.post_pre`: always within a layer, and from
+layer to layer where nothing looks at the streams between them. Hidden states that are asked for,
+checkpointing, and hooks on a layer or on a hyper-connection (also FSDP2's and accelerate's) make it
+a post and a pre; `backend_report()` gives the reason.
 
 What differs from the original arithmetic:
 - The decoder layer keeps post_mix and comb_mix in float32 and rounds the new streams once; the
@@ -42,23 +48,32 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import CodeType, FunctionType, ModuleType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tile_mhc import errors, functional
+from tile_mhc.integrations import _decoder_stack
 from tile_mhc.integrations import _recompute_layers as groups
+from tile_mhc.integrations._decoder_stack import Pending
+from tile_mhc.ops.post_pre import post_pre
 from tile_mhc.ops.sinkhorn import check_sinkhorn
+
+if TYPE_CHECKING:
+    from tile_mhc.ops._options import PreOptions
 
 MODELING = "transformers.models.deepseek_v4.modeling_deepseek_v4"
 NORM = "DeepseekV4UnweightedRMSNorm"
+CONNECTION, LAYER = "DeepseekV4HyperConnection", "DeepseekV4DecoderLayer"
+MODEL = "DeepseekV4Model"
 POST_MULT = 2.0  # a literal in the original forward, not a field of its config
 
 _lock = threading.RLock()
 _calls_lock = threading.Lock()  # another: a thread that compiles counts while patch() waits for it
 _held = 0  # calls of patch() that have not been undone
 _period = 0  # how often the patch has been undone as a whole
+_running = 0  # models whose layers hand on: their layers keep our code until they have ended
 _in_force = False  # read by what torch.compile traces: it starts over when this changes
 _streams_dtype: torch.dtype | None = None
 _recompute_layers: int | None = None
@@ -168,6 +183,9 @@ def _begin(
 ) -> None:
     global _in_force, _norm_class, _norm_forward, _streams_dtype, _recompute_layers
     functions = {name: _function_to_patch(modeling, name) for name in _STAND_INS}
+    stand_ins = dict(_STAND_INS)
+    for function, stand_in in _model_to_patch(modeling):
+        functions[MODEL], stand_ins[MODEL] = function, stand_in
     _norm_class = _class(modeling, NORM)
     forward = _norm_class.forward
     _norm_forward = forward if forward.__module__ == MODELING else None
@@ -177,12 +195,14 @@ def _begin(
             _originals[name] = FunctionType(
                 function.__code__, function.__globals__, function.__name__, function.__defaults__
             )
+    for name in _functions.keys() - functions.keys():
+        del _functions[name]
     _streams_dtype, _recompute_layers = streams_dtype, recompute_layers
     with _calls_lock:
         _calls.clear()
     _in_force = True
     for name, function in functions.items():
-        function.__code__ = _STAND_INS[name].__code__
+        function.__code__ = stand_ins[name].__code__
     # A graph that was traced with the original code has nothing that tells it of the new one.
     if "torch._dynamo.convert_frame" in sys.modules:
         torch.compiler.reset()
@@ -191,17 +211,23 @@ def _begin(
 def unpatch() -> None:
     """Give transformers its own forwards back, in every thread; without a patch, do nothing.
 
-    Handles of `patch()` that are still open undo nothing any more.
+    Handles of `patch()` that are still open undo nothing any more. A model that runs meanwhile, in
+    another thread, runs to its end.
     """
     global _held, _in_force, _period
     with _lock:
         if not _in_force:
             return
-        for name, function in _functions.items():
-            function.__code__ = _codes[name]
         _in_force = False
         _held = 0
         _period += 1
+        if not _running:
+            _restore()
+
+
+def _restore() -> None:
+    for name, function in _functions.items():
+        function.__code__ = _codes[name]
 
 
 def is_patched() -> bool:
@@ -216,12 +242,13 @@ def is_patched() -> bool:
 def backend_report() -> dict[str, dict[str, int]]:
     """Count the calls since the patch began, by call and by the backend that served them.
 
-    The calls are "pre", "post" and "head". A backend is "TileLang", "reference (on cpu)", or
-    "transformers (why)" for what was left to the original. A call inside torch.compile is counted
-    when it is traced.
+    The calls are "pre", "boundary", "post" and "head". A backend is "TileLang", "reference (on
+    cpu)", or "transformers (why)" for what was left to the original. A boundary, between two
+    sub-layers, may also be "separate (why)": a post and a pre, which are counted as such. A call
+    inside torch.compile is counted when it is traced.
 
     Returns:
-        Such as ``{"pre": {"TileLang": 8}, "post": {"TileLang": 8}, "head": {"TileLang": 1}}``.
+        Such as ``{"boundary": {"TileLang": 7}, "post": {"TileLang": 1}, "pre": {"TileLang": 1}}``.
     """
     report: dict[str, dict[str, int]] = {}
     with _calls_lock:
@@ -265,14 +292,36 @@ def _function_to_patch(modeling: ModuleType, name: str) -> FunctionType:
             f"patch: {name}.forward must take ({', '.join(expected)}), as in transformers 5.17 to "
             f"5.24; got ({', '.join(actual)}) in {_installed()}"
         )
-    # The code of a function that others share, or that is patched already, is not ours to change.
-    own = isinstance(function, FunctionType) and function.__globals__ is vars(modeling)
-    if not own or function.__closure__ or function.__code__.co_name != "forward":
+    if not _is_own(modeling, name, function):
         raise errors.UnsupportedError(
             f"patch: {name}.forward must be the one of {MODELING}; got {function!r} of "
             f"{function.__module__}. Undo the other patch first, or apply it after this one"
         )
     return function  # type: ignore[no-any-return]
+
+
+def _is_own(modeling: ModuleType, name: str, function: object) -> bool:
+    """The code of a function that others share, or that is patched already, is not ours to change.
+
+    But for ours, that a model which still runs has kept in place.
+    """
+    if not isinstance(function, FunctionType) or function.__globals__ is not vars(modeling):
+        return False
+    kept = _running > 0 and _functions.get(name) is function
+    return not function.__closure__ and (kept or function.__code__.co_name == "forward")
+
+
+def _model_to_patch(modeling: ModuleType) -> list[tuple[FunctionType, FunctionType]]:
+    """The function of `DeepseekV4Model` with what takes its place, or none.
+
+    Without it all else works, with a post and a pre between two layers.
+    """
+    function: Any = inspect.unwrap(getattr(getattr(modeling, MODEL, None), "forward", lambda: None))
+    return [
+        (function, stand_in)
+        for stand_in in _decoder_stack.MODEL_STAND_INS
+        if _is_own(modeling, MODEL, function) and _parameters(function) == _parameters(stand_in)
+    ]
 
 
 def _parameters(function: Callable[..., Any]) -> list[str]:
@@ -283,13 +332,17 @@ def _parameters(function: Callable[..., Any]) -> list[str]:
 
 def _taken(call: str, streams: Tensor, dtype: torch.dtype, reason: str = "") -> Tensor | None:
     """The streams as an operator takes them, or None: leave the call to the original. Counts it."""
-    device = streams.device.type
     reason = reason or _streams_reason(call, streams, dtype)
     if reason:
         _count(call, f"transformers ({reason})")
         return None
-    _count(call, "TileLang" if device == "cuda" else f"reference (on {device})")
+    _count(call, _backend(streams))
     return streams.to(dtype).contiguous()
+
+
+def _backend(streams: Tensor) -> str:
+    device = streams.device.type
+    return "TileLang" if device == "cuda" else f"reference (on {device})"
 
 
 def _streams_reason(call: str, streams: Tensor, dtype: torch.dtype) -> str:
@@ -355,24 +408,31 @@ def _parameter(value: Tensor) -> Tensor:
 def _hyper_connection(self: Any, hidden_streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """post_mix, comb_mix and the layer input, in the order of the original."""
     if not _in_force:
-        return _originals["DeepseekV4HyperConnection"](self, hidden_streams)  # type: ignore[no-any-return]
+        return _originals[CONNECTION](self, hidden_streams)  # type: ignore[no-any-return]
     dtype = _streams_dtype or hidden_streams.dtype
     streams = _taken("pre", hidden_streams, dtype, _connection_reason(self))
     if streams is None:
-        return _originals["DeepseekV4HyperConnection"](self, hidden_streams)  # type: ignore[no-any-return]
+        return _originals[CONNECTION](self, hidden_streams)  # type: ignore[no-any-return]
     with _exact(streams):
         layer_input, post_mix, comb_mix = functional.mhc_pre(
-            streams,
-            _parameter(self.fn),
-            _parameter(self.scale),
-            _parameter(self.base),
-            norm_eps=self.input_norm.eps,
-            pre_eps=self.hc_eps,
-            sinkhorn_eps=self.hc_eps,
-            post_mult=POST_MULT,
-            sinkhorn_repeat=self.hc_sinkhorn_iters,
+            streams, *_parameters_of(self), **_options_of(self)
         )
     return post_mix, comb_mix, layer_input
+
+
+def _parameters_of(connection: Any) -> tuple[Tensor, Tensor, Tensor]:
+    fn, scale, base = connection.fn, connection.scale, connection.base
+    return _parameter(fn), _parameter(scale), _parameter(base)
+
+
+def _options_of(connection: Any) -> "PreOptions":
+    return {
+        "norm_eps": connection.input_norm.eps,
+        "pre_eps": connection.hc_eps,
+        "sinkhorn_eps": connection.hc_eps,
+        "post_mult": POST_MULT,
+        "sinkhorn_repeat": connection.hc_sinkhorn_iters,
+    }
 
 
 def _hyper_head(self: Any, x: Tensor) -> Tensor:
@@ -393,7 +453,45 @@ def _hyper_head(self: Any, x: Tensor) -> Tensor:
     return hidden.to(x.dtype)
 
 
-def _layer_in_group(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+def _model(self: Any, given: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """transformers' own code, which tells the layers that they may hand on."""
+    original = _originals[MODEL]
+    if not _in_force:
+        return original(self, *given, **kwargs)
+    reasons = _decoder_stack.reasons(self, kwargs, _is_our_layer)
+    if reasons is None:
+        return original(self, *given, **kwargs)
+    for reason in filter(None, reasons):
+        _count("boundary", f"separate ({reason})")
+    kwargs = kwargs | {_decoder_stack.KEYWORD: tuple(not reason for reason in reasons)}
+    if torch.compiler.is_compiling():  # the layers' code is part of what is compiled
+        return original(self, *given, **kwargs)
+    with _Running():
+        return original(self, *given, **kwargs)
+
+
+def _is_our_layer(layer: Any) -> bool:
+    forward = type(layer).forward
+    return getattr(forward, "__wrapped__", forward) is _functions[LAYER]
+
+
+class _Running:
+    """What a layer hands on, only ours can take: see `unpatch`."""
+
+    def __enter__(self) -> None:
+        global _running
+        with _lock:
+            _running += 1
+
+    def __exit__(self, *_: object) -> None:
+        global _running
+        with _lock:
+            _running -= 1
+            if not _running and not _in_force:
+                _restore()
+
+
+def _layer_in_group(self: Any, *args: Any, **kwargs: Any) -> Tensor | Pending:
     if not _in_force or _recompute_layers is None:
         return _decoder_layer(self, *args, **kwargs)
     forward = functools.partial(_decoder_layer, self, *args, **kwargs)
@@ -401,22 +499,63 @@ def _layer_in_group(self: Any, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _decoder_layer(
-    self: Any, hidden_states: Tensor, input_ids: Tensor | None = None, **kwargs: Any
-) -> Tensor:
+    self: Any,
+    hidden_states: Tensor | Pending,
+    input_ids: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | Pending:
+    hands_on = kwargs.pop(_decoder_stack.KEYWORD, None)
     if not _in_force:
-        original = _originals["DeepseekV4DecoderLayer"]
+        original = _originals[LAYER]
+        if isinstance(hidden_states, Pending):  # the patch has been undone meanwhile
+            hidden_states = _post(*hidden_states)
         return original(self, hidden_states, input_ids, **kwargs)  # type: ignore[no-any-return]
-    dtype = _own_dtype(hidden_states, kwargs)
-    post_mix, comb_mix, layer_input = self.attn_hc(hidden_states)
+    if hands_on is None and self.layer_idx > 0:
+        _count("boundary", "separate (not in a model with layers of transformers alone)")
+    own = hidden_states.streams if isinstance(hidden_states, Pending) else hidden_states
+    dtype = _own_dtype(own, kwargs)
+    streams, post_mix, comb_mix, layer_input = _boundary(hidden_states, self.attn_hc)
     attn_input = self.input_layernorm(layer_input.to(dtype or layer_input.dtype))
     attn_output, _ = self.self_attn(attn_input, **kwargs)
-    streams = _post(attn_output, hidden_states, post_mix, comb_mix)
 
-    post_mix, comb_mix, layer_input = self.ffn_hc(streams)
+    given = Pending(attn_output, streams, post_mix, comb_mix)
+    streams, post_mix, comb_mix, layer_input = _boundary(given, self.ffn_hc)
     mlp_input = self.post_attention_layernorm(layer_input.to(dtype or layer_input.dtype))
     mlp_output = self.mlp(mlp_input, input_ids=input_ids)
-    streams = _post(mlp_output, streams, post_mix, comb_mix)
+
+    given = Pending(mlp_output, streams, post_mix, comb_mix)
+    if hands_on and self.layer_idx < len(hands_on) and hands_on[self.layer_idx]:
+        return given
+    streams = _post(*given)
     return streams if dtype is None or _is_followed(self) else streams.to(dtype)
+
+
+def _boundary(given: Tensor | Pending, connection: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The streams before a sub-layer, its post_mix and comb_mix, and its layer input."""
+    if not isinstance(given, Pending):
+        return given, *connection(given)
+    layer_output, streams, post_mix, comb_mix = given
+    dtype = _mixed_dtype(streams, layer_output)
+    reason = (
+        _decoder_stack.reason_of_call(connection, _functions[CONNECTION])
+        or _connection_reason(connection)
+        or _streams_reason("boundary", streams, dtype)
+    )
+    if reason:
+        _count("boundary", f"separate ({reason})")
+        streams = _post(*given)
+        return streams, *connection(streams)
+    _count("boundary", _backend(streams))
+    with _exact(streams):
+        streams, layer_input, post_mix, comb_mix = post_pre(
+            layer_output.to(dtype).contiguous(),
+            streams.to(dtype).contiguous(),
+            post_mix.float(),
+            comb_mix.float(),
+            *_parameters_of(connection),
+            **_options_of(connection),
+        )
+    return streams, post_mix, comb_mix, layer_input
 
 
 def _own_dtype(streams: Tensor, kwargs: dict[str, Any]) -> torch.dtype | None:
@@ -446,8 +585,7 @@ def _is_followed(layer: Any) -> bool:
 
 
 def _post(layer_output: Tensor, streams: Tensor, post_mix: Tensor, comb_mix: Tensor) -> Tensor:
-    # A float32 layer output widens bfloat16 streams, as it does in the original.
-    dtype = _streams_dtype or torch.promote_types(streams.dtype, layer_output.dtype)
+    dtype = _mixed_dtype(streams, layer_output)
     taken = _taken("post", streams, dtype)
     if taken is None:  # in a line of the original layer
         post_mix, comb_mix = post_mix.to(streams.dtype), comb_mix.to(streams.dtype)
@@ -457,6 +595,11 @@ def _post(layer_output: Tensor, streams: Tensor, post_mix: Tensor, comb_mix: Ten
         return functional.mhc_post(
             layer_output.to(dtype).contiguous(), taken, post_mix.float(), comb_mix.float()
         )
+
+
+def _mixed_dtype(streams: Tensor, layer_output: Tensor) -> torch.dtype:
+    """A float32 layer output widens bfloat16 streams, as it does in the original."""
+    return _streams_dtype or torch.promote_types(streams.dtype, layer_output.dtype)
 
 
 # Their code takes the place of transformers', in functions whose globals are those of another
@@ -474,15 +617,15 @@ def _stand_in_head(self: Any, x: Tensor) -> Tensor:
 
 
 def _stand_in_layer(
-    self: Any, hidden_states: Tensor, input_ids: Tensor | None = None, **kwargs: Any
-) -> Tensor:
+    self: Any, hidden_states: Any, input_ids: Tensor | None = None, **kwargs: Any
+) -> Any:
     from tile_mhc.integrations import transformers as integration
 
     return integration._layer_in_group(self, hidden_states, input_ids, **kwargs)
 
 
 _STAND_INS: dict[str, FunctionType] = {
-    "DeepseekV4HyperConnection": _stand_in_connection,  # type: ignore[dict-item]
+    CONNECTION: _stand_in_connection,  # type: ignore[dict-item]
     "DeepseekV4HyperHead": _stand_in_head,  # type: ignore[dict-item]
-    "DeepseekV4DecoderLayer": _stand_in_layer,  # type: ignore[dict-item]
+    LAYER: _stand_in_layer,  # type: ignore[dict-item]
 }

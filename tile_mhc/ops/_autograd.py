@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from tile_mhc import errors
 from tile_mhc._guards import transforms_active
-from tile_mhc.ops._replay import Replay
+from tile_mhc.ops._replay import Call, Replay
 
 _LIBRARY = torch.library.Library("tile_mhc", "FRAGMENT")
 
@@ -97,6 +97,15 @@ class Operator:
         if self.function is not None and records(inputs):
             return self.function.apply(*inputs)
         return self.launch(inputs)
+
+    def find_in_backward(self, arguments: Sequence[Any]) -> Call | None:
+        """The call with these arguments if it is of a known kind, and nothing of it is recorded.
+
+        What else `__call__` looks for, no call of a known kind has.
+        """
+        if self.replay is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        return self.replay.find(arguments)
 
     def launch(self, inputs: Sequence[Any]) -> Any:
         """Eager, without autograd."""

@@ -71,7 +71,7 @@ def register_into(
     cpu: Callable[..., tuple[Tensor, ...]],
     fake: Callable[..., tuple[Tensor, ...]],
     flops: Callable[..., int],
-) -> Callable[[Sequence[Any], Destinations], tuple[Tensor, ...]]:
+) -> Callable[[Sequence[Any], Destinations], Sequence[Tensor | None]]:
     """Define `<backward>_into`: a backward operator with destinations for some of its gradients.
 
     Args:
@@ -83,8 +83,8 @@ def register_into(
         flops: what torch's FlopCounterMode counts of the backward operator.
 
     Returns:
-        A function of the backward's arguments and `into`. A gradient that went into its destination
-        is returned without an element.
+        A function of the backward's arguments and `into`, for use in a backward. A gradient that
+        went into its destination is returned without an element, or as None.
     """
     name, _, rest = schema.partition("(")
     arguments, _, returns = rest.rpartition(") -> ")
@@ -126,10 +126,16 @@ def register_into(
         flops=flops,
     )
 
-    def run(args: Sequence[Any], into: Destinations) -> tuple[Tensor, ...]:
+    def run(args: Sequence[Any], into: Destinations) -> Sequence[Tensor | None]:
         tensors = [into[p].tensor if p in into else None for p in positions]
         # A tuple, as what is looked up must have a hash.
-        return operator(*args, *tensors, tuple([adds(into, p) for p in positions]))
+        flags = tuple([p in into and into[p].adds for p in positions])
+        given = (*args, *tensors, flags)
+        call = operator.find_in_backward(given)
+        if call is not None:
+            return call.run()
+        results: tuple[Tensor, ...] = operator(*given)
+        return results
 
     return run
 

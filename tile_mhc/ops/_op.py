@@ -36,10 +36,10 @@ class Op:
         name: the public op's.
         operator: its operator.
         save: keeps in `ctx` what the backward needs of the inputs and all outputs.
-        gradients: those of the inputs, from `ctx` and the gradients of the outputs, where all of
-            them go to autograd.
+        arguments: those of the backward operator, from `ctx` and the gradients of the outputs.
+        gradients: the backward operator. It returns the gradients of the first inputs, without an
+            element where one is not wanted.
         tensors: how many of its inputs are tensors, or None: the first ones.
-        arguments: those of the backward operator, from the same as `gradients`.
         backward: what `register_into` returned; None where all gradients go to autograd.
         visible: how many of the operator's outputs the op returns; the others are for the backward.
         passes: whether the op returns the streams, too, behind the others. The gradients of its
@@ -51,10 +51,10 @@ class Op:
     name: str
     operator: Operator
     save: Callable[..., None]
-    gradients: Callable[..., Sequence[Tensor | None]]
+    arguments: Callable[..., Sequence[Any]]
+    gradients: Operator
     tensors: int
-    arguments: Callable[..., Sequence[Any]] | None = None
-    backward: Callable[[Sequence[Any], Destinations], tuple[Tensor, ...]] | None = None
+    backward: Callable[[Sequence[Any], Destinations], Sequence[Tensor | None]] | None = None
     visible: int = 1
     passes: bool = False
     residual: int = 0
@@ -94,17 +94,19 @@ class Op:
             inputs, state = self._collected(inputs, accumulator)
         if known is not None and not (known.requires_grad and torch.is_grad_enabled()):
             return self._without_gradient(inputs, known)
-        directs = False
+        # Spelled out, as most have none.
+        directs: tuple[int, ...] = ()
         for position in self.parameters:
-            directs = directs or main_grad.takes_part(inputs[position])
+            if main_grad.takes_part(inputs[position]):
+                directs += (position,)
         if known is not None:
             # Nothing is traced: torch.compile's leave, which takes time to ask for, is not needed.
             if directs:
-                return _call_directed(self, known, inputs, state, plain)
+                return _call_directed(self, known, inputs, state, directs, plain)
             return _apply(self, known, inputs, state)
         if (state is None and not directs) or transforms_active():
             return _as_tuple((plain or self.operator)(*inputs))
-        return _call_outside_graphs(self, None, inputs, state, plain)
+        return _call_outside_graphs(self, None, inputs, state, directs, plain)
 
     def _collected(
         self, inputs: Sequence[Any], accumulator: object
@@ -137,12 +139,11 @@ def _call_directed(
     known: Call | None,
     inputs: Sequence[Any],
     state: State | None,
+    directs: tuple[int, ...],
     plain: Callable[..., Any] | None,
 ) -> tuple[Tensor, ...]:
-    """With an accumulator's state, or parameters that have a `main_grad`."""
-    parameters = {}
-    if torch.is_grad_enabled():
-        parameters = {p: inputs[p] for p in op.parameters if main_grad.takes_part(inputs[p])}
+    """With an accumulator's state, or parameters, at `directs`, that have a `main_grad`."""
+    parameters = {p: inputs[p] for p in directs} if torch.is_grad_enabled() else {}
     if parameters and not main_grad.is_enabled():
         inputs = [
             main_grad.by_autograd(value) if p in parameters else value
@@ -196,17 +197,24 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         op = ctx.op
         if ctx.state is None and not ctx.parameters:
-            return (None, *op.gradients(ctx, *grads)[: op.tensors])
+            return _by_autograd(ctx, op, grads)
         errors.check_first_gradient(op.name)
         arguments = op.arguments(ctx, *grads)
         into: dict[int, Destination] = {}
         later: list[tuple[Destination, Tensor]] = []
         done: dict[int, Tensor] = {}
+        # Once: autograd makes it anew each time.
+        following = ctx.next_functions
+        nodes = {p: following[edge][0] for p, edge in ctx.edges.items()}
+        # Where it is True this backward goes on to the node behind the input, and does not return
+        # its gradient, as in `torch.autograd.grad` for other tensors: nobody would collect what
+        # was written.
+        goes_on = {p: _backward.goes_on(nodes[p]) for p in ctx.parameters}
         # All that can be refused is, before anything is written.
         for p, parameter in ctx.parameters.items():
-            found = None
-            if _runs(ctx, p):
-                found = main_grad.find(op.name, op.parameters[p], parameter)
+            if goes_on[p] is not True:
+                continue
+            found = main_grad.find(op.name, op.parameters[p], parameter)
             if found is None:
                 continue
             done[p], _ = into[p] = Destination(*found)
@@ -215,7 +223,7 @@ class _Eager(torch.autograd.Function):
                 made = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
                 later.append((into[p], made))
                 into[p] = Destination(made, False)
-        collects = ctx.state is not None and _runs(ctx, op.residual)
+        collects = ctx.state is not None and _backward.goes_on(nodes[op.residual]) is True
         if collects:
             into[op.residual] = Destination(*ctx.state.target(op.name))
         results: list[Tensor | None] = list(op.backward(arguments, into))
@@ -226,35 +234,38 @@ class _Eager(torch.autograd.Function):
             (target.tensor.add_ if target.adds else target.tensor.copy_)(made)
         for p, parameter in ctx.parameters.items():
             if p in done:
-                node = ctx.next_functions[ctx.edges[p]][0]
-                results[p] = main_grad.finish(parameter, done[p], node)
-            elif _is_wanted(ctx, p):
+                results[p] = main_grad.finish(parameter, done[p], nodes[p])
+            elif goes_on[p] is not False:
                 main_grad.left(parameter)
         # The first of all arguments is `how`.
+        wanted = ctx.needs_input_grad
         for p in range(len(results)):
-            if not ctx.needs_input_grad[1 + p]:
+            if not wanted[1 + p]:
                 results[p] = None
         return None, *results, *[None] * (op.tensors - len(results))
+
+
+def _by_autograd(ctx: Any, op: Op, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """What the backward of a known call returns, none of whose gradients is directed."""
+    if op.passes and grads[0] is None and all(grad is None for grad in grads[:-1]):
+        # Of all outputs only the passed residual was used.
+        results: list[Tensor | None] = [None] * op.tensors
+        results[op.residual] = grads[-1]
+        return None, *results
+    arguments = op.arguments(ctx, *grads)
+    call = op.gradients.find_in_backward(arguments)
+    if call is not None:
+        results = call.run()
+    else:
+        results = [
+            grad if wanted else None
+            for grad, wanted in zip(
+                _as_tuple(op.gradients(*arguments)), ctx.needs_input_grad[1:], strict=False
+            )
+        ]
+    return None, *results, *[None] * (op.tensors - len(results))
 
 
 # What Function.apply calls once it has looked for tensors left over from a transform of torch.func,
 # which a known call cannot have.
 _apply_plain = super(torch.autograd.Function, _Eager).apply
-
-
-def _runs(ctx: Any, position: int) -> bool:
-    """Whether this backward goes on to the node behind an input, and does not return its gradient.
-
-    Where it does not, as in `torch.autograd.grad` for other tensors, nobody would collect what was
-    written.
-    """
-    return _goes_on(ctx, position) is True
-
-
-def _is_wanted(ctx: Any, position: int) -> bool:
-    """Whether this backward goes on to the node behind an input, or returns its gradient."""
-    return _goes_on(ctx, position) is not False
-
-
-def _goes_on(ctx: Any, position: int) -> bool | None:
-    return _backward.goes_on(ctx.next_functions[ctx.edges[position]][0])

@@ -19,7 +19,7 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from operator import add, itemgetter, or_
+from operator import add, is_, itemgetter, or_
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +27,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
-from tile_mhc import _guards, config, errors, jit
+from tile_mhc import _guards, _memory, config, errors, jit
 from tile_mhc._descriptors import CUDA, TYPES, Descriptors, stream_setter
+from tile_mhc._memory import is_deterministic
 
 # What a thread keeps of an operator: keys (options, and the shape of the main tensor), and kinds of
 # calls of one key. Past the first it forgets all, past the second it learns no more.
@@ -151,12 +152,12 @@ class _Notes(TorchFunctionMode):
 
 
 class _Maker(NamedTuple):
-    """How an output is allocated: like an input, or with a shape, or a dtype, of its own."""
+    """How an output is allocated."""
 
     position: int
-    input: int
-    shape: tuple[int, ...] | None
-    dtype: torch.dtype | None
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class Program:
@@ -188,7 +189,8 @@ class Program:
             if output.numel() and position not in dropped:
                 place = notes.places[id(output)]
                 starts[place.kind, place.number] = len(inputs) + len(self._makers), 0
-                self._makers.append(_maker(position, output, inputs))
+                layout = tuple(output.shape), output.stride(), output.dtype
+                self._makers.append(_Maker(position, *layout))
         room, size = len(inputs) + len(self._makers), 0
         for index, tensor in enumerate(notes.allocated):
             if ("allocation", index) not in starts:
@@ -233,17 +235,12 @@ class Program:
             sources: their addresses; those of the outputs are put behind them.
         """
         outputs: list[Any] = [None] * self._num_outputs
-        for position, like, shape, dtype in self._makers:
-            if shape is None:
-                made = torch.empty_like(inputs[like])
-            elif dtype is None:
-                made = inputs[like].new_empty(*shape)
-            else:
-                made = inputs[like].new_empty(shape, dtype=dtype)
-            outputs[position] = made
+        allocate = empty if not is_deterministic() else _like(inputs[0])
+        for position, shape, strides, dtype in self._makers:
+            made = outputs[position] = allocate(shape, strides, dtype)
             sources.append(made.data_ptr())
         if self._room_size:
-            room = inputs[0].new_empty(self._room_size, dtype=_ROOM)
+            room = allocate((self._room_size,), (1,), _ROOM)
             sources.append(room.data_ptr())
         # In C: a loop over some thirty addresses is a tenth of the whole.
         self._descriptors.addresses[:] = array("Q", map(add, self._bases(sources), self._offsets))
@@ -257,26 +254,20 @@ class Program:
         return outputs
 
 
-def _maker(position: int, output: Tensor, inputs: Sequence[Tensor]) -> _Maker:
-    layout = output.dtype, output.shape, output.stride()
-    for index, tensor in enumerate(inputs):
-        if (tensor.dtype, tensor.shape, tensor.stride()) == layout:
-            return _Maker(position, index, None, None)
-    shape = tuple(output.shape)
-    for index, tensor in enumerate(inputs):
-        if tensor.dtype == output.dtype and shape:
-            return _Maker(position, index, shape, None)
-    return _Maker(position, 0, shape, output.dtype)
+def _like(tensor: Tensor) -> Callable[..., Tensor]:
+    """What allocates on the device of a tensor, by the dispatcher."""
+    return lambda shape, strides, dtype: tensor.new_empty_strided(shape, strides, dtype=dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
     """Calls that a launcher serves in one way."""
 
-    present: Callable[[Sequence[Any]], tuple[Any, ...]]
+    settings: tuple[Any, ...]
+    options: tuple[Any, ...]
+    present: Callable[[tuple[Any, ...]], tuple[Any, ...]]
     absent: tuple[int, ...]
     is_same: Callable[..., bool]
-    types: list[type]
     requires_grad: bool
     device: int
     whole: Program
@@ -309,6 +300,8 @@ class _Memory(threading.local):
     def __init__(self) -> None:
         self.kinds: dict[Any, list[_Kind]] = {}
         self.sightings: dict[Any, int] = {}
+        # The kind of the last known call.
+        self.last: _Kind | None = None
 
 
 class Replay:
@@ -330,26 +323,39 @@ class Replay:
         self._main = types.index("Tensor")
         self._memory = _Memory()
 
-    def find(self, args: Sequence[Any]) -> Call | None:
+    def find(self, args: tuple[Any, ...]) -> Call | None:
         """The call with these arguments, whatever they are, if it is of a kind that was learned.
 
         It neither raises nor launches. Not for what torch.compile traces.
         """
+        memory = self._memory
+        if not memory.kinds or _guards.is_watched():
+            return None
         options = self._options(args)
+        last = memory.last
+        # Layer by layer the same objects come, and what they are need not be looked at.
+        if (
+            last is not None
+            and last.settings == config.settings
+            and all(map(is_, options, last.options))
+        ):
+            call = _call(last, args)
+            if call is not None:
+                return call
         try:
-            kinds = self._memory.kinds.get((args[self._main].shape, config.settings, options))
+            kinds = memory.kinds.get((args[self._main].shape, config.settings, options), ())
         except (AttributeError, TypeError):  # no tensor, or an option without a hash
             return None
-        if kinds is None or _guards.is_watched():
-            return None
         for kind in kinds:
-            inputs = kind.present(args)
             # A dictionary takes True, 1 and 1.0 for the same.
-            if kind.is_same(*inputs) and [*map(type, options)] == kind.types:
-                return _call(kind, args, inputs)
+            if [*map(type, options)] == [*map(type, kind.options)]:
+                call = _call(kind, args)
+                if call is not None:
+                    memory.last = kind
+                    return call
         return None
 
-    def learn(self, args: Sequence[Any]) -> Call | None:
+    def learn(self, args: tuple[Any, ...]) -> Call | None:
         """The call with these arguments, which were checked; None if it is to go by the dispatcher.
 
         The first calls with such options and such a shape do, and all that no program can serve.
@@ -371,7 +377,7 @@ class Replay:
         kinds = memory.kinds.setdefault(key, [])
         if sightings < SIGHTINGS or len(kinds) >= MOST_KINDS or not self._can_be_found(args):
             return None
-        kind = self._study(args, [*map(type, options)])
+        kind = self._study(args, options)
         if kind is None:
             # Nor will the next launcher's work be all that can be written down.
             memory.sightings[key] = NEVER
@@ -394,8 +400,9 @@ class Replay:
         """Drop what this thread has learned."""
         self._memory.sightings.clear()
         self._memory.kinds.clear()
+        self._memory.last = None
 
-    def _study(self, args: Sequence[Any], types: list[type]) -> _Kind | None:
+    def _study(self, args: tuple[Any, ...], options: tuple[Any, ...]) -> _Kind | None:
         positions = [i for i in self._tensors if args[i] is not None]
         given = [args[i] for i in positions]
         device = current_device()
@@ -412,10 +419,11 @@ class Replay:
         whole = Program(inputs, outputs, notes, (), device)
         visible = Program(inputs, outputs, notes, self._hidden, device) if self._hidden else whole
         return _Kind(
+            settings=config.settings,
+            options=options,
             present=_getter(positions),
             absent=tuple(i for i in self._tensors if args[i] is None),
             is_same=_guards.same_kind(given),
-            types=types,
             requires_grad=any(tensor.requires_grad for tensor in given),
             device=device,
             whole=whole,
@@ -423,19 +431,24 @@ class Replay:
         )
 
 
-def _getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """A function that takes these items, as a tuple."""
-    if len(positions) > 1:
-        return itemgetter(*positions)
-    return lambda args: tuple([args[i] for i in positions])
+def _getter(positions: Sequence[int]) -> Callable[..., tuple[Any, ...]]:
+    """A function that takes these items of a tuple, as a tuple."""
+    start = positions[0] if positions else 0
+    if positions == [*range(start, start + len(positions))]:
+        # Of a list this would be a list.
+        return itemgetter(slice(start, start + len(positions)))
+    return itemgetter(*positions)
 
 
-def _call(kind: _Kind, args: Sequence[Any], inputs: tuple[Tensor, ...]) -> Call | None:
-    """The call of a kind whose tensors are these; None where memory or device are not right."""
+def _call(kind: _Kind, args: tuple[Any, ...]) -> Call | None:
+    """The call of a kind with these tensors; None where they, memory or device are not its own."""
+    inputs = kind.present(args)
+    if not kind.is_same(*inputs):
+        return None
     for i in kind.absent:
         if args[i] is not None:
             return None
-    addresses = [tensor.data_ptr() for tensor in inputs]
+    addresses = [*map(Tensor.data_ptr, inputs)]
     if (
         reduce(or_, addresses) % errors.ALIGNMENT
         or min(addresses) < errors.FREED
@@ -464,3 +477,4 @@ def is_on_gpu(tensor: Tensor) -> bool:
 # where no tensor is on a GPU.
 current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
 current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+empty = _memory.empty_on_gpu

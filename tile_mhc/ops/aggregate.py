@@ -166,7 +166,7 @@ _OP = Op(
     operator=_aggregate,
     save=_setup_context,
     arguments=_backward_arguments,
-    gradients=_backward,
+    gradients=_aggregate_backward,
     tensors=2,
     backward=register_into(
         _BACKWARD,

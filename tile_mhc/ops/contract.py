@@ -273,7 +273,7 @@ _OP = Op(
     operator=_contract,
     save=_save,
     arguments=_backward_arguments,
-    gradients=_backward,
+    gradients=_contract_backward,
     tensors=5,
     backward=register_into(
         _BACKWARD,

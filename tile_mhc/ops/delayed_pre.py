@@ -11,10 +11,9 @@ from tile_mhc._guards import transforms_active
 from tile_mhc.kernels._shapes import DELAYED_COLUMNS, is_no_eps
 from tile_mhc.ops import _flops
 from tile_mhc.ops import aggregate as aggregate_op
+from tile_mhc.ops import gates as gates_op
 from tile_mhc.ops import log_sinkhorn as log_sinkhorn_op
-from tile_mhc.ops import mixes as mixes_op
 from tile_mhc.ops import projection as projection_op
-from tile_mhc.ops import sinkhorn as sinkhorn_op
 from tile_mhc.ops._autograd import records
 from tile_mhc.ops._destinations import (
     NO_DESTINATIONS,
@@ -32,7 +31,6 @@ from tile_mhc.ops._library import (
     empty_gradients,
     filled,
     register,
-    temporaries,
 )
 from tile_mhc.ops._op import Op
 
@@ -248,17 +246,26 @@ def launch_backward(
         return grads
     # Before the kernels that read the weight beside the one before them.
     weight, norm_weight = projection_op.contiguous(weight, norm_weight)
+    accumulated = None if accumulated is None else accumulated.contiguous()
     grad_input = grad_input.contiguous().view(-1, hidden_size)
-    pre_mix = pre_mix.contiguous().view(-1, n)
-    gates = (grad_next, grad_post, grad_comb, mixes, scale, bias, grad_scale, grad_bias)
-    options = (pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat)
-    of_gates = for_part(into, {2: 1, 3: 2})
-    grad_mixes, _, parts, factors = launch_gates(*gates, *options, of_gates)
+    by_token = gates_op.launch_backward(
+        gates_op.Delayed(grad_next, pre_mix),
+        grad_post,
+        grad_comb,
+        mixes,
+        inv_rms,
+        scale,
+        bias,
+        grad_scale,
+        grad_bias,
+        weight.shape[1],
+        (pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat),
+        tf32,
+        for_part(into, {2: 1, 3: 2}),
+    )
     to_matmuls = for_part(into, {1: 1, 5: 2})
     if selection.is_one_pass(residual.dtype, n, hidden_size, None):
         # Whether or not the gradient of pre_mix is wanted: the others have the same bits.
-        normed = (grad_mixes, mixes, inv_rms, pre_mix, parts, factors)
-        by_token = launch_norm(weight.shape[1], *normed, tf32)
         sums, partials, slice_tokens = prepare_backward(
             grad_input, n, weight, norm_weight, grad_weight, to_matmuls
         )
@@ -267,16 +274,15 @@ def launch_backward(
             norm_weight=dtype_of(norm_weight),
             held=dtype_of(accumulated),
         )
-        rows = weight.shape[1]
         jit.kernel("delayed_pre_bwd", hidden_size, *given)(
             *by_token,
-            residual.view(-1, rows),
+            residual.view(-1, n, hidden_size),
             *projection_op.parameters(weight, norm_weight),
             grad_input,
             absent(residual, residual.dtype)
             if accumulated is None
-            else accumulated.contiguous().view(-1, rows),
-            grad_residual.view(-1, rows),
+            else accumulated.view(-1, n, hidden_size),
+            grad_residual.view(-1, n, hidden_size),
             sums,
             grad_weight.unsqueeze(0) if partials is None else partials,
             slice_tokens,
@@ -292,106 +298,19 @@ def launch_backward(
         jit.kernel("aggregate_mix_bwd", n, hidden_size, *dtypes(streams=residual.dtype))(
             grad_input, residual.view(-1, n, hidden_size), grad_pre_mix.view(-1, n)
         )
-    projection_op.launch_backward_rows(
-        grad_mixes,
+    projection_op.launch_matmuls(
+        *by_token,
         residual,
         weight,
         norm_weight,
-        mixes.view(-1, weight.shape[0]),
-        inv_rms.view(-1),
         tf32,
-        aggregated=(grad_input, pre_mix),
-        accumulated=None if accumulated is None else accumulated.contiguous(),
-        factors=(parts, factors),
-        grads=(grad_residual, grad_weight, grad_norm_weight),
-        into=to_matmuls,
+        n,
+        grad_input,
+        accumulated,
+        (grad_residual, grad_weight, grad_norm_weight),
+        to_matmuls,
     )
     return grads
-
-
-def launch_gates(
-    grad_next: Tensor | None,
-    grad_post: Tensor,
-    grad_comb: Tensor,
-    mixes: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    grad_scale: Tensor,
-    grad_bias: Tensor,
-    pre_eps: float,
-    sinkhorn_eps: float,
-    post_mult: float,
-    sinkhorn_repeat: int,
-    into: Destinations,
-    aggregated: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of scale and bias, by position 1 and 2 of `into`; and, returned, of the mixes.
-
-    Where there is no gradient of pre_mix it is that of an aggregate by it, `aggregated`: the
-    gradient of the layer input and the streams. Returned are also the pre_mix, and room of
-    `projection_op.factor_shapes`.
-    """
-    num_mixes, n = mixes.shape[-1], grad_post.shape[-1]
-    mixes = mixes.view(-1, num_mixes)
-    num_tokens = mixes.shape[0]
-    pre_mix, of_pre, logits, grad_logits, grad_mixes, partials, parts, factors = temporaries(
-        mixes,
-        (num_tokens, n),
-        (num_tokens, n),
-        (num_tokens, n * n),
-        (num_tokens, n * n),
-        (num_tokens, num_mixes),
-        mixes_op.partial_shape(num_tokens, num_mixes),
-        *projection_op.factor_shapes(num_tokens, num_mixes, n),
-    )
-    # Nothing reads post_mix here: it goes where a gradient of pre_mix may overwrite it.
-    mixes_op.launch_rows(mixes, scale, bias, pre_mix, of_pre, logits, post_mult, pre_eps)
-    sinkhorn_op.launch_backward_rows(
-        n,
-        grad_comb.contiguous().view(-1, n * n),
-        logits,
-        grad_logits,
-        sinkhorn_repeat,
-        sinkhorn_eps,
-    )
-    if aggregated is not None:
-        grad_input, streams = aggregated
-        hidden_size = grad_input.shape[1]
-        jit.kernel("aggregate_mix_bwd", n, hidden_size, *dtypes(streams=streams.dtype))(
-            grad_input, streams.view(-1, n, hidden_size), of_pre
-        )
-    mixes_op.launch_backward_rows(
-        of_pre if grad_next is None else grad_next.contiguous().view(-1, n),
-        grad_post.contiguous().view(-1, n),
-        grad_logits,
-        mixes,
-        scale,
-        bias,
-        grad_mixes,
-        partials,
-        post_mult,
-    )
-    mixes_op.launch_sums(partials, grad_scale, grad_bias, into)
-    return grad_mixes, pre_mix, parts, factors
-
-
-def launch_norm(
-    size: int,
-    grad_mixes: Tensor,
-    mixes: Tensor,
-    inv_rms: Tensor,
-    pre_mix: Tensor,
-    parts: Tensor,
-    factors: Tensor,
-    tf32: bool,
-) -> tuple[Tensor, Tensor]:
-    """The gradient of the bare product in two parts, and what else a pass needs of a token."""
-    num_mixes, n = grad_mixes.shape[1], pre_mix.shape[1]
-    grad_parts = parts.view(torch.bfloat16)
-    jit.kernel("projection_norm_bwd", num_mixes, size, n)(
-        grad_mixes, mixes.view(-1, num_mixes), inv_rms.view(-1), pre_mix, grad_parts, factors, tf32
-    )
-    return grad_parts, factors
 
 
 def prepare_backward(
@@ -407,7 +326,8 @@ def prepare_backward(
     num_tokens, hidden_size = grad_input.shape
     num_mixes, size = weight.shape
     columns = size // hidden_size * DELAYED_COLUMNS
-    slice_tokens = selection.backward_slice(num_tokens, size, num_mixes, columns)
+    start = selection.DELAYED_START_TILES
+    slice_tokens = selection.backward_slice(num_tokens, size, num_mixes, columns, start)
     blocks = hidden_size // DELAYED_COLUMNS
     sums = weight.new_empty(blocks, num_tokens, sums_of, dtype=torch.float32)
     slices = -(-num_tokens // slice_tokens)
@@ -556,7 +476,7 @@ _OP = Op(
     name="fused_pre",
     operator=_delayed_pre,
     save=_save,
-    gradients=_backward,
+    gradients=_delayed_pre_backward,
     tensors=GRADIENTS,
     arguments=_backward_arguments,
     backward=_backward_into,
@@ -567,7 +487,7 @@ _PASSING_OP = Op(
     name="fused_pre",
     operator=_delayed_pre,
     save=_save,
-    gradients=_DelayedPreAndResidual.backward,
+    gradients=_delayed_pre_backward,
     tensors=GRADIENTS,
     arguments=_backward_arguments,
     backward=_backward_into,

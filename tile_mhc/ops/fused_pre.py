@@ -11,6 +11,7 @@ from tile_mhc._guards import transforms_active
 from tile_mhc.kernels._shapes import is_no_eps
 from tile_mhc.ops import _flops
 from tile_mhc.ops import delayed_pre as delayed_op
+from tile_mhc.ops import gates as gates_op
 from tile_mhc.ops import log_sinkhorn as log_sinkhorn_op
 from tile_mhc.ops import mixes as mixes_op
 from tile_mhc.ops import projection as projection_op
@@ -341,32 +342,42 @@ def launch_backward(
     accumulated: Tensor | None,
     into: Destinations = NO_DESTINATIONS,
 ) -> tuple[Tensor, ...]:
-    hidden_size = residual.shape[-1]
+    n, hidden_size = residual.shape[-2:]
     grads = gradient_buffers(into, residual, weight, scale, bias, norm_weight)
     grad_residual, grad_weight, grad_scale, grad_bias, grad_norm_weight = grads
     if residual.numel() == 0:
         clear(into, dict(enumerate(grads)))
         return grads
     grad_input = grad_input.contiguous().view(-1, hidden_size)
-    gates = (grad_post, grad_comb, mixes, scale, bias, grad_scale, grad_bias)
-    options = (pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat)
-    of_gates = for_part(into, {2: 1, 3: 2})
-    grad_mixes, pre_mix, *factors = delayed_op.launch_gates(
-        None, *gates, *options, of_gates, (grad_input, residual)
+    # Before the kernels that read the weight beside the one before them.
+    weight, norm_weight = projection_op.contiguous(weight, norm_weight)
+    accumulated = None if accumulated is None else accumulated.contiguous()
+    by_token = gates_op.launch_backward(
+        gates_op.Aggregated(grad_input, residual),
+        grad_post,
+        grad_comb,
+        mixes,
+        inv_rms,
+        scale,
+        bias,
+        grad_scale,
+        grad_bias,
+        weight.shape[1],
+        (pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat),
+        tf32,
+        for_part(into, {2: 1, 3: 2}),
     )
-    projection_op.launch_backward_rows(
-        grad_mixes,
+    projection_op.launch_matmuls(
+        *by_token,
         residual,
         weight,
         norm_weight,
-        mixes.view(-1, weight.shape[0]),
-        inv_rms.view(-1),
         tf32,
-        aggregated=(grad_input, pre_mix),
-        accumulated=None if accumulated is None else accumulated.contiguous(),
-        factors=factors,
-        grads=(grad_residual, grad_weight, grad_norm_weight),
-        into=for_part(into, {1: 1, 4: 2}),
+        n,
+        grad_input,
+        accumulated,
+        (grad_residual, grad_weight, grad_norm_weight),
+        for_part(into, {1: 1, 4: 2}),
     )
     return grads
 
@@ -494,7 +505,7 @@ _OP = Op(
     operator=_fused_pre,
     save=_save,
     arguments=_backward_arguments,
-    gradients=_backward,
+    gradients=_fused_pre_backward,
     tensors=5,
     backward=_backward_into,
     visible=3,
@@ -505,7 +516,7 @@ _PASSING_OP = Op(
     operator=_fused_pre,
     save=_save,
     arguments=_passing_arguments,
-    gradients=_FusedPreAndResidual.backward,
+    gradients=_fused_pre_backward,
     tensors=5,
     backward=_backward_into,
     visible=3,

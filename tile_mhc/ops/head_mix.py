@@ -129,7 +129,7 @@ _OP = Op(
     operator=_head_mix,
     save=_setup_context,
     arguments=_backward_arguments,
-    gradients=_backward,
+    gradients=_head_mix_backward,
     tensors=3,
     backward=register_into(
         _BACKWARD,

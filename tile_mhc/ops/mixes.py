@@ -281,7 +281,7 @@ _OP = Op(
     operator=_split_mixes,
     save=_setup_context,
     arguments=_backward_arguments,
-    gradients=_backward,
+    gradients=_split_mixes_backward,
     tensors=3,
     backward=register_into(
         _BACKWARD,

@@ -260,7 +260,7 @@ _OP = Op(
     operator=_post,
     save=_setup_context,
     arguments=_backward_arguments,
-    gradients=_backward,
+    gradients=_post_backward,
     tensors=5,
     backward=register_into(
         _BACKWARD,

@@ -11,6 +11,7 @@ from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.ops import _flops
 from tile_mhc.ops import delayed_pre as delayed_op
 from tile_mhc.ops import fused_pre as fused_op
+from tile_mhc.ops import gates as gates_op
 from tile_mhc.ops import post as post_op
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops._destinations import (
@@ -449,18 +450,17 @@ def _launch_pass_backward(
     weight, norm_weight = projection_op.contiguous(weight, norm_weight)
     grad_input = grad_input.contiguous().view(-1, hidden_size)
     grad_next, *of_mixes = grad_mixes
-    to_gates = for_part(into, {5: 1, 6: 2})
-    of_gates: list[Any] = [*of_mixes, mixes, *gates, *grad_gates, *options, to_gates]
+    pre: gates_op.Aggregated | gates_op.Delayed
     if pre_mix is None:
-        of_gates = [None, *of_gates, (grad_input, streams)]
-        made, own_pre, *room_of = delayed_op.launch_gates(*of_gates)
-        grad_pre = own_pre.new_empty(own_pre.shape)
+        pre = gates_op.Aggregated(grad_input, streams)
+        grad_pre = mixes.new_empty(mixes.numel() // (n * (n + 2)), n)
     else:
-        of_gates = [grad_next, *of_gates]
-        made, _, *room_of = delayed_op.launch_gates(*of_gates)
-        own_pre, grad_pre = pre_mix.contiguous().view(-1, n), grads[7].view(-1, n)
-    normed = (made, mixes, inv_rms, own_pre, room_of[0], room_of[1])
-    by_token = delayed_op.launch_norm(size, *normed, tf32)
+        pre = gates_op.Delayed(grad_next, pre_mix)
+        grad_pre = grads[7].view(-1, n)
+    of_gates: list[Any] = [*of_mixes, mixes, inv_rms, *gates, *grad_gates]
+    by_token = gates_op.launch_backward(
+        pre, *of_gates, size, options, tf32, for_part(into, {5: 1, 6: 2})
+    )
     to_matmuls = for_part(into, {4: 1, 9: 2})
     sums, partials, slice_tokens = delayed_op.prepare_backward(
         grad_input, n * (n + 2), weight, norm_weight, grad_weight, to_matmuls
@@ -471,16 +471,16 @@ def _launch_pass_backward(
     jit.kernel("post_pre_bwd", hidden_size, *given)(
         *by_token,
         layer_output.view(-1, hidden_size),
-        residual.view(-1, size),
+        residual.view(-1, n, hidden_size),
         post_mix.contiguous().view(-1, n),
         comb_mix.contiguous().view(-1, n * n),
         *projection_op.parameters(weight, norm_weight),
         grad_input,
         absent(residual, residual.dtype)
         if grad_streams is None
-        else grad_streams.contiguous().view(-1, size),
+        else grad_streams.contiguous().view(-1, n, hidden_size),
         grad_output.view(-1, hidden_size),
-        grad_residual.view(-1, size),
+        grad_residual.view(-1, n, hidden_size),
         sums,
         grad_weight.unsqueeze(0) if partials is None else partials,
         slice_tokens,
@@ -595,7 +595,7 @@ _OP = Op(
     name=OP,
     operator=_post_pre,
     save=_save,
-    gradients=_backward,
+    gradients=_post_pre_backward,
     tensors=GRADIENTS + 1,
     arguments=_backward_arguments,
     backward=register_into(

@@ -1,6 +1,5 @@
 """RMS statistic and (n*H) -> n*(n+2) matmul of the flattened streams."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -233,26 +232,30 @@ def launch_backward(
     if residual.numel() == 0:
         clear(into, {1: grad_weight, 2: grad_norm_weight})
         return grads
-    num_mixes = weight.shape[0]
-    streams = 0
-    if aggregated is not None:
+    num_mixes, size = weight.shape
+    # Before the kernels that read the weight beside the one before them.
+    weight, norm_weight = contiguous(weight, norm_weight)
+    if aggregated is None:
+        streams = 0
+        grad_input, pre_mix = absent(residual, residual.dtype), absent(residual)
+    else:
         streams, hidden_size = residual.shape[-2:]
-        grad_input, pre_mix = aggregated
-        aggregated = grad_input.contiguous().view(-1, hidden_size), pre_mix.view(-1, streams)
-    mixes = mixes.view(-1, num_mixes)
-    launch_backward_rows(
-        grad.contiguous().view(-1, num_mixes),
+        grad_input = aggregated[0].contiguous().view(-1, hidden_size)
+        pre_mix = aggregated[1].view(-1, streams)
+    grad, mixes = grad.contiguous().view(-1, num_mixes), mixes.view(-1, num_mixes)
+    parts, factors = temporaries(mixes, *factor_shapes(mixes.shape[0], num_mixes, streams))
+    launch_matmuls(
+        launch_norm(size, grad, mixes, inv_rms.view(-1), pre_mix, parts, factors, tf32),
+        factors,
         residual,
         weight,
         norm_weight,
-        mixes,
-        inv_rms.view(-1),
         tf32,
-        aggregated=aggregated,
-        accumulated=grad_residual if adds(into, 0) else None,
-        factors=temporaries(mixes, *factor_shapes(mixes.shape[0], num_mixes, streams)),
-        grads=grads,
-        into=into,
+        streams,
+        grad_input,
+        grad_residual if adds(into, 0) else None,
+        grads,
+        into,
     )
     return grads
 
@@ -267,50 +270,27 @@ def factor_shapes(
     return (num_tokens, padded(num_mixes)), (num_tokens, factors_width(streams))
 
 
-def launch_backward_rows(
-    grad: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    norm_weight: Tensor | None,
+def launch_norm(
+    size: int,
+    grad_mixes: Tensor,
     mixes: Tensor,
     inv_rms: Tensor,
+    pre_mix: Tensor,
+    parts: Tensor,
+    factors: Tensor,
     tf32: bool,
-    *,
-    aggregated: tuple[Tensor, Tensor] | None,
-    accumulated: Tensor | None,
-    factors: Sequence[Tensor],
-    grads: tuple[Tensor, Tensor, Tensor],
-    into: Destinations,
-) -> None:
-    """Write `grads`. What has one row per token has two dimensions, but for the streams.
+) -> Tensor:
+    """The gradient of the bare product in two parts; and written, what else a token needs.
 
-    `accumulated` is a gradient that the streams already have; `factors`, room of `factor_shapes`.
+    `parts` and `factors` are room of `factor_shapes`, of as many streams as pre_mix has columns. It
+    has one element and is not read where there are none.
     """
-    num_mixes, size = weight.shape
-    weight, norm_weight = contiguous(weight, norm_weight)
-    if aggregated is None:
-        streams = 0
-        grad_input, pre_mix = absent(residual, residual.dtype), absent(residual)
-    else:
-        grad_input, pre_mix = aggregated
-        streams = pre_mix.shape[1]
-    grad_parts = factors[0].view(torch.bfloat16)
-    jit.kernel("projection_norm_bwd", num_mixes, size, streams)(
-        grad, mixes, inv_rms, pre_mix, grad_parts, factors[1], tf32
+    streams = pre_mix.shape[1] if pre_mix.ndim == 2 else 0
+    grad_parts = parts.view(torch.bfloat16)
+    jit.kernel("projection_norm_bwd", mixes.shape[1], size, streams)(
+        grad_mixes, mixes, inv_rms, pre_mix, grad_parts, factors, tf32
     )
-    launch_matmuls(
-        grad_parts,
-        factors[1],
-        residual,
-        weight,
-        norm_weight,
-        tf32,
-        streams,
-        grad_input,
-        accumulated,
-        grads,
-        into,
-    )
+    return grad_parts
 
 
 def launch_matmuls(
@@ -491,7 +471,7 @@ _OP = Op(
     operator=_projection,
     save=_save,
     arguments=_backward_arguments,
-    gradients=_backward,
+    gradients=_projection_backward,
     tensors=3,
     backward=register_into(
         _BACKWARD,

@@ -111,8 +111,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(logits)
 
 
+def _backward_arguments(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return grad, *ctx.saved_tensors, ctx.repeat, ctx.eps
+
+
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return _sinkhorn_backward(grad, *ctx.saved_tensors, ctx.repeat, ctx.eps), None, None
+    return _sinkhorn_backward(*_backward_arguments(ctx, grad)), None, None
 
 
 _sinkhorn_backward = register(
@@ -137,6 +141,7 @@ _OP = Op(
     name="sinkhorn",
     operator=_sinkhorn,
     save=_setup_context,
-    gradients=_backward,
+    arguments=_backward_arguments,
+    gradients=_sinkhorn_backward,
     tensors=1,
 )

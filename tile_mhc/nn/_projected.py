@@ -1,18 +1,4 @@
-"""Modules: `HyperConnection` around a sub-layer, `HyperHead` at the end.
-
-    streams = expand(embedding, 4)
-    streams = attention_hc(streams, attention)  # post(attention(layer_input), ...)
-    streams = mlp_hc(streams, mlp)
-    hidden = head(streams)
-
-They hold the parameters and the options of `fused_pre`, `post` and `contract`, and call them: the
-outputs and gradients are theirs, bit for bit.
-
-Parameters stay float32: `.to(torch.bfloat16)`, `.half()` or `.double()` on a module or on a model
-around it moves them where it is told to, and leaves their dtype. That is a choice, as the ops take
-bfloat16 parameters too: DeepSeek-V4's checkpoints hold them in float32, and Megatron-LM and
-transformers keep them so. Streams are bfloat16, float16 or float32.
-"""
+"""What the modules share: parameters that stay float32, initial values, state dicts of others."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -20,10 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tile_mhc import errors, functional
-from tile_mhc.ops.sinkhorn import check_sinkhorn
-
-__all__ = ["HyperConnection", "HyperHead"]
+from tile_mhc import errors
 
 INITS = ("megatron", "deepseek_v4")
 
@@ -38,7 +21,7 @@ MEGATRON: Names = {
 }
 
 
-class _Projected(nn.Module):
+class Projected(nn.Module):
     """A projection of the flat streams with its gates: what the two modules share."""
 
     _MEGATRON_SCALE: ClassVar[float]
@@ -242,7 +225,7 @@ class _Projected(nn.Module):
                 state[prefix + stem + key] = part.clone()
         return state
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Projected":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Projected":
         """What `.to()` and its kin run: a new device is taken, a new dtype is not."""
         if recurse:  # a subclass may have children, whose dtypes are their own
             for child in self.children():
@@ -280,260 +263,6 @@ class _Projected(nn.Module):
         return (
             f"{self.hidden_size}, num_streams={self.num_streams}, norm_eps={self.norm_eps}, "
             f"pre_eps={self.pre_eps}, norm_weight={self.norm_weight is not None}"
-        )
-
-
-class HyperConnection(_Projected):
-    """A hyper-connection: read a sub-layer's input from the streams, write its output back.
-
-    layer_input, post_mix, comb_mix = fused_pre(streams);  out = post(layer_output, streams, ...)
-
-    `forward` does both, around any callable; `pre` and `post` do one each, for a sub-layer that
-    returns more than its output.
-
-    The defaults are DeepSeek-V4's and Megatron-LM's, not those of `fused_pre`, which are
-    TileKernels': post_mult is 2 and sinkhorn_repeat 20.
-
-    FSDP2 wants parameters of one dtype in a unit. In a block of another dtype make each
-    HyperConnection and HyperHead a unit of its own, without a param_dtype, before the block:
-    `fully_shard(hc)`, then `fully_shard(block)`. A unit's parameters are gathered for `forward`
-    alone: who calls `pre` and `post` needs
-    `torch.distributed.fsdp.register_fsdp_forward_method(hc, "pre")` (`post` has no parameters, and
-    may be registered too).
-
-    The weight is a matrix to look at, but each of its rows is a gate's own projection: an optimizer
-    that orthogonalises matrices (Muon) has to leave it, with the other parameters, to AdamW. Where
-    tokens are split over ranks that all hold these parameters, as in Megatron-LM's sequence
-    parallelism, set `sequence_parallel`: without the mark the gradients are those of a rank's own
-    tokens, with two ranks about half of what they should be, and nothing says so.
-
-    Args:
-        hidden_size: H, from 1 to 16384; fastest for multiples of 64.
-        num_streams: n, one of 2, 4, 8.
-        norm_eps: added to the mean square of the RMS norm.
-        pre_eps: added to pre_mix.
-        sinkhorn_eps: added to the softmax and the divisors of Sinkhorn.
-        post_mult: factor of post_mix.
-        sinkhorn_repeat: Sinkhorn steps, from 1 to 1024.
-        norm_weight: whether the RMS norm has a learnable weight.
-        init: "megatron" or "deepseek_v4", as the methods `init_megatron` and `init_deepseek_v4`.
-        sequence_parallel: set `sequence_parallel = True` on every parameter, by which Megatron-LM
-            finds the gradients to sum over tensor parallel ranks.
-        device: where the parameters are made; "meta" too.
-
-    Attributes:
-        weight: (n*(n+2), n*H) float32.
-        scale: (3,) float32.
-        bias: (n*(n+2),) float32.
-        norm_weight: (n*H,) float32, or None.
-
-    Raises:
-        ShapeError: an argument is not as above.
-        UnsupportedError: n, H or sinkhorn_repeat has no kernel.
-
-    Source: mHC paper (arXiv 2512.24880), sec. 4; Megatron-LM dev `HyperConnectionModule`.
-    """
-
-    _MEGATRON_SCALE = 0.01
-    _NAMES: ClassVar[dict[str, tuple[str, Names]]] = {
-        "megatron": ("", MEGATRON),
-        "transformers": ("", DEEPSEEK),
-    }
-
-    def __init__(
-        self,
-        hidden_size: int,
-        num_streams: int = 4,
-        *,
-        norm_eps: float = 1e-6,
-        pre_eps: float = 1e-6,
-        sinkhorn_eps: float = 1e-6,
-        post_mult: float = 2.0,
-        sinkhorn_repeat: int = 20,
-        norm_weight: bool = False,
-        init: str = "megatron",
-        sequence_parallel: bool = False,
-        device: torch.device | str | None = None,
-    ) -> None:
-        op = type(self).__name__
-        errors.check_num_streams(op, num_streams)
-        check_sinkhorn(op, sinkhorn_repeat, sinkhorn_eps, prefix="sinkhorn_")
-        errors.check_number(op, "post_mult", post_mult)
-        super().__init__(
-            hidden_size,
-            num_streams,
-            num_streams * (num_streams + 2),
-            3,
-            norm_eps,
-            pre_eps,
-            norm_weight,
-            init,
-            sequence_parallel,
-            device,
-        )
-        self.sinkhorn_eps, self.sinkhorn_repeat = sinkhorn_eps, sinkhorn_repeat
-        self.post_mult = post_mult
-
-    def pre(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Compute the layer input and the mixes: `fused_pre` with `passes_residual`.
-
-        Args:
-            streams: (..., n, H) bfloat16, float16 or float32, contiguous.
-
-        Returns:
-            layer_input (..., H), of the dtype of the streams; post_mix (..., n) and comb_mix
-            (..., n, n) float32; and a view of the streams for `post`: the gradient of the streams
-            is then rounded once.
-
-        Raises:
-            ShapeError: streams do not match the parameters.
-            UnsupportedError: n or H has no kernel.
-        """
-        layer_input, post_mix, comb_mix, through = functional.mhc_pre(
-            streams,
-            self.weight,
-            self.scale,
-            self.bias,
-            norm_weight=self.norm_weight,
-            norm_eps=self.norm_eps,
-            pre_eps=self.pre_eps,
-            sinkhorn_eps=self.sinkhorn_eps,
-            post_mult=self.post_mult,
-            sinkhorn_repeat=self.sinkhorn_repeat,
-            passes_residual=True,
-        )
-        return layer_input, post_mix, comb_mix, through
-
-    def post(
-        self, layer_output: Tensor, streams: Tensor, post_mix: Tensor, comb_mix: Tensor
-    ) -> Tensor:
-        """Write the layer output back into the streams: `tile_mhc.post`.
-
-        Args:
-            layer_output: (..., H), of the dtype of the streams, contiguous.
-            streams: (..., n, H), contiguous: the last output of `pre`.
-            post_mix: (..., n) float32, from `pre`.
-            comb_mix: (..., n, n) float32, from `pre`.
-
-        Returns:
-            (..., n, H), of the dtype of the streams.
-
-        Raises:
-            ShapeError: a shape, dtype, device or layout does not match.
-            UnsupportedError: n or H has no kernel.
-        """
-        return functional.mhc_post(layer_output, streams, post_mix, comb_mix)
-
-    def forward(
-        self, streams: Tensor, sublayer: Callable[..., Tensor], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """Run a sub-layer on the streams.
-
-        Args:
-            streams: (..., n, H) bfloat16, float16 or float32, contiguous.
-            sublayer: what takes the layer input (..., H), of the dtype of the streams, and returns
-                the same shape and dtype, contiguous. Its norm, if it has one, is its own.
-            args: passed on to the sub-layer.
-            kwargs: passed on to the sub-layer.
-
-        Returns:
-            (..., n, H), of the dtype of the streams.
-
-        Raises:
-            ShapeError: streams or the sub-layer's output do not match.
-            UnsupportedError: n or H has no kernel.
-        """
-        layer_input, post_mix, comb_mix, streams = self.pre(streams)
-        return self.post(sublayer(layer_input, *args, **kwargs), streams, post_mix, comb_mix)
-
-    def extra_repr(self) -> str:
-        return (
-            f"{super().extra_repr()}, sinkhorn_eps={self.sinkhorn_eps}, "
-            f"post_mult={self.post_mult}, sinkhorn_repeat={self.sinkhorn_repeat}"
-        )
-
-
-class HyperHead(_Projected):
-    """The readout after the last layer: `contract`.
-
-    Of sharding, optimizers and sequence parallelism `HyperConnection` says what holds here too.
-
-    Args:
-        hidden_size: H, from 1 to 16384; fastest for multiples of 64.
-        num_streams: n, one of 2, 4, 8.
-        norm_eps: added to the mean square of the RMS norm.
-        pre_eps: added to the gate.
-        norm_weight: whether the RMS norm has a learnable weight.
-        init: as in `HyperConnection`.
-        sequence_parallel: as in `HyperConnection`.
-        device: where the parameters are made; "meta" too.
-
-    Attributes:
-        weight: (n, n*H) float32.
-        scale: (1,) float32.
-        bias: (n,) float32.
-        norm_weight: (n*H,) float32, or None.
-
-    Raises:
-        ShapeError: an argument is not as above.
-        UnsupportedError: n or H has no kernel.
-
-    Source: Megatron-LM dev `learned_output_contract`; transformers `DeepseekV4HyperHead`.
-    """
-
-    _MEGATRON_SCALE = 1.0
-    _NAMES: ClassVar[dict[str, tuple[str, Names]]] = {
-        "megatron": ("hc_head_", DEEPSEEK),
-        "transformers": ("hc_", DEEPSEEK),
-    }
-
-    def __init__(
-        self,
-        hidden_size: int,
-        num_streams: int = 4,
-        *,
-        norm_eps: float = 1e-6,
-        pre_eps: float = 1e-6,
-        norm_weight: bool = False,
-        init: str = "megatron",
-        sequence_parallel: bool = False,
-        device: torch.device | str | None = None,
-    ) -> None:
-        errors.check_num_streams(type(self).__name__, num_streams)
-        super().__init__(
-            hidden_size,
-            num_streams,
-            num_streams,
-            1,
-            norm_eps,
-            pre_eps,
-            norm_weight,
-            init,
-            sequence_parallel,
-            device,
-        )
-
-    def forward(self, streams: Tensor) -> Tensor:
-        """Read one stream out of n, with learned weights per token.
-
-        Args:
-            streams: (..., n, H) bfloat16, float16 or float32, contiguous.
-
-        Returns:
-            (..., H), of the dtype of the streams.
-
-        Raises:
-            ShapeError: streams do not match the parameters.
-            UnsupportedError: n or H has no kernel.
-        """
-        return functional.mhc_head(
-            streams,
-            self.weight,
-            self.scale,
-            self.bias,
-            norm_weight=self.norm_weight,
-            norm_eps=self.norm_eps,
-            pre_eps=self.pre_eps,
         )
 
 
