@@ -7,7 +7,7 @@ from torch import nn
 
 import tile_mhc
 from tile_mhc import GradAccumulator
-from tile_mhc.nn import HyperConnection
+from tile_mhc.nn import HyperConnection, SubLayer, run_sublayers
 
 N, H, LAYERS, LEAD = 4, 32, 4, (2, 5)
 BF16 = torch.bfloat16
@@ -135,6 +135,10 @@ def boundaries(stack, streams, pairs):
     return tile_mhc.post(before(layer_input), streams, post_mix, comb_mix)
 
 
+def stacked(stack, streams, pairs):
+    return run_sublayers(streams, [SubLayer(connection, layer) for connection, layer in pairs])
+
+
 def delayed(stack, streams, pairs):
     """DeepSeek-V4.1: each layer input by the pre_mix that the boundary before has made."""
     (connection, before), *others = pairs
@@ -183,6 +187,7 @@ WAYS = {
     "functions": functions,
     "bias": biased,
     "boundaries": boundaries,
+    "run_sublayers": stacked,
     "V4.1": delayed,
     "accumulator": accumulated,
     "branches": branches,

@@ -364,7 +364,7 @@ class RecomputeGroup:
 
     def _pack(self, tensor: Tensor) -> Any:
         """What autograd keeps of a tensor; autograd may hold a lock, and nothing runs here."""
-        if type(tensor) is Tensor:
+        if type(tensor) is Tensor and tensor.layout is torch.strided:  # others have no storage
             made = self._made.get(tensor.untyped_storage()._cdata)
             if made is not None and made.is_seen_by(tensor):
                 if made.shape == tensor.shape and tensor.is_contiguous():

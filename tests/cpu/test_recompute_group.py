@@ -95,7 +95,7 @@ def test_bits_of_other_dtypes(way, dtype):
     check_bits(Stack(way, dtype=dtype), recompute_group())
 
 
-@pytest.mark.parametrize("way", ["modules", "functions", "boundaries", "V4.1"])
+@pytest.mark.parametrize("way", ["modules", "functions", "boundaries", "run_sublayers", "V4.1"])
 def test_one_launch_a_group(way):
     stack = Stack(way)
     with Watch() as watch:
@@ -735,6 +735,17 @@ def test_second_derivatives_of_what_is_not_ours():
     out = (x @ weight).pow(3).sum()
     (grad,) = torch.autograd.grad(out, weight, create_graph=True)
     assert torch.equal(second, torch.autograd.grad(grad.sum(), weight)[0])
+
+
+def test_tensors_without_a_storage():
+    dense = torch.eye(4, requires_grad=True)
+    found = []
+    for around in (nullcontext(), recompute_group()):
+        with around:
+            out = torch.sparse.mm(torch.eye(4).to_sparse_csr(), dense).square()
+            out = torch.sparse.mm(torch.eye(4).to_sparse_coo(), out).square().sum()
+        found.append(torch.autograd.grad(out, dense)[0])
+    assert torch.equal(*found)
 
 
 def test_vmap_inside():
