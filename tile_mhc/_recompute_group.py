@@ -407,9 +407,7 @@ class RecomputeGroup:
         with self._lock:
             if made.value is None:
                 self._replay(made.device)
-            value = made.value
-        if value is None:
-            raise RuntimeError(f"{OP}: a replay has left out a tensor {tuple(made.shape)}")
+            value: Tensor = made.value  # type: ignore[assignment]  # all that is alive is made
         if self.holds and _backward.task() != _backward.NO_TASK:
             self.holds = False
             _backward.at_end(self._drop)
