@@ -5,8 +5,8 @@
 #
 # tests/gpu and tests/parity, the own tests of TileKernels and TransformerEngine where those are
 # checkouts of them, the first step of a fresh process with an empty and with a filled cache, what
-# accumulators save, then `tile-mhc bench`, alone on the GPU, beside TileKernels where it is installed.
-# BENCH_ARGS goes to it. Exits non-zero if anything failed.
+# accumulators save, what recompute groups save and cost, then `tile-mhc bench`, alone on the GPU,
+# beside TileKernels where it is installed. BENCH_ARGS goes to it. Exits non-zero if anything failed.
 set -uo pipefail
 [ $# -ge 1 ] || { echo "usage: scripts/gpu.sh OUT [TILEKERNELS [TRANSFORMERENGINE]]" >&2; exit 2; }
 mkdir -p "$1" || exit 1
@@ -47,6 +47,8 @@ TILELANG_CACHE_DIR="$cold" "$PYTHON" scripts/first_call.py --hidden 4096 >"$OUT/
 "$PYTHON" scripts/first_call.py --hidden 4096 >"$OUT/first_warm.log" 2>&1 || failed+=(first_warm)
 "$PYTHON" scripts/accumulators.py --tokens 8192 --hidden 7168 >"$OUT/accumulators.log" 2>&1 ||
     failed+=(accumulators)
+"$PYTHON" scripts/recompute_group.py --record "$OUT/recompute_group.json" \
+    >"$OUT/recompute_group.log" || failed+=(recompute_group)
 for log in "$OUT"/*.log; do say "$(basename "$log" .log): $(tail -n 1 "$log" | cut -c1-200)"; done
 vs=()
 # Found, not imported: its own __init__ does not import on tilelang 0.1.15.

@@ -427,6 +427,13 @@ def operator_calls(
             *lists,
             [torch.zeros_like(narrow) for _ in range(2)],
             [torch.zeros_like(wide)],
+            [torch.ones_like(narrow.view(-1, hidden_size)[0]) for _ in range(2)],
+            1e-6,
+        ),
+        "recompute_gates": (
+            wide,
+            *map(list, zip(*[tensors(SPLIT_MIXES) for _ in range(2)], strict=True)),
+            1e-6,
         ),
     }
     for name, positions in DESTINATIONS.items():

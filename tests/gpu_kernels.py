@@ -17,6 +17,7 @@ OPS_OF = {
     "contract_cluster": (),
     "nn": ("fused_pre", "post", "contract"),
     "recompute": ("recompute", "aggregate", "post"),
+    "recompute_group": ("recompute", "fused_pre", "post_pre", "post"),
     "accumulator": (),
     "main_grad": (),
     "dtypes": (),

@@ -1,5 +1,6 @@
 """A bfloat16 block with float32 mixing under torch's fully_shard: what each rank runs."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch.distributed.fsdp import (
 
 import distributed
 from distributed import HIDDEN, STREAMS, TOKENS
+from tile_mhc import recompute_group
 from tile_mhc.nn import HyperConnection, HyperHead
 
 
@@ -94,6 +96,29 @@ def of_original_dtypes(rank: int, ranks: int, folder: Path, calls_methods: bool)
             model.zero_grad()
             out = run(model, rank)
         save(model, out, rank, folder)
+
+
+def in_a_group(rank: int, ranks: int, folder: Path, calls_methods: bool) -> None:
+    """As `of_original_dtypes`: its gradients without a group, less those with one."""
+    with distributed.process_group(rank, ranks, folder):
+        model = make_model(calls_methods)
+        shard_mixing(model)
+        for block in model.blocks:
+            if calls_methods:
+                register_fsdp_forward_method(block.hc, "pre")
+                register_fsdp_forward_method(block.hc, "post")
+            fully_shard(block)
+        fully_shard(model)
+        found: list[list[Tensor]] = []
+        for around in (contextlib.nullcontext(), recompute_group()):
+            model.zero_grad()
+            with around:
+                out = model(make_streams(rank))
+            out.float().square().mean().backward()
+            found.append([out.detach(), *(p.grad.full_tensor() for p in model.parameters())])
+        same = all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        if rank == 0:
+            torch.save({"same": same, "replays": len(around._all)}, folder / "gradients.pt")
 
 
 def of_mixed_precision(rank: int, ranks: int, folder: Path, calls_methods: bool) -> None:

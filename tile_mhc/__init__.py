@@ -7,8 +7,9 @@ and mix them; on a CUDA device they run TileLang kernels, on a CPU the torch ref
 from tile_mhc import _checkout  # noqa: F401  (first: the others import tile_mhc.kernels)
 from tile_mhc import config as config
 from tile_mhc import nn as nn
+from tile_mhc._recompute_group import RecomputeGroup, recompute_group
 from tile_mhc.accumulator import GradAccumulator
-from tile_mhc.errors import AccumulatorError, ShapeError, UnsupportedError
+from tile_mhc.errors import AccumulatorError, RecomputeError, ShapeError, UnsupportedError
 from tile_mhc.main_grad import without_main_grad
 from tile_mhc.ops.aggregate import aggregate
 from tile_mhc.ops.contract import contract
@@ -26,6 +27,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AccumulatorError",
     "GradAccumulator",
+    "RecomputeError",
+    "RecomputeGroup",
     "ShapeError",
     "UnsupportedError",
     "aggregate",
@@ -37,6 +40,7 @@ __all__ = [
     "post_pre",
     "projection",
     "recompute",
+    "recompute_group",
     "sinkhorn",
     "split_mixes",
     "without_main_grad",

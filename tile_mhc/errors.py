@@ -41,6 +41,10 @@ class AccumulatorError(RuntimeError):
     """A gradient accumulator holds something that the op would overwrite or mix up."""
 
 
+class RecomputeError(RuntimeError):
+    """A recompute group is used wrongly, or cannot make again what a backward needs."""
+
+
 def dtype_name(dtype: torch.dtype | torch.layout) -> str:
     return str(dtype).removeprefix("torch.")
 

@@ -729,12 +729,21 @@ def recompute(
     layer_outputs: list[Tensor],
     post_mixes: list[Tensor],
     comb_mixes: list[Tensor],
+    *,
+    layer_norm_weights: list[Tensor] | None = None,
+    layer_norm_eps: float = 1e-6,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Replay of aggregate and post, layer by layer; one aggregate may follow the last post."""
+    """Replay of aggregate and post, layer by layer; one aggregate may follow the last post.
+
+    With weights of their norms, the layer inputs are normed.
+    """
     residual = initial_residual
     layer_inputs, residuals = [], []
     for layer, pre_mix in enumerate(pre_mixes):
-        layer_inputs.append(aggregate(residual, pre_mix))
+        layer_input = aggregate(residual, pre_mix)
+        if layer_norm_weights is not None:
+            layer_input = input_norm(layer_input, layer_norm_weights[layer], eps=layer_norm_eps)
+        layer_inputs.append(layer_input)
         if layer < len(layer_outputs):
             residual = post(layer_outputs[layer], residual, post_mixes[layer], comb_mixes[layer])
             residuals.append(residual)

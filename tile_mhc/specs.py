@@ -529,7 +529,7 @@ SPECS = (
         _pass_backwards,
         early=("weight", "norm_weight"),
     ),
-    Spec("input_norm", "post_pre", ("post_pre",), ("hidden_size",), _input_norms),
+    Spec("input_norm", "post_pre", ("post_pre", "recompute"), ("hidden_size",), _input_norms),
     Spec("interleaved_aggregate_fwd", "interleaved_aggregate", _TE, _CHANNELS, _interleaved),
     Spec(
         "interleaved_aggregate_bwd", "interleaved_aggregate", _TE, _CHANNELS, _interleaved_backwards
@@ -543,6 +543,7 @@ SPECS = (
     Spec("log_sinkhorn_fwd", "log_sinkhorn", ("sinkhorn", *_PRE_OPS, *_TE), _N, _n),
     Spec("log_sinkhorn_bwd", "log_sinkhorn", ("sinkhorn", *_PRE_OPS, *_TE), _STEPS, _steps),
     Spec("recompute", "recompute", ("recompute",), _STREAMS, _streams),
+    Spec("recompute_gates", "recompute", ("recompute",), _N, _n_gates),
     Spec("recompute_table", "recompute", ("recompute",), ("slots",), lambda _: [(TABLE_SLOTS,)]),
 )
 

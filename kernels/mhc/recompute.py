@@ -17,10 +17,13 @@ from tile_mhc.kernels._common import (
     weighted_sum,
 )
 from tile_mhc.kernels._shapes import TABLE_SLOTS
+from tile_mhc.kernels.mixes import logit, sigmoid
 from tile_mhc.kernels.post import combine
 
 # More, smaller CTAs: two warps wait less for each other than eight that start and end together.
 MOST_THREADS = 64
+# A thread a token.
+GATE_THREADS = 128
 PRE_MIX, LAYER_INPUT, LAYER_OUTPUT, POST_MIX, COMB_MIX, RESIDUAL = range(6)
 
 
@@ -89,6 +92,41 @@ def recompute(n: int, hidden_size: int, *, streams_dtype: str):
                                 streams[j, v] = mixed[j, v]
 
     return recompute_kernel
+
+
+@builder(SIMT)
+def recompute_gates(n: int, *, scale_dtype: str, bias_dtype: str):
+    """The pre_mixes that `fused_pre` has not kept, of all layers: to its bits, as split_mixes."""
+    tokens = T.dynamic("num_tokens")
+    rows = T.dynamic("num_layers")
+    num_mixes = n * (n + 2)
+
+    @T.prim_func
+    def recompute_gates_kernel(
+        table: T.Tensor[(rows, 3), T.ptr],
+        pre_mixes: T.Tensor[(rows, tokens, n), T.float32],
+        pre_eps: T.float32,
+    ):
+        with T.Kernel(T.ceildiv(tokens, GATE_THREADS), rows, threads=GATE_THREADS) as (
+            block,
+            layer,
+        ):
+            follow_previous()
+            t = block * GATE_THREADS + T.get_thread_binding()
+            z = T.alloc_local((n,), T.float32)
+            gate = T.alloc_local((1,), T.float32)
+            if t < tokens:
+                mixes = T.make_tensor(table[layer, 0], (tokens, num_mixes), T.float32)
+                scale = T.make_tensor(table[layer, 1], (3,), scale_dtype)
+                bias = T.make_tensor(table[layer, 2], (num_mixes,), bias_dtype)
+                for i in T.unroll(n):
+                    logit(mixes[t, i], scale[0], bias[i], gate)
+                    sigmoid(gate[0], gate)
+                    z[i] = gate[0] + pre_eps
+                for i in T.vectorized(n):
+                    pre_mixes[layer, t, i] = z[i]
+
+    return recompute_gates_kernel
 
 
 @builder(SIMT)

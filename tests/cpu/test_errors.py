@@ -419,6 +419,14 @@ MISTAKES = [
     ("destination in an input", recompute_overlapping, ShapeError,
      "recompute: a destination must not share memory with an input or another destination; "
      "got overlapping tensors"),
+    ("a norm short", lambda: recompute(layer_norm_weights=[f32(H)]), ShapeError,
+     "recompute: layer_norm_weights must hold 2 tensors; got 1"),
+    ("wrong norm", lambda: recompute(layer_norm_weights=[f32(H), f32(2 * H)]), ShapeError,
+     "recompute: layer_norm_weights[1] must be (64,) float32 to match initial_residual"),
+    ("norms of two dtypes", lambda: recompute(layer_norm_weights=[f32(H), bf16(H)]), ShapeError,
+     "recompute: layer_norm_weights[1] must be (64,) float32 to match initial_residual"),
+    ("no number for a norm", lambda: recompute(layer_norm_eps="0"), ShapeError,
+     "recompute: layer_norm_eps must be a number; got str '0'"),
     ("one destination twice", recompute_same_destination_twice, ShapeError,
      "recompute: a destination must not share memory with an input or another destination; "
      "got overlapping tensors"),

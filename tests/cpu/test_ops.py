@@ -25,6 +25,7 @@ from cases import (
     OPS,
     PARAMETERS,
     POST,
+    POST_PRE_DELAYED,
     PROJECTION,
     Case,
     operator_calls,
@@ -408,6 +409,41 @@ def test_recompute(layers, posts):
         if layer < posts:
             residual = tile_mhc.post(outputs[layer], residual, post_mixes[layer], combs[layer])
             assert torch.equal(residuals[layer], residual)
+
+
+def test_recompute_of_delayed_mixes():
+    """Of DeepSeek-V4.1: each layer input by the pre_mix that the boundary before has made."""
+    tensors, _ = POST_PRE_DELAYED.inputs((3,), 4, 64, "cpu")
+    gates = [tensors[name] for name in ("weight", "scale", "bias")]
+    initial, first = tensors["residual"], tensors["pre_mix"]
+    layer_input, pre_mix, post_mix, comb_mix = tile_mhc.fused_pre(initial, *gates, pre_mix=first)
+    streams, found = initial, ([layer_input], [])
+    used: tuple[list, ...] = ([first], [], [], [])
+    for _ in range(3):
+        output = layer_input.sin()
+        for column, value in zip(used, (pre_mix, output, post_mix, comb_mix), strict=True):
+            column.append(value)
+        streams, layer_input, pre_mix, post_mix, comb_mix = tile_mhc.post_pre(
+            output, streams, post_mix, comb_mix, *gates, pre_mix=pre_mix
+        )
+        found[0].append(layer_input)
+        found[1].append(streams)
+    made = tile_mhc.recompute(initial, *used)
+    for theirs, ours in zip(found, made, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(theirs, ours, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recompute_of_normed_inputs(dtype):
+    inputs = recompute_inputs(3, 2, (3,), 4, 64, "cpu")
+    weights = [torch.randn(64).to(dtype) for _ in range(3)]
+    plain = tile_mhc.recompute(*inputs)
+    normed = tile_mhc.recompute(*inputs, layer_norm_weights=weights, layer_norm_eps=1e-3)
+    for x, weight, y in zip(plain[0], weights, normed[0], strict=True):
+        wide = x.double()
+        factor = (wide.square().mean(-1, keepdim=True) + 1e-3).rsqrt()
+        torch.testing.assert_close(y.double(), wide * factor * weight, rtol=2**-8, atol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(plain[1], normed[1], strict=True))
 
 
 @EVERY_OP

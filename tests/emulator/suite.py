@@ -1,5 +1,6 @@
 """What the emulated tests run on: few pairs (n, H), as each is a build, and many token counts."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -29,7 +30,17 @@ from cases import (
     norm_weight,
     recompute_inputs,
 )
-from tile_mhc import contract, fused_pre, post_pre, recompute, reference, selection, sinkhorn
+from tile_mhc import (
+    contract,
+    fused_pre,
+    post,
+    post_pre,
+    recompute,
+    recompute_group,
+    reference,
+    selection,
+    sinkhorn,
+)
 
 TE_DTYPES = te_cases.DTYPES[0]
 PAIRS = ((2, 64), (4, 192), (8, 128))
@@ -107,10 +118,13 @@ def run_recompute(
     case: Case, device: str = "cpu", dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Tensor]:
     """A replay of three layers and two posts."""
-    outputs = recompute(*recompute_inputs(3, 2, *case.shape, device, dtype))
+    inputs = recompute_inputs(3, 2, *case.shape, device, dtype)
+    norms = [norm_weight(case.hidden_size, device) for _ in range(3)]
+    outputs = (*recompute(*inputs), *recompute(*inputs, layer_norm_weights=norms))
+    names = ("layer_inputs", "residuals", "normed layer_inputs", "residuals of the normed")
     return {
         f"{name}[{i}]": tensor
-        for name, tensors in zip(("layer_inputs", "residuals"), outputs, strict=True)
+        for name, tensors in zip(names, outputs, strict=True)
         for i, tensor in enumerate(tensors)
     }
 
@@ -153,6 +167,24 @@ def run_input_norm(case: Case, dtypes: Dtypes = DEFAULT_DTYPES) -> None:
                 torch.testing.assert_close(normed, want, rtol=2**-7, atol=1e-5)
 
 
+def run_group(case: Case, dtypes: Dtypes = DEFAULT_DTYPES) -> None:
+    """Sub-layers in a recompute group have the bits that they have without."""
+    tensors, options = FUSED_PRE.inputs(*case.shape, "cpu")
+    given = dtypes.of(with_norm(FUSED_PRE, tensors))
+    found = []
+    for around in (contextlib.nullcontext(), recompute_group()):
+        leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in given.items()}
+        streams = leaves.pop("residual")
+        values = [streams, *leaves.values()]
+        with around:
+            for _ in range(3):
+                layer_input, post_mix, comb_mix = fused_pre(streams, **leaves, **options)
+                streams = post(layer_input.tanh(), streams, post_mix, comb_mix)
+        found.append(torch.autograd.grad(streams.float().square().mean(), values))
+    for name, a, b in zip(given, *found, strict=True):
+        assert torch.equal(a, b), f"{name}, in a group"
+
+
 def run_last_boundary(case: Case, dtypes: Dtypes = DEFAULT_DTYPES) -> None:
     """A boundary whose streams nobody reads: there is no gradient of theirs to add to."""
     tensors, options = POST_PRE_DELAYED.inputs(*case.shape, "cpu")
@@ -181,5 +213,6 @@ def run_everything(case: Case, dtypes: Dtypes = DEFAULT_DTYPES) -> None:
             ):
                 op.run(**given, **options)
     run_recompute(case, dtype=dtypes.streams)
+    run_group(case, dtypes)
     run_input_norm(case, dtypes)
     run_last_boundary(case, dtypes)

@@ -29,6 +29,7 @@ from emulator.suite import (
     VARIED,
     WIDE_CASE,
     run_everything,
+    run_group,
     run_recompute,
     with_norm,
 )
@@ -85,6 +86,11 @@ def test_recompute(case):
         expected = run_recompute(case)
     for name, tensor in expected.items():
         assert torch.allclose(ours[name].float(), tensor.float(), rtol=2**-7, atol=2**-7), name
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_recompute_group(case):
+    run_group(case)
 
 
 @pytest.mark.parametrize("pair", VARIED, ids=str)

@@ -38,6 +38,7 @@ Take 5.20 or later for those. `patch(streams_dtype=torch.bfloat16)` asks for bfl
 in a model whose own are float32, as under autocast; the sub-layers keep their dtype.
 """
 
+import functools
 import importlib
 import inspect
 import re
@@ -54,6 +55,7 @@ from torch import Tensor
 
 from tile_mhc import errors, functional
 from tile_mhc.integrations import _decoder_stack
+from tile_mhc.integrations import _recompute_layers as groups
 from tile_mhc.integrations._decoder_stack import Pending
 from tile_mhc.ops.post_pre import post_pre
 from tile_mhc.ops.sinkhorn import check_sinkhorn
@@ -74,6 +76,7 @@ _period = 0  # how often the patch has been undone as a whole
 _running = 0  # models whose layers hand on: their layers keep our code until they have ended
 _in_force = False  # read by what torch.compile traces: it starts over when this changes
 _streams_dtype: torch.dtype | None = None
+_recompute_layers: int | None = None
 _norm_class: Any = None
 _norm_forward: Any = None  # the class's own; None where the class was given another before
 _calls: Counter[tuple[str, str]] = Counter()
@@ -117,7 +120,9 @@ class Patch:
                 unpatch()
 
 
-def patch(*, streams_dtype: torch.dtype | None = None) -> Patch:
+def patch(
+    *, streams_dtype: torch.dtype | None = None, recompute_layers: int | None = None
+) -> Patch:
     """Put tile_mhc under every DeepSeek-V4 model of Hugging Face transformers, in every thread.
 
     It lasts until `unpatch()`, or for the length of a `with` block: `with patch(): ...`. Blocks may
@@ -130,6 +135,11 @@ def patch(*, streams_dtype: torch.dtype | None = None) -> Patch:
             this dtype before they are mixed. The sub-layers are given, and the model returns, the
             dtype that they would without it: that of the embeddings. None leaves every dtype as the
             model has it.
+        recompute_layers: put so many decoder layers after one another into a
+            `tile_mhc.recompute_group`: the streams and the inputs of their sub-layers are not kept
+            for the backward, which makes those of a group again by one launch; the layers do not
+            run again. Layers that transformers checkpoints (`gradient_checkpointing_enable`), or
+            that run inside of other hooks of saved tensors or inside torch.compile, are left out.
 
     Returns:
         A handle, for use as a context.
@@ -138,7 +148,8 @@ def patch(*, streams_dtype: torch.dtype | None = None) -> Patch:
         ImportError: transformers is missing, or has no DeepSeek-V4.
         UnsupportedError: a class or the signature of a forward is not the one this was written for,
             or a forward is no longer transformers' own.
-        ValueError: streams_dtype is none of these, or not that of the patch in force.
+        ValueError: streams_dtype is none of these, recompute_layers no positive integer, or one is
+            not that of the patch in force.
 
     Source: transformers 5.17 to 5.24, `models/deepseek_v4/modeling_deepseek_v4.py`.
     """
@@ -148,21 +159,29 @@ def patch(*, streams_dtype: torch.dtype | None = None) -> Patch:
         raise ValueError(
             f"patch: streams_dtype must be one of {names}, or None; got {streams_dtype!r}"
         )
+    if recompute_layers is not None:
+        errors.check_positive_int("patch", "recompute_layers", recompute_layers)
     modeling = _modeling()
     with _lock:
         if not _in_force:
-            _begin(modeling, streams_dtype)
-        elif streams_dtype != _streams_dtype:
-            raise ValueError(
-                f"patch: streams_dtype must be {_streams_dtype}, as in the patch in force; "
-                f"got {streams_dtype}. Call unpatch() first"
-            )
+            _begin(modeling, streams_dtype, recompute_layers)
+        for name, given, in_force in (
+            ("streams_dtype", streams_dtype, _streams_dtype),
+            ("recompute_layers", recompute_layers, _recompute_layers),
+        ):
+            if given != in_force:
+                raise ValueError(
+                    f"patch: {name} must be {in_force}, as in the patch in force; got {given}. "
+                    "Call unpatch() first"
+                )
         _held += 1
         return Patch()
 
 
-def _begin(modeling: ModuleType, streams_dtype: torch.dtype | None) -> None:
-    global _in_force, _norm_class, _norm_forward, _streams_dtype
+def _begin(
+    modeling: ModuleType, streams_dtype: torch.dtype | None, recompute_layers: int | None
+) -> None:
+    global _in_force, _norm_class, _norm_forward, _streams_dtype, _recompute_layers
     functions = {name: _function_to_patch(modeling, name) for name in _STAND_INS}
     stand_ins = dict(_STAND_INS)
     for function, stand_in in _model_to_patch(modeling):
@@ -178,7 +197,7 @@ def _begin(modeling: ModuleType, streams_dtype: torch.dtype | None) -> None:
             )
     for name in _functions.keys() - functions.keys():
         del _functions[name]
-    _streams_dtype = streams_dtype
+    _streams_dtype, _recompute_layers = streams_dtype, recompute_layers
     with _calls_lock:
         _calls.clear()
     _in_force = True
@@ -472,6 +491,13 @@ class _Running:
                 _restore()
 
 
+def _layer_in_group(self: Any, *args: Any, **kwargs: Any) -> Tensor | Pending:
+    if not _in_force or _recompute_layers is None:
+        return _decoder_layer(self, *args, **kwargs)
+    forward = functools.partial(_decoder_layer, self, *args, **kwargs)
+    return groups.run(_recompute_layers, self, forward)  # type: ignore[no-any-return]
+
+
 def _decoder_layer(
     self: Any,
     hidden_states: Tensor | Pending,
@@ -595,7 +621,7 @@ def _stand_in_layer(
 ) -> Any:
     from tile_mhc.integrations import transformers as integration
 
-    return integration._decoder_layer(self, hidden_states, input_ids, **kwargs)
+    return integration._layer_in_group(self, hidden_states, input_ids, **kwargs)
 
 
 _STAND_INS: dict[str, FunctionType] = {

@@ -94,7 +94,7 @@ class Operator:
         if torch.compiler.is_compiling() or transforms_active():
             return self._operator(*inputs)
         refuse_tangents(self._name, inputs)
-        if self.function is not None and _records(inputs):
+        if self.function is not None and records(inputs):
             return self.function.apply(*inputs)
         return self.launch(inputs)
 
@@ -171,7 +171,7 @@ def _dispatched(name: str, operator: Any, function: Any) -> Callable[..., Any]:
 
     def dispatched(keys: Any, *inputs: Any) -> Any:
         refuse_tangents(name, inputs)
-        if function is None or not _records(inputs):
+        if function is None or not records(inputs):
             return _below(operator, keys, inputs)
         from torch._functorch.utils import enable_single_level_autograd_function
 
@@ -186,7 +186,8 @@ def _below(operator: Any, keys: Any, inputs: tuple[Any, ...]) -> Any:
         return operator.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
 
 
-def _records(inputs: tuple[Any, ...]) -> bool:
+def records(inputs: Iterable[Any]) -> bool:
+    """Whether autograd would record an operator with these inputs."""
     return torch.is_grad_enabled() and any(
         isinstance(value, Tensor) and value.requires_grad for value in inputs
     )

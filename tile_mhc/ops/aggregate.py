@@ -16,6 +16,7 @@ from tile_mhc.ops._destinations import (
     gradient_buffers,
     register_into,
 )
+from tile_mhc.ops._group import active
 from tile_mhc.ops._library import dtypes, register
 from tile_mhc.ops._op import Op
 
@@ -120,12 +121,16 @@ def _backward_fake(grad: Tensor, residual: Tensor, pre_mix: Tensor) -> tuple[Ten
     return residual.new_empty(residual.shape), pre_mix.new_empty(pre_mix.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    if active.group is None or torch.compiler.is_compiling():
+        ctx.save_for_backward(*inputs)
+    else:
+        layer_input = output if isinstance(output, Tensor) else output[0]
+        active.group.after_aggregate(ctx, inputs, layer_input)
 
 
 def _backward_arguments(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-    return grad, *ctx.saved_tensors
+    return grad, *(ctx.saved_tensors or ctx.kept.take())
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from tile_mhc.ops import aggregate as aggregate_op
 from tile_mhc.ops import gates as gates_op
 from tile_mhc.ops import log_sinkhorn as log_sinkhorn_op
 from tile_mhc.ops import projection as projection_op
+from tile_mhc.ops._autograd import records
 from tile_mhc.ops._destinations import (
     NO_DESTINATIONS,
     Destinations,
@@ -22,6 +23,7 @@ from tile_mhc.ops._destinations import (
     gradient_buffers,
     register_into,
 )
+from tile_mhc.ops._group import active
 from tile_mhc.ops._library import (
     absent,
     dtype_of,
@@ -375,14 +377,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, *options, _, tf32 = inputs[GRADIENTS:]
-    ctx.save_for_backward(*inputs[:GRADIENTS], *output[4:6])
+    saved = (*inputs[:GRADIENTS], *output[4:6])
     ctx.options = (*options, tf32, inputs[4].requires_grad)
     ctx.set_materialize_grads(False)
+    if active.group is None or torch.compiler.is_compiling():
+        ctx.save_for_backward(*saved)
+    else:
+        active.group.after_delayed_pre(ctx, saved, output[0])
 
 
 def _backward_arguments(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """Gradients that autograd left out are zeros; that of the residual joins what it has."""
-    saved = ctx.saved_tensors  # once: checkpointing unpacks it only once
+    saved = ctx.saved_tensors or ctx.kept.take()  # once: checkpointing unpacks it only once
     passed = grads[-1] if len(grads) in (5, 7) else None
     return *filled(grads[:4], empty, saved[0]), *saved, *ctx.options, passed
 
@@ -450,7 +456,8 @@ class _DelayedPreAndResidual(torch.autograd.Function):
 
 
 def _passed(*inputs: Any) -> tuple[Tensor, ...]:
-    if transforms_active():  # takes only what torch.func can transform: the operator, and a view
+    # Transforms of torch.func take only what they know: the operator, and a view.
+    if transforms_active() or not records(inputs):
         return _with_residual(*inputs)
     outputs: tuple[Tensor, ...] = _DelayedPreAndResidual.apply(*inputs)  # type: ignore[no-untyped-call]
     return outputs

@@ -16,6 +16,7 @@ from tile_mhc.ops import log_sinkhorn as log_sinkhorn_op
 from tile_mhc.ops import mixes as mixes_op
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops import sinkhorn as sinkhorn_op
+from tile_mhc.ops._autograd import records
 from tile_mhc.ops._destinations import (
     NO_DESTINATIONS,
     Destinations,
@@ -24,6 +25,7 @@ from tile_mhc.ops._destinations import (
     gradient_buffers,
     register_into,
 )
+from tile_mhc.ops._group import active
 from tile_mhc.ops._library import absent, dtype_of, dtypes, empty_gradients, filled, register
 from tile_mhc.ops._op import Op
 from tile_mhc.ops.aggregate import check_mix
@@ -411,12 +413,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     residual, weight, scale, bias, norm_weight, _, *options, _, tf32 = inputs
-    ctx.save_for_backward(residual, weight, scale, bias, norm_weight, *output[3:5])
+    saved = (residual, weight, scale, bias, norm_weight, *output[3:5])
     ctx.options = (*options, tf32)
+    if active.group is None or torch.compiler.is_compiling():
+        ctx.save_for_backward(*saved)
+    else:
+        active.group.after_fused_pre(ctx, saved, output[0], options[0])
 
 
 def _backward_arguments(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    return *grads[:3], *ctx.saved_tensors, *ctx.options, None
+    saved = ctx.saved_tensors or ctx.kept.take()
+    return *grads[:3], *saved, *ctx.options, None
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -462,7 +469,7 @@ def _with_residual(*inputs: Any) -> tuple[Tensor, ...]:
 
 def _passing_arguments(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """Gradients that autograd left out are zeros; that of the residual joins what it has."""
-    saved = ctx.saved_tensors  # once: checkpointing unpacks it only once
+    saved = ctx.saved_tensors or ctx.kept.take()  # once: checkpointing unpacks it only once
     given: Sequence[Tensor | None] = grads[:3]
     if grads[0] is None or grads[1] is None or grads[2] is None:
         given = filled(given, empty, saved[0])
@@ -490,7 +497,8 @@ class _FusedPreAndResidual(torch.autograd.Function):
 
 
 def _passed(*inputs: Any) -> tuple[Tensor, ...]:
-    if transforms_active():  # takes only what torch.func can transform: the operator, and a view
+    # Transforms of torch.func take only what they know: the operator, and a view.
+    if transforms_active() or not records(inputs):
         return _with_residual(*inputs)
     outputs: tuple[Tensor, ...] = _FusedPreAndResidual.apply(*inputs)  # type: ignore[no-untyped-call]
     return outputs

@@ -16,6 +16,7 @@ from tile_mhc.ops._destinations import (
     gradient_buffers,
     register_into,
 )
+from tile_mhc.ops._group import active
 from tile_mhc.ops._library import dtype_of, dtypes, empty_gradients, empty_like, register
 from tile_mhc.ops._op import Op
 from tile_mhc.ops.aggregate import check_mix
@@ -207,12 +208,16 @@ def _backward_fake(grad: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
     return empty_gradients(*inputs)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    if active.group is None or torch.compiler.is_compiling():
+        ctx.save_for_backward(*inputs)
+    else:
+        streams = output if isinstance(output, Tensor) else output[0]
+        active.group.after_post(ctx, inputs, streams)
 
 
 def _backward_arguments(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return grad, *ctx.saved_tensors
+    return grad, *(ctx.saved_tensors or ctx.kept.take())
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -21,6 +21,7 @@ from tile_mhc.ops._destinations import (
     gradient_buffers,
     register_into,
 )
+from tile_mhc.ops._group import active
 from tile_mhc.ops._library import (
     absent,
     dtype_of,
@@ -525,15 +526,19 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
         _refuse_gradient(inputs[GRADIENTS])
     _, _, *options, _, _, tf32 = inputs[GRADIENTS:]
     pre_mix = inputs[7]
-    ctx.save_for_backward(*inputs[:GRADIENTS], output[0], *output[5:])
+    saved = (*inputs[:GRADIENTS], output[0], *output[5:])
     ctx.options = (*options, tf32, pre_mix is not None and pre_mix.requires_grad)
     # A gradient of the streams that is not there is not read.
     ctx.set_materialize_grads(False)
+    if active.group is None or torch.compiler.is_compiling():
+        ctx.save_for_backward(*saved)
+    else:
+        active.group.after_post_pre(ctx, saved, output[1], options[0])
 
 
 def _backward_arguments(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """Gradients that autograd left out are zeros; that of the streams is left out."""
-    saved = ctx.saved_tensors  # once: checkpointing unpacks it only once
+    saved = ctx.saved_tensors or ctx.kept.take()  # once: checkpointing unpacks it only once
     residual, pre_mix = saved[1], saved[7]
     given = list(grads[1:5])
     if pre_mix is None:
