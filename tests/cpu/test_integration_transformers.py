@@ -483,8 +483,17 @@ def test_script_agrees(capsys, text):
     assert all(run["grads_cosine"] > 0.99 for run in report["runs"])
     assert all(run["loss_last"] < run["loss_first"] for run in report["runs"])
     assert not integration.is_patched()
-    assert load_script().main([*arguments, "--steps", "1"]) == 0
-    assert "agreement" in capsys.readouterr().out
+
+
+def test_table_of_the_script(capsys, text, monkeypatch):
+    script = load_script()
+    # Of one model: the numbers are those that JSON has.
+    monkeypatch.setattr(script, "MODELS", ("float32",))
+    arguments = ["--device", "cpu", "--text", str(text), "--length", "160", "--steps", "1"]
+    assert script.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines() if CPU in line] == ["float32"]
+    assert out.endswith("\nagreement\n")
 
 
 def test_script_finds_a_wrong_direction(capsys, text, monkeypatch):

@@ -3,7 +3,7 @@
 A kernel that TileLang gives TMA copies, mbarriers and wgmma is lowered another way, as its
 *sibling*: the same definition with those three switched off, copies that ask for TMA made plain
 ones, and pipelines one stage deep, since without warp specialisation TileLang 0.1.15 lowers no
-deeper pipeline of a length known at run time.
+deeper pipeline of a length known at run time. TileLang's prover has quicker settings meanwhile.
 """
 
 import contextlib
@@ -18,10 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import z3
+
 from emulator.cache import CACHE, digest_of, made
 from tile_mhc import jit, kernels, specs
 
 SIBLING_STAGES = 1
+# Settings of Z3 with which a sibling takes a quarter less: the older solver for integers. TileLang
+# gives each question a number of steps, within which that may leave another open. Of 10 siblings
+# 9 came out the same, and in one a loop takes single elements instead of two. Barriers, which the
+# emulator is to judge, are placed with the settings that shipped kernels have.
+QUICK_PROVER = {"smt.arith.solver": "2", "smt.arith.enable_hnf": "false"}
+PLACES_BARRIERS = "tl.ThreadSync"
 # What the header does not have, and how it shows in a kernel's source.
 NOT_EMULATED = {
     "TMA copies": r"tl::tma_(?:load|store(?!_cluster))",
@@ -32,6 +40,10 @@ NOT_EMULATED = {
 
 # Held while tracing: the parser keeps global state, and a sibling swaps a module's language.
 _trace_lock = threading.Lock()
+# Z3's settings are the process's. For each lowering now under way, whether it is a sibling's.
+_lowering: list[bool] = []
+_lowering_changed = threading.Condition()
+_own_prover = {name: z3.get_param(name) for name in QUICK_PROVER}
 
 
 @dataclass(frozen=True)
@@ -123,12 +135,52 @@ def _traced_and_lowered(name: str, args: specs.Arguments, arch: str, sibling: bo
 
     def lower_into(path: Path) -> None:
         target = tilelang.tvm.target.Target({"kind": "cuda", "arch": arch})
-        with tilelang.tvm.transform.PassContext(opt_level=3, config=configs), target:
-            artifact = jit.undisturbed(lambda: tilelang.lower(func, target=target))
+        with _prover_for(sibling) as instruments:
+            context = tilelang.tvm.transform.PassContext(
+                opt_level=3, config=configs, instruments=instruments
+            )
+            with context, target:
+                artifact = jit.undisturbed(lambda: tilelang.lower(func, target=target))
         path.write_text(json.dumps(_describe(name, func, artifact)))
 
     digest = digest_of(func.script(), json.dumps([configs, arch]), _toolchain())
     return made(CACHE / "lowered" / f"{name}-{digest}.json", lower_into)
+
+
+@contextlib.contextmanager
+def _prover_for(sibling: bool) -> Iterator[list[Any]]:
+    """The prover's settings for a lowering, and the instruments of its passes.
+
+    A sibling is lowered alone, and in the same way every time; shipped kernels together.
+    """
+
+    def is_free() -> bool:
+        return not _lowering if sibling else True not in _lowering
+
+    with _lowering_changed:
+        _lowering_changed.wait_for(is_free)
+        _lowering.append(sibling)
+    try:
+        yield [_quick_prover()] if sibling else []
+    finally:
+        _set_up(_own_prover)
+        with _lowering_changed:
+            _lowering.remove(sibling)
+            _lowering_changed.notify_all()
+
+
+def _quick_prover() -> Any:
+    @sys.modules["tvm"].instrument.pass_instrument
+    class Quick:
+        def run_before_pass(self, _: Any, info: Any) -> None:
+            _set_up(_own_prover if info.name == PLACES_BARRIERS else QUICK_PROVER)
+
+    return Quick()
+
+
+def _set_up(prover: dict[str, str]) -> None:
+    for name, value in prover.items():
+        z3.set_param(name, value)
 
 
 @contextlib.contextmanager
