@@ -49,6 +49,9 @@ CASES = (
     Case("big_fuse", 13, 256),
     Case("recompute", 5, 512),
     Case("sub_layer", 13, 256),
+    # The gradient of fn is that of norm_fn.
+    Case("boundary", 13, 256, ("grad_fn",)),
+    Case("boundary_delayed", 13, 256, ("grad_fn",)),
 )
 
 
