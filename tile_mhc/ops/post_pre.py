@@ -265,7 +265,8 @@ def _cuda(
         post_op.launch(layer_output, residual, post_mix, comb_mix, layer_bias, streams)
         given = [*gates, *own_mix, norm_weight, *steps, num_splits, tf32]
         if pre_mix is None:
-            layer_input, *mixes = fused_op.launch(*given, norm)
+            given.append(norm)
+            layer_input, *mixes = fused_op.launch(*given)
             mixes.insert(0, _no_mix(residual))
         else:
             layer_input, *mixes = delayed_op.launch(*given)
