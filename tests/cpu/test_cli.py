@@ -189,7 +189,7 @@ def test_list_as_json(run):
 
 
 def cli(*arguments):
-    return fresh.run("from tile_mhc.cli import entry; entry()", *arguments)
+    return fresh.run("from tile_mhc.cli import entry; entry()", *arguments, tilelang=True)
 
 
 def test_compile_then_cached_then_cleaned(nvcc, private_cache):
@@ -244,7 +244,7 @@ def test_compile_then_cached_then_cleaned(nvcc, private_cache):
 def test_resources_of_a_kernel_that_first_use_compiled(nvcc, private_cache):
     """No record lies beside it then, so dynamic shared memory is worked out anew."""
     build = "from tile_mhc import jit; jit.compile_kernel('sinkhorn_bwd', (2, 32), 'sm_90a')"
-    assert fresh.run(build)[0] == 0
+    assert fresh.run(build, tilelang=True)[0] == 0
     assert not list(private_cache.rglob(_resources.CACHE_NAME))
     arguments = (*ARCH, "--hidden", "64", "--streams", "2", "--ops", "sinkhorn", "--json")
     found = {}
