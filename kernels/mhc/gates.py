@@ -140,7 +140,7 @@ def gates_bwd(n: int, capacity: int, *, scale_dtype: str, bias_dtype: str):
             z = T.alloc_local((1,), T.float32)
             gate = T.alloc_local((1,), T.float32)
             partial = T.alloc_local((1,), T.float32)
-            shared = T.alloc_shared(sums_shape(num_mixes + 3, THREADS), T.float32)
+            sums_shared = T.alloc_shared(sums_shape(num_mixes + 3, THREADS), T.float32)
             for k in T.unroll(num_mixes + 3):
                 sums[k] = 0.0
             for k in T.unroll(part_rows):
@@ -175,7 +175,7 @@ def gates_bwd(n: int, capacity: int, *, scale_dtype: str, bias_dtype: str):
                     values,
                     per_token,
                 )
-            block_sums(sums, num_mixes + 3, THREADS, shared, partial)
+            block_sums(sums, num_mixes + 3, THREADS, sums_shared, partial)
             if tid % lanes == 0 and tid < (num_mixes + 3) * lanes:
                 partials[row, tid // lanes] = partial[0]
             store_parts(values, per_token, t, tokens, grad_parts, factors)
@@ -226,7 +226,7 @@ def delayed_gates_bwd(n: int, capacity: int, *, scale_dtype: str, bias_dtype: st
             values = T.alloc_local((part_rows,), T.float32)
             per_token = T.alloc_local((width,), T.float32)
             partial = T.alloc_local((1,), T.float32)
-            shared = T.alloc_shared(sums_shape(num_mixes + 3, THREADS), T.float32)
+            sums_shared = T.alloc_shared(sums_shape(num_mixes + 3, THREADS), T.float32)
             for k in T.unroll(num_mixes + 3):
                 sums[k] = 0.0
             for k in T.unroll(part_rows):
@@ -257,7 +257,7 @@ def delayed_gates_bwd(n: int, capacity: int, *, scale_dtype: str, bias_dtype: st
                     values,
                     per_token,
                 )
-            block_sums(sums, num_mixes + 3, THREADS, shared, partial)
+            block_sums(sums, num_mixes + 3, THREADS, sums_shared, partial)
             if tid % lanes == 0 and tid < (num_mixes + 3) * lanes:
                 partials[row, tid // lanes] = partial[0]
             store_parts(values, per_token, t, tokens, grad_parts, factors)

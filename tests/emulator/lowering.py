@@ -272,7 +272,9 @@ def _shared_buffers(func: Any) -> dict[str, int]:
                 elements = 1
                 for size in buffer.shape:
                     elements *= int(size)
-                sizes[str(buffer.name)] = elements * bits // 8
+                size = elements * bits // 8
+                if sizes.setdefault(str(buffer.name), size) != size:
+                    raise ValueError(f"two shared buffers are called {buffer.name}")
 
     sys.modules["tvm"].tirx.stmt_functor.post_order_visit(func.body, visit)
     return sizes
