@@ -472,7 +472,7 @@ def _model(self: Any, given: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _is_our_layer(layer: Any) -> bool:
     forward = type(layer).forward
-    # From 5.24 on each class derived of a layer's, as FSDP2 makes them, wraps its forward once more.
+    # From 5.24 on each class derived of it, as FSDP2 makes them, wraps its forward once more.
     while hasattr(forward, "__wrapped__"):
         forward = forward.__wrapped__
     return forward is _functions[LAYER]
