@@ -198,6 +198,17 @@ def test_the_tolerance_follows_from_the_roundings_of_an_op():
         for factor, is_right in ((0.9, True), (1.1, False)):
             got = (want + factor * allowed).bfloat16()
             assert (checking.find_error(got, want, roundings) is None) == is_right
+
+
+def test_a_row_is_judged_by_its_own_size():
+    want = torch.ones(1, 64, 8, dtype=torch.float64)
+    want[0, 0] = 100.0
+    for row, by_all, by_row in ((0, "1 of 512", None), (1, None, "8 of 512")):
+        got = want.clone()
+        got[0, row, : 1 if row == 0 else 8] += 20.0 if row == 0 else 0.5
+        found = [checking.find_error(got.bfloat16(), want, 24, by_row=by) for by in (False, True)]
+        for text, start in zip(found, (by_all, by_row), strict=True):
+            assert text is None if start is None else text.startswith(start)
     deep = {"recompute.fwd", *STACKS}
     assert {op.roundings for op in table().values() if op.name not in deep} == {3}
     assert {table()[name].roundings for name in STACKS} == {3 * stacks.BOUNDARIES}

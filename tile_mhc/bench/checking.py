@@ -17,16 +17,21 @@ BFLOAT16 = 2.0**-9
 FLOAT32 = 2e-3  # TF32 products are off by 2e-4 of the rms
 
 
-def find_error(got: Tensor, want: Tensor, roundings: int = ROUNDINGS) -> str | None:
+def find_error(
+    got: Tensor, want: Tensor, roundings: int = ROUNDINGS, by_row: bool = False
+) -> str | None:
     """What is wrong with `got`; a NaN is.
 
-    Right is |got - want| <= tolerance * (|want| + 4 rms(want)), everywhere.
+    Right is |got - want| <= tolerance * (|want| + 4 rms(want)), everywhere; the rms is that of all
+    elements, or `by_row` that of the last dimension.
     """
     if got.numel() != want.numel():
         return f"{tuple(got.shape)} for {tuple(want.shape)}"
     error = (got.reshape(want.shape).double() - want).abs()
     tolerance = FLOAT32 if got.dtype == torch.float32 else BFLOAT16 * (roundings + 1)
-    bound = tolerance * (want.abs() + 4 * want.square().mean().sqrt())
+    squares = want.square()
+    mean = squares.mean(-1, keepdim=True) if by_row else squares.mean()
+    bound = tolerance * (want.abs() + 4 * mean.sqrt())
     wrong = ~(error <= bound)
     if not wrong.any():
         return None
@@ -45,7 +50,7 @@ def check(op: Op, x: Inputs, outputs: Outputs) -> str | None:
                 sums[index] = sums[index] + want if index in sums else want
                 continue
             by_token = got if got.shape[0] == 1 else got.unsqueeze(0)
-            if error := find_error(by_token[:, tokens], want, op.roundings):
+            if error := find_error(by_token[:, tokens], want, op.roundings, op.by_row):
                 return f"output {index}, tokens from {start}: {error}"
     for index, want in sums.items():
         if error := find_error(outputs[index], want, op.roundings):

@@ -47,6 +47,8 @@ class Op:
         layers: whether the inputs must be `Inputs.with_layers`.
         roundings: how often an output was rounded to bfloat16, at most.
         directed: whether it writes to a destination, for which there are kernels of their own.
+        by_row: whether an error is judged by its own row of H: in a stack one token's streams grow
+            to a hundred times another's.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Op:
     layers: bool = False
     roundings: int = ROUNDINGS
     directed: bool = False
+    by_row: bool = False
 
     @property
     def stem(self) -> str:
@@ -537,6 +540,7 @@ def _stack_rows() -> list[Op]:
             functools.partial(stacks.stack, run, delayed=delayed),
             functools.partial(_stack_truth, delayed=delayed),
             roundings=ROUNDINGS * stacks.BOUNDARIES,
+            by_row=True,
         )
         for stem, (floor, run, delayed) in of_kind.items()
     ]
