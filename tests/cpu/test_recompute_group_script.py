@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 script = importlib.import_module("recompute_group")
@@ -67,3 +68,25 @@ def test_table(capsys):
 def test_bad_numbers():
     with pytest.raises(SystemExit):
         script.main(["--group", "0"])
+
+
+def test_what_is_timed_on_the_host_alone_has_no_other_cells(capsys):
+    script.print_rows({script.HOOKS: {"host_us": 540.0}, **ROWS}, [])
+    assert capsys.readouterr().out.splitlines()[1].split() == ["hooks", "540.00"]
+
+
+def test_hooks_that_do_nothing_see_the_layers(monkeypatch):
+    seen = []
+    monkeypatch.setattr(script, "itself", lambda saved: (seen.append(1), saved)[1])
+    arguments = script.parse_arguments(TINY)
+    stack = script.Stack(arguments)
+    step, streams = script.make_step(stack, 3, arguments)
+    found = []
+    for variant in ("none", script.HOOKS):
+        for grad in stack.gradients(streams):
+            grad.zero_()
+        step(variant)
+        found.append([grad.clone() for grad in stack.gradients(streams)])
+    assert all(map(torch.equal, *found))
+    # A linear map saves its input and its weight; both are packed and unpacked.
+    assert len(seen) == 4 * arguments.sub_layers
