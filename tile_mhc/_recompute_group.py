@@ -70,6 +70,10 @@ def recompute_group() -> "RecomputeGroup":
 
     A backward that retains the graph makes the group again in the next one.
 
+    The group knows a tensor by its memory and its version. Who writes into a layer's input or the
+    streams without raising the version, as through `.data`, by torch.distributed's collectives or
+    by a kernel of his own, must write into a copy: what is made again is what the ops had made.
+
     Returns:
         A group, for use as a context, once.
 
@@ -153,9 +157,7 @@ class RecomputeGroup:
                 f"{what}. `with group:` closes it, too"
             )
         self._closed = True
-        self._made.clear()
-        self._roots.clear()
-        self._storages.free()
+        self._free()
 
     def replay(self, allocate: Allocate | None = None) -> None:
         """Make the group again now, before a backward needs it, on the current stream.
@@ -201,7 +203,11 @@ class RecomputeGroup:
             raise errors.RecomputeError(
                 f"{OP}: a group must be left once; got one that is not open"
             )
-        if self._thread != threading.get_ident() or not self._is_on_top():
+        own_thread = self._thread == threading.get_ident()
+        if not own_thread or not self._is_on_top():
+            if own_thread:
+                # Its block is over. The hooks, which lie under others, only pass on from now on.
+                self._fail()
             raise errors.RecomputeError(
                 f"{OP}: a group must be left in the thread that entered it, and before hooks of "
                 "saved tensors, groups too, that were entered before it; got another order"
@@ -211,10 +217,21 @@ class RecomputeGroup:
         self._outer = None
         active.group, self._before = self._before, None
         if error is not None:
-            self._failed = True
-            for made in self._alive():
-                made.forget()
-            self.close()
+            self._fail()
+
+    def _fail(self) -> None:
+        """Nothing will be made again: free what is there."""
+        self._failed = self._closed = True
+        for made in self._alive():
+            made.forget()
+        self._free()
+        if active.group is self:
+            active.group = self._before
+
+    def _free(self) -> None:
+        self._made.clear()
+        self._roots.clear()
+        self._storages.free()
 
     def _is_on_top(self) -> bool:
         """Whether what is saved now comes to this group, and not to a checkpoint inside of it."""
@@ -296,7 +313,8 @@ class RecomputeGroup:
             What is kept of each tensor; None where the group has no part in the call.
         """
         if (
-            not self._is_on_top()
+            self._failed
+            or not self._is_on_top()
             or type(tensors[streams[-1]]) is not Tensor
             or _is_transforming()
             or _tracing_state() is not None
@@ -338,6 +356,7 @@ class RecomputeGroup:
             residual._version,
             residual.shape[-2:],
             residual.numel(),
+            residual.dtype,
         )
         root = self._roots.get(key)
         if root is None:

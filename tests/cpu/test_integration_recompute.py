@@ -1,6 +1,7 @@
 """patch(recompute_layers=...): groups of decoder layers of a real DeepSeek-V4."""
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,6 +126,30 @@ def test_a_forward_that_stops_between_layers(closed):
         handle.remove()
         step(model, ids)
     assert closed == [4, 16]
+
+
+def test_a_forward_that_ends_before_its_group(closed):
+    """As a pipeline stage, whose config knows of layers elsewhere."""
+    model, ids = make_model(**KINDS), torch.randint(32, (2, 24))
+    model.model.layers = model.model.layers[:3]
+    with integration.patch(recompute_layers=8):
+        step(model, ids)
+    assert len(closed) == 1
+    assert _recompute_layers._waiting.group is None
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, save_on_cpu])
+def test_a_layer_without_a_group_ends_the_one_that_waits(around, closed):
+    config = SimpleNamespace(num_hidden_layers=8)
+    layers = [
+        SimpleNamespace(layer_idx=i, self_attn=SimpleNamespace(config=config)) for i in (0, 1)
+    ]
+    _recompute_layers.run(8, layers[0], lambda: None)
+    assert closed == []
+    with around():
+        _recompute_layers.run(8, layers[1], lambda: None)
+    assert closed == [0]
+    assert _recompute_layers._waiting.group is None
 
 
 def test_nothing_waits_after_a_step():

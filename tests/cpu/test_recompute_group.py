@@ -41,6 +41,7 @@ from tile_mhc import (
 )
 from tile_mhc import _recompute_group as group_module
 from tile_mhc.ops import _replay
+from tile_mhc.ops import recompute as recompute_op
 from tile_mhc.ops._autograd import OPERATORS
 from tile_mhc.ops._group import active
 
@@ -591,6 +592,36 @@ def test_destinations_of_the_caller():
     check_same(found, expected)
 
 
+def test_a_launch_raises_the_versions_of_what_it_writes(monkeypatch):
+    """A kernel's writes are not torch's: another replay into the same memory must not pass."""
+    monkeypatch.setattr(recompute_op.jit, "kernel", lambda *_: lambda *_: None)
+    monkeypatch.setattr(recompute_op, "_write_table", lambda *_: None)
+    streams = first_streams().detach()
+    mixes = [torch.rand(*LEAD, N) for _ in range(3)]
+    outputs = [torch.empty(*LEAD, H, dtype=streams.dtype) for _ in range(3)]
+    combs = [torch.rand(*LEAD, N, N) for _ in range(3)]
+    inputs = [torch.empty(*LEAD, H, dtype=streams.dtype) for _ in range(3)]
+    residuals = [torch.empty_like(streams) for _ in range(3)]
+    recompute_op._cuda(streams, mixes, outputs, mixes, combs, inputs, residuals)
+    assert [tensor._version for tensor in (*inputs, *residuals)] == [1] * 6
+    assert [tensor._version for tensor in (*mixes, *outputs, *combs)] == [0] * 9
+
+
+def test_norm_weights_of_a_launch_are_aligned(monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        recompute_op.jit, "kernel", lambda name, *_: lambda *args: given.append((name, args))
+    )
+    monkeypatch.setattr(recompute_op, "_write_table", lambda *_: None)
+    streams, weight = first_streams().detach(), torch.rand(H + 1)[1:]
+    mix, row = torch.rand(*LEAD, N), torch.empty(*LEAD, H, dtype=streams.dtype)
+    recompute_op._cuda(streams, [mix], [], [], [], [row], [], [weight], 1e-6)
+    (name, (_, passed, _)) = given[-1]
+    assert name == "input_norm"
+    assert passed.data_ptr() % 16 == 0
+    assert torch.equal(passed, weight)
+
+
 def test_a_destination_that_is_written_to():
     stack, arena = Stack(), Arena()
     with recompute_group() as group:
@@ -657,6 +688,25 @@ def test_left_in_order():
     second.__exit__(None, None, None)
     first.__exit__(None, None, None)
     assert active.group is None
+
+
+def test_a_group_left_in_another_order_holds_nothing():
+    """Its hooks lie under others: they stay, and keep every tensor as it is."""
+    stack, group, inner = Stack(), recompute_group(), save_on_cpu()
+    group.__enter__()
+    out = stack(first_streams())
+    inner.__enter__()
+    with pytest.raises(RecomputeError, match="got another order"):
+        group.__exit__(None, None, None)
+    assert active.group is None
+    assert not group._made
+    assert not group._roots
+    with pytest.raises(RecomputeError, match="an exception has left"):
+        loss_of(out).backward()
+    inner.__exit__(None, None, None)
+    check_bits(stack, nullcontext(), first_streams())
+    torch._C._autograd._pop_saved_tensors_default_hooks()
+    assert not group_module.has_hooks()
 
 
 def test_left_in_its_thread():

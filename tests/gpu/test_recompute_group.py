@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import replaying
 from groups import LAYERS, WAYS, Stack, check_bits, check_same, first_streams, gradients, loss_of
-from tile_mhc import config, recompute_group, split_mixes
+from tile_mhc import RecomputeError, config, recompute_group, split_mixes
 from tile_mhc.ops import _replay
 from tile_mhc.ops import recompute as recompute_op
 
@@ -200,6 +200,26 @@ def test_replay_on_another_stream_into_the_callers_memory():
     check_same([out, streams.grad, *(p.grad for p in stack.parameters())], expected)
     assert len(given) == 2 * LAYERS - 1
     assert not any(tensor.isnan().any() for tensor in given)
+
+
+def test_memory_that_another_group_has_taken():
+    """A kernel that writes raises the version, too."""
+    stack, slots, outs = stack_of(), [], []
+    for _ in range(2):
+        with recompute_group() as group:
+            outs.append(stack(streams_of()))
+        taken = iter(slots)
+
+        def allocate(shape, dtype, device, taken=taken):
+            slot = next(taken, None)
+            if slot is None:
+                slots.append(slot := torch.empty(shape, dtype=dtype, device=device))
+            return slot
+
+        group.replay(allocate)
+    with pytest.raises(RecomputeError, match="what a replay has made must be as it was"):
+        loss_of(outs[0]).backward()
+    loss_of(outs[1]).backward()
 
 
 def test_two_streams_in_one_group():

@@ -28,7 +28,11 @@ _waiting = _Waiting()
 
 def run(layers: int, layer: Any, forward: Callable[[], Any]) -> Any:
     """The forward of a decoder layer, as a part of a group of so many layers."""
-    if torch.compiler.is_compiling() or not _is_grouped():
+    if torch.compiler.is_compiling():
+        return forward()
+    if not _is_grouped():
+        if _backward.task() == _backward.NO_TASK:
+            close()
         return forward()
     index, config = layer.layer_idx, getattr(layer.self_attn, "config", None)
     group = _group_for(index, config)
@@ -41,15 +45,22 @@ def run(layers: int, layer: Any, forward: Callable[[], Any]) -> Any:
     return result
 
 
+def close() -> None:
+    """No layer follows in this forward: the group that waits for one ends."""
+    group, _waiting.group = _waiting.group, None
+    if group is not None:
+        group.close()
+
+
 def _is_grouped() -> bool:
     """Not what is checkpointed: neither its forward nor, in a backward, its second one."""
     return torch.is_grad_enabled() and not has_hooks() and _backward.task() == _backward.NO_TASK
 
 
 def _group_for(index: int, config: Any) -> RecomputeGroup:
-    group, _waiting.group = _waiting.group, None
-    if group is not None:
-        if _waiting.index == index and _waiting.config is config:
-            return group
-        group.close()  # of a forward that has not gone on
+    group = _waiting.group
+    if group is not None and _waiting.index == index and _waiting.config is config:
+        _waiting.group = None
+        return group
+    close()  # of a forward that has not gone on
     return RecomputeGroup()

@@ -456,18 +456,26 @@ def _hyper_head(self: Any, x: Tensor) -> Tensor:
 def _model(self: Any, given: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """transformers' own code, which tells the layers that they may hand on."""
     original = _originals[MODEL]
-    if not _in_force:
-        return original(self, *given, **kwargs)
-    reasons = _decoder_stack.reasons(self, kwargs, _is_our_layer)
+    if torch.compiler.is_compiling():  # the layers' code is part of what is compiled
+        return original(self, *given, **kwargs | _for_layers(self, kwargs))
+    with _Running():
+        try:
+            return original(self, *given, **kwargs | _for_layers(self, kwargs))
+        finally:
+            groups.close()
+
+
+def _for_layers(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a model gives its layers besides: nothing where they are not all ours.
+
+    Asked for while the model counts as running, as from then on its layers stay ours.
+    """
+    reasons = _decoder_stack.reasons(model, kwargs, _is_our_layer) if _in_force else None
     if reasons is None:
-        return original(self, *given, **kwargs)
+        return {}
     for reason in filter(None, reasons):
         _count("boundary", f"separate ({reason})")
-    kwargs = kwargs | {_decoder_stack.KEYWORD: tuple(not reason for reason in reasons)}
-    if torch.compiler.is_compiling():  # the layers' code is part of what is compiled
-        return original(self, *given, **kwargs)
-    with _Running():
-        return original(self, *given, **kwargs)
+    return {_decoder_stack.KEYWORD: tuple(not reason for reason in reasons)}
 
 
 def _is_our_layer(layer: Any) -> bool:

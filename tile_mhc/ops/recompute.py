@@ -237,10 +237,17 @@ def _cuda(
     kernel = jit.kernel("recompute", n, hidden_size, *given)
     kernel(initial_residual.view(-1, n, hidden_size), table, posts)
     for layer_input, weight in zip(layer_inputs, layer_norm_weights, strict=False):
+        errors.check_storage("recompute", "layer_norm_weights", weight)
+        weight = weight.contiguous()
+        if weight.data_ptr() % errors.ALIGNMENT:
+            weight = weight.clone()
         norm_dtypes = dtypes(streams=layer_input.dtype, layer_norm=weight.dtype)
         jit.kernel("input_norm", hidden_size, *norm_dtypes)(
-            layer_input.view(-1, hidden_size), weight.contiguous(), layer_norm_eps
+            layer_input.view(-1, hidden_size), weight, layer_norm_eps
         )
+    # Autograd cannot see that a kernel writes: who has saved a destination is to know of it.
+    written = [tensor for tensor in (*layer_inputs, *residuals) if not tensor.is_inference()]
+    torch.autograd.graph.increment_version(written)
 
 
 def pre_mixes(
