@@ -35,6 +35,8 @@ class Architecture:
             while the other multiplies.
         kept_bytes: aggregate: streams of more bytes are read as if for the last time.
         last_read_bytes: aggregate: those of more bytes, about five times L2, as usual again.
+        has_wgmma: whether matrix products are asynchronous, as Hopper's wgmma; others' are done
+            when the next statement runs.
     """
 
     registers: int
@@ -54,6 +56,7 @@ class Architecture:
     any_ctas: int
     kept_bytes: int
     last_read_bytes: int
+    has_wgmma: bool
 
     def warps(self, registers: int) -> int:
         """Warps that fit an SM with so many registers per thread; its four parts share none."""
@@ -79,11 +82,12 @@ HOPPER = Architecture(
     any_ctas=2,
     kept_bytes=40 * MIB,
     last_read_bytes=256 * MIB,
+    has_wgmma=True,
 )
 # Compiled for, and not measured: an SM has the same limits, and Hopper's choices stand.
-BLACKWELL = replace(HOPPER, l2_bytes=126 * MIB)
+BLACKWELL = replace(HOPPER, l2_bytes=126 * MIB, has_wgmma=False)
 
 # By the names that a compiler gives them.
 ARCHITECTURES = {"sm_90a": HOPPER, "sm_100a": BLACKWELL, "sm_103a": BLACKWELL}
-# Launchers size their launches by this one, so the others agree with it in all but L2.
+# Launchers size their launches by this one, so the others agree with it in what a launch reads.
 DEFAULT = "sm_90a"

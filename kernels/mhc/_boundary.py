@@ -490,7 +490,8 @@ def backward_pass(
                             rounded[j, v] = streams[j, v]
                     for v in T.vectorized(VECTOR):
                         made_shared[row, j * columns + c + v] = rounded[j, v]
-                T.wait_wgmma(0)
+                if limits.has_wgmma:
+                    T.wait_wgmma(0)
                 for k, t in T.Parallel(wide, block):
                     product_shared[t, at(k)] = product[k, t]
                 # The tile before has left these: its stores ran beside this tile's products.
@@ -577,7 +578,8 @@ def backward_pass(
                     added[0] += T.shfl_xor(added[0], 1)
                     if tid % 2 == 0 and t0 + row < tokens:
                         sums[column, t0 + row, tid % 8 // 2] = added[0]
-                T.wait_wgmma(0)
+                if limits.has_wgmma:
+                    T.wait_wgmma(0)
                 still_read(g_shared, last)
                 for k, m in T.Parallel(wide, both):
                     weight_local[k, m] += tile_weight[k, m] * factors_shared[0, 2]

@@ -102,7 +102,8 @@ def test_what_kernels_take_is_within_the_limits_of_the_architecture():
 
 def test_launchers_know_one_architecture():
     """`selection` and `cluster_stages` are not told for which one: there must be no choice."""
-    same = {replace(limits, l2_bytes=0) for limits in ARCHITECTURES.values()}
+    unread = {"l2_bytes": 0, "has_wgmma": False}
+    same = {replace(limits, **unread) for limits in ARCHITECTURES.values()}
     assert len(same) == 1
 
 
