@@ -206,3 +206,15 @@ def block_sums(values: T.Buffer, count: int, threads: int, shared: T.Buffer, out
     for level in T.unroll(lanes.bit_length() - 1):
         total[0] += T.shfl_xor(total[0], 1 << level)
     out[0] = T.cast(total[0], T.float32)
+
+
+@T.macro
+def store_partials(values: T.Buffer, count: int, threads: int, row: T.int32, partials: T.Tensor):
+    """partials[row, k] = the sum of values[k] over the CTA, by `block_sums`."""
+    tid = T.get_thread_binding()
+    lanes = sum_lanes(count, threads)
+    partial = T.alloc_local((1,), T.float32)
+    sums_shared = T.alloc_shared(sums_shape(count, threads), T.float32)
+    block_sums(values, count, threads, sums_shared, partial)
+    if tid % lanes == 0 and tid < count * lanes:
+        partials[row, tid // lanes] = partial[0]

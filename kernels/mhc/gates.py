@@ -9,12 +9,10 @@ import tilelang.language as T
 
 from tile_mhc.kernels._common import (
     SIMT,
-    block_sums,
     builder,
     follow_previous,
     load_mixes,
-    sum_lanes,
-    sums_shape,
+    store_partials,
 )
 from tile_mhc.kernels._shapes import TOKENS_PER_PARTIAL, factors_width, padded
 from tile_mhc.kernels.mixes import gate_gradients, logit, sigmoid
@@ -106,7 +104,6 @@ def gates_bwd(n: int, capacity: int, *, scale_dtype: str, bias_dtype: str):
     num_mixes = n * (n + 2)
     part_rows = padded(num_mixes)
     width = factors_width(n)
-    lanes = sum_lanes(num_mixes + 3, THREADS)
 
     @T.prim_func
     def gates_bwd_kernel(
@@ -139,8 +136,6 @@ def gates_bwd(n: int, capacity: int, *, scale_dtype: str, bias_dtype: str):
             per_token = T.alloc_local((width,), T.float32)
             z = T.alloc_local((1,), T.float32)
             gate = T.alloc_local((1,), T.float32)
-            partial = T.alloc_local((1,), T.float32)
-            sums_shared = T.alloc_shared(sums_shape(num_mixes + 3, THREADS), T.float32)
             for k in T.unroll(num_mixes + 3):
                 sums[k] = 0.0
             for k in T.unroll(part_rows):
@@ -175,9 +170,7 @@ def gates_bwd(n: int, capacity: int, *, scale_dtype: str, bias_dtype: str):
                     values,
                     per_token,
                 )
-            block_sums(sums, num_mixes + 3, THREADS, sums_shared, partial)
-            if tid % lanes == 0 and tid < (num_mixes + 3) * lanes:
-                partials[row, tid // lanes] = partial[0]
+            store_partials(sums, num_mixes + 3, THREADS, row, partials)
             store_parts(values, per_token, t, tokens, grad_parts, factors)
 
     return gates_bwd_kernel
@@ -193,7 +186,6 @@ def delayed_gates_bwd(n: int, capacity: int, *, scale_dtype: str, bias_dtype: st
     num_mixes = n * (n + 2)
     part_rows = padded(num_mixes)
     width = factors_width(n)
-    lanes = sum_lanes(num_mixes + 3, THREADS)
 
     @T.prim_func
     def delayed_gates_bwd_kernel(
@@ -225,8 +217,6 @@ def delayed_gates_bwd(n: int, capacity: int, *, scale_dtype: str, bias_dtype: st
             sums = T.alloc_local((num_mixes + 3,), T.float32)
             values = T.alloc_local((part_rows,), T.float32)
             per_token = T.alloc_local((width,), T.float32)
-            partial = T.alloc_local((1,), T.float32)
-            sums_shared = T.alloc_shared(sums_shape(num_mixes + 3, THREADS), T.float32)
             for k in T.unroll(num_mixes + 3):
                 sums[k] = 0.0
             for k in T.unroll(part_rows):
@@ -257,9 +247,7 @@ def delayed_gates_bwd(n: int, capacity: int, *, scale_dtype: str, bias_dtype: st
                     values,
                     per_token,
                 )
-            block_sums(sums, num_mixes + 3, THREADS, sums_shared, partial)
-            if tid % lanes == 0 and tid < (num_mixes + 3) * lanes:
-                partials[row, tid // lanes] = partial[0]
+            store_partials(sums, num_mixes + 3, THREADS, row, partials)
             store_parts(values, per_token, t, tokens, grad_parts, factors)
 
     return delayed_gates_bwd_kernel

@@ -8,13 +8,11 @@ import tilelang.language as T
 
 from tile_mhc.kernels._common import (
     SIMT,
-    block_sums,
     builder,
     follow_previous,
     load_mixes,
     store_mixes,
-    sum_lanes,
-    sums_shape,
+    store_partials,
 )
 from tile_mhc.kernels.mixes import THREADS, logit, sigmoid, sigmoid_slope
 
@@ -50,7 +48,6 @@ def head_mix_fwd(n: int, *, scale_dtype: str, bias_dtype: str):
 def head_mix_bwd(n: int, *, scale_dtype: str, bias_dtype: str):
     tokens = T.dynamic("num_tokens")
     rows = T.dynamic("num_partials")
-    lanes = sum_lanes(n + 1, THREADS)
 
     @T.prim_func
     def head_mix_bwd_kernel(
@@ -68,11 +65,9 @@ def head_mix_bwd(n: int, *, scale_dtype: str, bias_dtype: str):
             t = row * THREADS + tid
             z = T.alloc_local((1,), T.float32)
             slope = T.alloc_local((1,), T.float32)
-            partial = T.alloc_local((1,), T.float32)
             mix = T.alloc_local((n,), T.float32)
             out = T.alloc_local((n,), T.float32)
             sums = T.alloc_local((n + 1,), T.float32)
-            shared = T.alloc_shared(sums_shape(n + 1, THREADS), T.float32)
             for k in T.unroll(n + 1):
                 sums[k] = 0.0
             if t < tokens:
@@ -85,8 +80,6 @@ def head_mix_bwd(n: int, *, scale_dtype: str, bias_dtype: str):
                     sums[n] += sums[k] * mix[k]
                     out[k] = sums[k] * T.cast(scale[0], T.float32)
                 store_mixes(out, n, grad_mixes, t, 0)
-            block_sums(sums, n + 1, THREADS, shared, partial)
-            if tid % lanes == 0 and tid < (n + 1) * lanes:
-                partials[row, tid // lanes] = partial[0]
+            store_partials(sums, n + 1, THREADS, row, partials)
 
     return head_mix_bwd_kernel

@@ -15,7 +15,7 @@ from tile_mhc.kernels._common import (
     load_mixes,
     reciprocal,
     store_mixes,
-    sum_lanes,
+    store_partials,
     sums_shape,
 )
 from tile_mhc.kernels._shapes import TOKENS_PER_PARTIAL
@@ -141,7 +141,6 @@ def split_mixes_bwd(n: int, *, scale_dtype: str, bias_dtype: str):
     tokens = T.dynamic("num_tokens")
     rows = T.dynamic("num_partials")
     num_mixes = n * (n + 2)
-    lanes = sum_lanes(num_mixes + 3, THREADS)
 
     @T.prim_func
     def split_mixes_bwd_kernel(
@@ -162,13 +161,11 @@ def split_mixes_bwd(n: int, *, scale_dtype: str, bias_dtype: str):
             t = row * THREADS + tid
             z = T.alloc_local((1,), T.float32)
             slope = T.alloc_local((1,), T.float32)
-            partial = T.alloc_local((1,), T.float32)
             mix = T.alloc_local((num_mixes,), T.float32)
             pre = T.alloc_local((n,), T.float32)
             post = T.alloc_local((n,), T.float32)
             comb = T.alloc_local((n * n,), T.float32)
             sums = T.alloc_local((num_mixes + 3,), T.float32)
-            shared = T.alloc_shared(sums_shape(num_mixes + 3, THREADS), T.float32)
             for k in T.unroll(num_mixes + 3):
                 sums[k] = 0.0
             if t < tokens:
@@ -180,9 +177,7 @@ def split_mixes_bwd(n: int, *, scale_dtype: str, bias_dtype: str):
                 for k in T.unroll(num_mixes):
                     mix[k] = sums[k] * T.cast(scale[T.min(k // n, 2)], T.float32)
                 store_mixes(mix, num_mixes, grad_mixes, t, 0)
-            block_sums(sums, num_mixes + 3, THREADS, shared, partial)
-            if tid % lanes == 0 and tid < (num_mixes + 3) * lanes:
-                partials[row, tid // lanes] = partial[0]
+            store_partials(sums, num_mixes + 3, THREADS, row, partials)
 
     return split_mixes_bwd_kernel
 

@@ -10,13 +10,11 @@ import tilelang.language as T
 
 from tile_mhc.kernels._common import (
     SIMT,
-    block_sums,
     builder,
     follow_previous,
     load_mixes,
     store_mixes,
-    sum_lanes,
-    sums_shape,
+    store_partials,
 )
 from tile_mhc.kernels._shapes import PADDED, TOKENS_PER_PARTIAL
 from tile_mhc.kernels.mixes import WARP_TOKENS, logit, sigmoid, sigmoid_slope
@@ -77,7 +75,6 @@ def padded_mixes_bwd(n: int, *, scale_dtype: str, bias_dtype: str):
     tokens = T.dynamic("num_tokens")
     rows = T.dynamic("num_partials")
     num_mixes = n * (n + 2)
-    lanes = sum_lanes(num_mixes + 3, THREADS)
 
     @T.prim_func
     def padded_mixes_bwd_kernel(
@@ -101,11 +98,9 @@ def padded_mixes_bwd(n: int, *, scale_dtype: str, bias_dtype: str):
             slope = T.alloc_local((1,), T.float32)
             total = T.alloc_local((1,), T.float32)
             inv_rms = T.alloc_local((1,), T.float32)
-            partial = T.alloc_local((1,), T.float32)
             factor = T.alloc_local((3,), T.float32)
             mix = T.alloc_local((PADDED,), T.float32)
             sums = T.alloc_local((num_mixes + 3,), T.float32)
-            shared = T.alloc_shared(sums_shape(num_mixes + 3, THREADS), T.float32)
             for k in T.unroll(num_mixes + 3):
                 sums[k] = 0.0
             if t < tokens:
@@ -137,9 +132,7 @@ def padded_mixes_bwd(n: int, *, scale_dtype: str, bias_dtype: str):
                 store_mixes(mix, PADDED, grad_h, t, 0)
                 # d r / d ms = -r**3 / 2; two of the r stand in mix and in total.
                 grad_ms[t] = -0.5 * total[0] * inv_rms[0] * inv_rms[0]
-            block_sums(sums, num_mixes + 3, THREADS, shared, partial)
-            if tid % lanes == 0 and tid < (num_mixes + 3) * lanes:
-                partials[row, tid // lanes] = partial[0]
+            store_partials(sums, num_mixes + 3, THREADS, row, partials)
 
     return padded_mixes_bwd_kernel
 
