@@ -11,6 +11,7 @@ from tile_mhc import errors
 from tile_mhc._made import OP, Input, Made, Root, Source, Streams, View, unpack
 from tile_mhc.ops import post as post_op
 from tile_mhc.ops import recompute as recompute_op
+from tile_mhc.ops._library import aligned
 
 Allocate = Callable[[torch.Size, torch.dtype, torch.device], Tensor]
 
@@ -196,10 +197,4 @@ def _checked(room: object, made: Made) -> Tensor:
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """A kernel that knows a tensor by its address trusts it to start as an allocation does."""
-    if not tensor.is_cuda:
-        return tensor
-    address = tensor.data_ptr()
-    if address < errors.FREED:
-        errors.check_storage(OP, "a tensor that the group keeps", tensor)
-    return tensor.clone() if address % errors.ALIGNMENT else tensor
+    return aligned(OP, "a tensor that the group keeps", tensor) if tensor.is_cuda else tensor

@@ -196,6 +196,16 @@ def _shown(schema: str) -> str:
     return schema.partition("(")[0].replace("delayed_pre", "fused_pre")
 
 
+def aligned(op: str, name: str, tensor: Tensor) -> Tensor:
+    """For a kernel that knows a tensor by its address: it trusts it to start as an allocation does.
+
+    For an operator's own inputs `_prepared` sees to this.
+    """
+    if tensor.data_ptr() < errors.FREED:
+        errors.check_storage(op, name, tensor)
+    return tensor.clone() if tensor.data_ptr() % errors.ALIGNMENT else tensor
+
+
 def _prepared(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """TileLang launches on torch's current device and stream: make them the tensors' own.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from tile_mhc import _guards, errors, jit, reference
 from tile_mhc.kernels._shapes import TABLE_SLOTS
 from tile_mhc.ops import _flops
-from tile_mhc.ops._library import dtypes, register
+from tile_mhc.ops._library import aligned, dtypes, register
 from tile_mhc.ops.aggregate import check_mix
 
 
@@ -237,10 +237,7 @@ def _cuda(
     kernel = jit.kernel("recompute", n, hidden_size, *given)
     kernel(initial_residual.view(-1, n, hidden_size), table, posts)
     for layer_input, weight in zip(layer_inputs, layer_norm_weights, strict=False):
-        errors.check_storage("recompute", "layer_norm_weights", weight)
-        weight = weight.contiguous()
-        if weight.data_ptr() % errors.ALIGNMENT:
-            weight = weight.clone()
+        weight = aligned("recompute", "layer_norm_weights", weight.contiguous())
         norm_dtypes = dtypes(streams=layer_input.dtype, layer_norm=weight.dtype)
         jit.kernel("input_norm", hidden_size, *norm_dtypes)(
             layer_input.view(-1, hidden_size), weight, layer_norm_eps
