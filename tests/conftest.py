@@ -14,6 +14,8 @@ import summary
 
 TESTS = Path(__file__).parent
 MUTANTS = "test_mutants.py"
+# Or "all": see scripts/check.sh.
+CHECKS = os.environ.get("TILE_MHC_CHECKS", "usual")
 
 
 def pytest_configure(config):
@@ -25,9 +27,16 @@ def _folder(path):
     return path.relative_to(TESTS).parts[0] if TESTS in path.parents else ""
 
 
+# After that of the emulator, which marks some by their sizes.
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
     # Several workers end together where what takes longest has come first.
     items.sort(key=lambda item: (_folder(item.path) != "emulator", item.path.name != MUTANTS))
+    if CHECKS != "all":
+        later = pytest.mark.skip(reason="scheduled: scripts/check.sh --all")
+        for item in items:
+            if item.get_closest_marker("scheduled"):
+                item.add_marker(later)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")

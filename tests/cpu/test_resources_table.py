@@ -33,6 +33,7 @@ def test_what_fails():
     assert problems({}, table={}) == [f"{TITLE}: is not in the table"]
     gone = {TITLE: ROW, "gone(4) sm_90a": ROW}
     assert problems({}, table=gone) == ["gone(4) sm_90a: is in the table, and not compiled"]
+    assert problems({}, table={TITLE: ROW, "gone(4) sm_100a": ROW}) == []  # nobody compiled those
 
 
 def test_only_hopper_may_not_spill_what_the_table_has():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import summary
+from cases import Case
 from emulator import launch, lowering
 from emulator.suite import PAIRS, VARIED, WIDE, WIDE_OPS
 from tile_mhc import specs
@@ -30,8 +31,22 @@ def _missing():
 def pytest_collection_modifyitems(items):
     reason = _missing()
     for item in items:
-        if reason and item.path.parent == HERE:
+        if item.path.parent != HERE:
+            continue
+        if reason:
             item.add_marker(pytest.mark.skip(reason=reason))
+        if _has_other_sizes(item):
+            item.add_marker(pytest.mark.scheduled)
+
+
+def _has_other_sizes(item):
+    """Whether it takes builds of its own for sizes at which few tests run."""
+    callspec = getattr(item, "callspec", None)
+    for value in callspec.params.values() if callspec else ():
+        pair = (value.num_streams, value.hidden_size) if isinstance(value, Case) else value
+        if isinstance(pair, tuple) and pair in PAIRS and pair not in VARIED:
+            return True
+    return False
 
 
 @pytest.fixture(scope="session")

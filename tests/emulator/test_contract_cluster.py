@@ -95,6 +95,7 @@ def test_sizes_of_tokens_side_by_side(pair):
 
 
 @ONE
+@pytest.mark.scheduled
 def test_bfloat16_parameters(pair):
     tensors = readout.inputs(pair, 40, "cpu")
     tensors = Dtypes(torch.bfloat16, PARAMETERS, "all of them").of(tensors)

@@ -93,6 +93,7 @@ def test_recompute(pair):
     ],
     ids=str,
 )
+@pytest.mark.scheduled
 def test_one_bfloat16_parameter(op, dtypes):
     case = Case(130, 4, 192, dtypes.why)
     tensors, options = op.inputs(*case.shape, "cpu")
@@ -129,6 +130,7 @@ def test_nonfinite_stays_in_its_token(pair):
     oracle.check_isolation(PROJECTION, SIZES[pair].of(tensors), options, "residual")
 
 
+@pytest.mark.scheduled
 def test_same_bits_in_every_order_of_threads():
     for op in (PROJECTION, POST_BIAS):
         tensors, options = op.inputs((130,), 4, 100, "cpu")

@@ -23,7 +23,7 @@ def ran():
         yield names
 
 
-@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("n", [pytest.param(2, marks=pytest.mark.scheduled), 4])
 @pytest.mark.parametrize("num_tokens", [1, 13, 128, 200])
 def test_same_bits(ran, num_tokens, n):
     gates.check_at_once(num_tokens, n, "cpu")
@@ -35,6 +35,7 @@ def test_same_bits_with_options(ran, options):
     gates.check_at_once(70, 4, "cpu", **options)
 
 
+@pytest.mark.scheduled
 def test_same_bits_with_bfloat16_parameters(ran):
     gates.check_at_once(70, 4, "cpu", torch.bfloat16)
 

@@ -23,6 +23,8 @@ from emulator.launch import FaultError, Kernel
 from emulator.mutate import Mutant, mutants
 from emulator.ops import emulated
 
+pytestmark = pytest.mark.scheduled
+
 # Ragged for every block, and so few SMs that one CTA has several tiles: pipelines run full.
 CASE = Case(301, 4, 192, "three tiles, the last ragged")
 NUM_SMS = 6
