@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
@@ -15,7 +16,7 @@ from torch.distributed.fsdp import (
 import distributed
 from distributed import HIDDEN, STREAMS, TOKENS
 from tile_mhc import recompute_group
-from tile_mhc.nn import HyperConnection, HyperHead
+from tile_mhc.nn import DeepSeekV41Decoder, DeepSeekV41Layer, HyperConnection, HyperHead
 
 
 class Block(nn.Module):
@@ -133,6 +134,42 @@ def of_mixed_precision(rank: int, ranks: int, folder: Path, calls_methods: bool)
             fully_shard(block, mp_policy=policy)
         fully_shard(model, mp_policy=policy)
         save(model, run(model, rank), rank, folder)
+
+
+def make_decoder() -> DeepSeekV41Decoder:
+    torch.manual_seed(0)
+    layers = []
+    for _ in range(2):
+        attn, ffn = (nn.Linear(HIDDEN, HIDDEN) for _ in range(2))
+        layers.append(DeepSeekV41Layer(HIDDEN, attn, ffn, num_streams=STREAMS))
+        for connection in (layers[-1].hc_attn, layers[-1].hc_ffn):
+            nn.init.normal_(connection.bias)
+    norm, head = nn.RMSNorm(HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+    return DeepSeekV41Decoder(layers, norm=norm, head=head)
+
+
+def run_decoder(decoder: nn.Module, rank: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1 + rank)
+    out = decoder(torch.randn(TOKENS, HIDDEN, generator=generator))
+    out.square().mean().backward()
+    return out.detach()
+
+
+def of_decoder(rank: int, ranks: int, folder: Path) -> None:
+    """The connections are units of their own, in a layer that is one; and the whole state."""
+    with distributed.process_group(rank, ranks, folder):
+        decoder = make_decoder()
+        for layer in decoder.layers:
+            fully_shard(layer.hc_attn)
+            fully_shard(layer.hc_ffn)
+            fully_shard(layer)
+        fully_shard(decoder)
+        out = run_decoder(decoder, rank)
+        options = StateDictOptions(full_state_dict=True)
+        state = get_model_state_dict(decoder, options=options)
+        found = {name: p.grad.full_tensor() for name, p in decoder.named_parameters()}
+        if rank == 0:
+            torch.save(found | {"out": out, "state": state}, folder / "gradients.pt")
 
 
 def refused(rank: int, ranks: int, folder: Path) -> None:

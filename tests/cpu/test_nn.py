@@ -641,6 +641,27 @@ MISTAKES = [
     ("a tuple behind a boundary", lambda: nn.run_sublayers(
         make_streams(), [sublayer(layer=lambda x: (x, None)), sublayer()]), ShapeError,
      "post_pre: layer_output must be a torch.Tensor; got tuple"),
+    ("no attention", lambda: nn.DeepSeekV41Layer(H, None, torch.tanh), ShapeError,
+     "DeepSeekV41Layer: attn must be callable; got None"),
+    ("a number for a feed-forward", lambda: nn.DeepSeekV41Layer(H, torch.tanh, 3), ShapeError,
+     "DeepSeekV41Layer: ffn must be callable; got int 3"),
+    ("an engram that is none", lambda: nn.DeepSeekV41Layer(H, torch.tanh, torch.tanh, engram=True),
+     ShapeError, "DeepSeekV41Layer: engram must be callable; got bool True"),
+    ("three streams of V4.1", lambda: nn.DeepSeekV41Layer(H, torch.tanh, torch.tanh, num_streams=3),
+     UnsupportedError,
+     "DelayedHyperConnection: the number of streams n must be one of (2, 4, 8); got 3"),
+    ("no layer", lambda: nn.DeepSeekV41Decoder([]), ShapeError,
+     "DeepSeekV41Decoder: layers must be of DeepSeekV41Layer, and one or more; got []"),
+    ("another layer", lambda: nn.DeepSeekV41Decoder([torch.nn.Identity()]), ShapeError,
+     "DeepSeekV41Decoder: layers must be of DeepSeekV41Layer, and one or more; got ['Identity']"),
+    ("a norm that is none", lambda: nn.DeepSeekV41Decoder(
+        [nn.DeepSeekV41Layer(H, torch.tanh, torch.tanh)], norm=1e-6), ShapeError,
+     "DeepSeekV41Decoder: norm must be callable or None; got float 1e-06"),
+    ("layers of two widths", lambda: nn.DeepSeekV41Decoder(
+        [nn.DeepSeekV41Layer(size, torch.tanh, torch.tanh) for size in (H, 128)])(
+            torch.randn(2, 5, H)), ShapeError,
+     "run_delayed_sublayers: sublayers[2].connection must be for n=4, H=64, as the streams; "
+     "got n=4, H=128"),
     ("no streams to delay", lambda: nn.DelayedHyperConnection(H).pre(None), ShapeError,
      "DelayedHyperConnection: streams must be a torch.Tensor; got None"),
     ("other streams", lambda: HyperConnection(H)(make_streams(2), torch.tanh), ShapeError,

@@ -22,6 +22,14 @@ DeepSeek-V4.1 has `DelayedHyperConnection` and `run_delayed_sublayers`, and no h
     streams, pre_mix = run_delayed_sublayers(expand(embedding, 4), sublayers)
     hidden = aggregate(streams, pre_mix)
 
+`DeepSeekV41Decoder` is the whole of that model round the caller's attention and feed-forward, with
+the names of DeepSeek's checkpoints:
+
+    layers = [DeepSeekV41Layer(5120, make_attention(i), make_moe(i)) for i in range(num_layers)]
+    decoder = DeepSeekV41Decoder(layers, embed=embed, norm=norm, head=head)
+    decoder.load_state_dict(checkpoint)
+    logits = decoder(ids, positions=positions)  # attn(layer_input, positions=positions)
+
 Parameters stay float32: `.to(torch.bfloat16)`, `.half()` or `.double()` on a module or on a model
 around it moves them where it is told to, and leaves their dtype. That is a choice, as the ops take
 bfloat16 parameters too: DeepSeek-V4's checkpoints hold them in float32, and Megatron-LM and
@@ -30,10 +38,13 @@ transformers keep them so. Streams are bfloat16, float16 or float32.
 
 from tile_mhc.nn._projected import INITS as INITS
 from tile_mhc.nn.connection import DelayedHyperConnection, HyperConnection
+from tile_mhc.nn.deepseek import DeepSeekV41Decoder, DeepSeekV41Layer
 from tile_mhc.nn.head import HyperHead
 from tile_mhc.nn.sublayers import SubLayer, run_delayed_sublayers, run_sublayers
 
 __all__ = [
+    "DeepSeekV41Decoder",
+    "DeepSeekV41Layer",
     "DelayedHyperConnection",
     "HyperConnection",
     "HyperHead",
