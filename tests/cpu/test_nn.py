@@ -158,6 +158,7 @@ def test_repr():
         "HyperConnection(64, num_streams=2, norm_eps=1e-06, pre_eps=1e-06, norm_weight=True, "
         "sinkhorn_eps=1e-06, post_mult=2.0, sinkhorn_repeat=20)"
     )
+    assert repr(HyperConnection(H, transposes_comb=True)).endswith("=20, transposes_comb=True)")
     assert repr(HyperHead(H)) == (
         "HyperHead(64, num_streams=4, norm_eps=1e-06, pre_eps=1e-06, norm_weight=False)"
     )
@@ -678,6 +679,27 @@ MISTAKES = [
      f"{CONNECTION}alpha_pre, {CONNECTION}alpha_post, {CONNECTION}alpha_res, {CONNECTION}bias and "
      f"nothing else that begins with '{CONNECTION}'; "
      f"got {CONNECTION}alpha_post missing, none unexpected"),
+    ("another Megatron", lambda: HyperConnection(H).from_megatron({}, version="main"), ShapeError,
+     "HyperConnection.from_megatron: version must be one of ('dev', 'main-4531'); got 'main'"),
+    ("a list of versions", lambda: HyperConnection(H).from_megatron({}, version=["dev"]),
+     ShapeError, "HyperConnection.from_megatron: version must be one of ('dev', 'main-4531'); "
+     "got list ['dev']"),
+    ("a head that Megatron did not have", lambda: HyperHead(H).to_megatron(version="main-4531"),
+     ShapeError, "HyperHead.to_megatron: version must be one of ('dev',); got 'main-4531'"),
+    ("V4.1 of Megatron's main", lambda: nn.DelayedHyperConnection(H).from_megatron(
+        {}, version="main-4531"), ShapeError,
+     "DelayedHyperConnection.from_megatron: version must be one of ('dev',); got 'main-4531'"),
+    ("DeepSeek's definition for main's", lambda: HyperConnection(H).from_megatron(
+        {}, version="main-4531"), ShapeError,
+     "HyperConnection.from_megatron: the module must have transposes_comb=True, pre_eps=0, "
+     "sinkhorn_eps=0 for version 'main-4531'; got transposes_comb=False, pre_eps=1e-06, "
+     "sinkhorn_eps=1e-06"),
+    ("main's definition for DeepSeek's", lambda: HyperConnection(
+        H, transposes_comb=True).to_megatron(), ShapeError,
+     "HyperConnection.to_megatron: the module must have transposes_comb=False for version 'dev'; "
+     "got transposes_comb=True"),
+    ("transposes_comb", lambda: HyperConnection(H, transposes_comb=None), ShapeError,
+     "HyperConnection: transposes_comb must be True or False; got None"),
     ("one key more", lambda: from_state("from_megatron", norm__weight=torch.ones(N * H)),
      ShapeError, f"HyperConnection.from_megatron: state_dict must hold {CONNECTION}mapping_proj."
      f"weight, {CONNECTION}alpha_pre, {CONNECTION}alpha_post, {CONNECTION}alpha_res, "

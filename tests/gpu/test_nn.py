@@ -124,6 +124,29 @@ def test_model_in_bfloat16():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.parametrize("num_streams", [2, 4, 8])
+def test_definition_of_megatrons_main(num_streams):
+    """Comb transposed, and no eps: beside the same on the CPU, through a boundary."""
+    options = {"transposes_comb": True, "pre_eps": 0, "sinkhorn_eps": 0, "norm_eps": 1e-12}
+    connections = [HyperConnection(192, num_streams, **options) for _ in range(2)]
+    for hc in connections:
+        torch.nn.init.normal_(hc.scale)
+        torch.nn.init.normal_(hc.bias)
+    streams = torch.randn(130, num_streams, 192)
+    upstream = torch.randn_like(streams)
+    results = []
+    for device in ("cpu", "cuda"):
+        leaf = streams.to(device).requires_grad_()
+        moved = [hc.to(device) for hc in connections]
+        out = run_sublayers(leaf, [SubLayer(hc, torch.tanh) for hc in moved])
+        parameters = [p for hc in moved for p in hc.parameters()]
+        grads = torch.autograd.grad(out, [leaf, *parameters], upstream.to(device))
+        results.append([out, *grads])
+    for ours, theirs in zip(*reversed(results), strict=True):
+        # Products of float32 streams are good to 1e-5; the sums of a scale's gradient may cancel.
+        assert distance(ours.cpu(), theirs) <= (4e-4 if ours.shape == (3,) else 1e-4)
+
+
 def make_decoder(hidden_size=192):
     def layer():
         attn, ffn = (torch.nn.Linear(hidden_size, hidden_size) for _ in range(2))

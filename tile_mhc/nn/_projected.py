@@ -25,6 +25,8 @@ class Projected(nn.Module):
     """A projection of the flat streams with its gates: what the two modules share."""
 
     _MEGATRON_SCALE: ClassVar[float]
+    # By the version of Megatron-LM that has such a module, the options that make ours the same.
+    _MEGATRON_OPTIONS: ClassVar[dict[str, dict[str, object]]] = {"dev": {}}
     _NAMES: ClassVar[dict[str, tuple[str, Names]]]  # what the names begin with, and the rest
 
     weight: nn.Parameter
@@ -106,7 +108,9 @@ class Projected(nn.Module):
         if self.norm_weight is not None:
             nn.init.ones_(self.norm_weight)
 
-    def from_megatron(self, state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    def from_megatron(
+        self, state_dict: Mapping[str, Any], prefix: str = "", version: str = "dev"
+    ) -> dict[str, Tensor]:
         """Read this module's state out of one of Megatron-LM, for `load_state_dict`.
 
         ======  ======================================  ====================
@@ -117,36 +121,72 @@ class Projected(nn.Module):
         bias    bias                                    hc_head_base
         ======  ======================================  ====================
 
-        The order of rows and columns is the same. Theirs divides by sqrt(mean(x**2)) + 1e-6 where
-        ours has sqrt(mean(x**2) + norm_eps): of streams that are not tiny, the same mixes. Their
-        head takes its `layernorm_epsilon` for norm_eps and pre_eps.
+        The order of rows and columns is the same. The names do not tell what a version computes
+        with them:
+
+        - "dev": the dev branch, and main since #6401: DeepSeek's definition. Also, with
+          `mhc_single_pass`, that of `DelayedHyperConnection`.
+        - "main-4531": main between #4531 and #6401. It is a `HyperConnection` with
+          transposes_comb=True, pre_eps=0 and sinkhorn_eps=0, and others are refused. There is no
+          head, but the mean of the streams. Their divisors in Sinkhorn are at least 1e-6, which
+          ours are not: that differs where all logits of a column lie 14 or more below others of
+          their rows, and after 20 steps by less than 1e-4 if they are not more than 60 below.
+
+        Theirs divide by sqrt(mean(x**2)) + 1e-6, unless `mhc_norm_eps_inside_sqrt` or
+        `mhc_single_pass` is set. Ours, by sqrt(mean(x**2) + norm_eps), is nearest with a norm_eps
+        of 1e-12: to 1e-6 / rms, relative, of streams of that root mean square. With the default of
+        1e-6 it is 5e-7 / rms**2: a percent for an rms of 0.007, as of many embeddings. Their head
+        takes its `layernorm_epsilon` for norm_eps and pre_eps.
 
         Args:
             state_dict: a state dict of Megatron-LM; other modules' keys may be in it.
             prefix: what stands before the names above, with its dot: for instance
                 "decoder.layers.0.mlp_hyper_connection.", or "decoder." for the head.
+            version: "dev" or "main-4531", as above.
 
         Returns:
             This module's names and float32 tensors. A norm_weight, which theirs lacks, is 1.
 
         Raises:
             ShapeError: a key is missing, or is none of the module's; a shape or dtype does not
-                match. This module is as it was.
+                match; the module does not compute what the version does. This module is as it was.
 
-        Source: Megatron-LM dev, `transformer/hyper_connection.py` and `transformer_block.py`.
+        Source: Megatron-LM dev (d48bd6be0a), and main at 7cdba422b8 (#4531),
+        `transformer/hyper_connection.py` and `transformer_block.py`.
         """
+        self._check_version("from_megatron", version)
         return self._from("megatron", state_dict, prefix)
 
-    def to_megatron(self, prefix: str = "") -> dict[str, Tensor]:
+    def to_megatron(self, prefix: str = "", version: str = "dev") -> dict[str, Tensor]:
         """Write this module's state as Megatron-LM names it; the inverse of `from_megatron`.
 
         Args:
             prefix: put before every name.
+            version: as of `from_megatron`.
 
         Returns:
             Their names and copies of the tensors; a norm_weight is multiplied into the weight.
+
+        Raises:
+            ShapeError: the module does not compute what the version does.
         """
+        self._check_version("to_megatron", version)
         return self._to("megatron", prefix)
+
+    def _check_version(self, method: str, version: object) -> None:
+        op = f"{type(self).__name__}.{method}"
+        if not isinstance(version, str) or version not in self._MEGATRON_OPTIONS:
+            raise errors.ShapeError(
+                f"{op}: version must be one of {tuple(self._MEGATRON_OPTIONS)}; "
+                f"got {errors.shown(version)}"
+            )
+        wanted = self._MEGATRON_OPTIONS[version]
+        given = {name: getattr(self, name) for name in wanted}
+        if given != wanted:
+            raise errors.ShapeError(
+                f"{op}: the module must have {_options(wanted)} for version {version!r}; "
+                f"got {_options(given)}"
+            )
 
     def from_transformers(
         self, state_dict: Mapping[str, Any], prefix: str = ""
@@ -272,6 +312,10 @@ def _checked(op: str, key: str, value: object, shape: tuple[int, ...]) -> Tensor
             f"{op}: {key} must be {shape} of a floating point dtype; got {errors.describe(value)}"
         )
     return value.detach().to(torch.float32)
+
+
+def _options(values: Mapping[str, object]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())
 
 
 def _some(keys: list[str], limit: int = 4) -> str:

@@ -20,6 +20,7 @@ class Connection(Projected):
     """What the two kinds share: the parameters, the options, and what writes a layer output."""
 
     _MEGATRON_SCALE = 0.01
+    _MEGATRON_OPTIONS: ClassVar[dict[str, dict[str, object]]] = {"dev": {"transposes_comb": False}}
     _NAMES: ClassVar[dict[str, tuple[str, Names]]] = {
         "megatron": ("", MEGATRON),
         "transformers": ("", DEEPSEEK),
@@ -35,6 +36,7 @@ class Connection(Projected):
         sinkhorn_eps: float = 1e-6,
         post_mult: float = 2.0,
         sinkhorn_repeat: int = 20,
+        transposes_comb: bool = False,
         norm_weight: bool = False,
         init: str = "megatron",
         sequence_parallel: bool = False,
@@ -44,6 +46,7 @@ class Connection(Projected):
         errors.check_num_streams(op, num_streams)
         check_sinkhorn(op, sinkhorn_repeat, sinkhorn_eps, prefix="sinkhorn_")
         errors.check_number(op, "post_mult", post_mult)
+        errors.check_bool(op, "transposes_comb", transposes_comb)
         super().__init__(
             hidden_size,
             num_streams,
@@ -57,7 +60,7 @@ class Connection(Projected):
             device,
         )
         self.sinkhorn_eps, self.sinkhorn_repeat = sinkhorn_eps, sinkhorn_repeat
-        self.post_mult = post_mult
+        self.post_mult, self.transposes_comb = post_mult, transposes_comb
 
     def _options(self) -> "PreOptions":
         return {
@@ -93,6 +96,7 @@ class Connection(Projected):
         return (
             f"{super().extra_repr()}, sinkhorn_eps={self.sinkhorn_eps}, "
             f"post_mult={self.post_mult}, sinkhorn_repeat={self.sinkhorn_repeat}"
+            f"{', transposes_comb=True' if self.transposes_comb else ''}"
         )
 
 
@@ -129,6 +133,9 @@ class HyperConnection(Connection):
         sinkhorn_eps: added to the softmax and the divisors of Sinkhorn.
         post_mult: factor of post_mix.
         sinkhorn_repeat: Sinkhorn steps, from 1 to 1024.
+        transposes_comb: whether Sinkhorn's result is transposed before `post` mixes the streams by
+            it: its rows are then destinations, as Megatron-LM's main had it (`from_megatron`). It
+            is a small kernel more.
         norm_weight: whether the RMS norm has a learnable weight.
         init: "megatron" or "deepseek_v4", as the methods `init_megatron` and `init_deepseek_v4`.
         sequence_parallel: set `sequence_parallel = True` on every parameter, by which Megatron-LM
@@ -148,6 +155,11 @@ class HyperConnection(Connection):
     Source: mHC paper (arXiv 2512.24880), sec. 4; Megatron-LM dev `HyperConnectionModule`.
     """
 
+    _MEGATRON_OPTIONS: ClassVar[dict[str, dict[str, object]]] = {
+        **Connection._MEGATRON_OPTIONS,
+        "main-4531": {"transposes_comb": True, "pre_eps": 0, "sinkhorn_eps": 0},
+    }
+
     def pre(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Compute the layer input and the mixes: `fused_pre` with `passes_residual`.
 
@@ -163,9 +175,12 @@ class HyperConnection(Connection):
             ShapeError: streams do not match the parameters.
             UnsupportedError: n or H has no kernel.
         """
-        return functional.mhc_pre(
+        layer_input, post_mix, comb_mix, through = functional.mhc_pre(
             streams, self.weight, self.scale, self.bias, passes_residual=True, **self._options()
         )
+        if self.transposes_comb:
+            comb_mix = comb_mix.mT.contiguous()
+        return layer_input, post_mix, comb_mix, through
 
     def post_pre(
         self,
@@ -207,6 +222,8 @@ class HyperConnection(Connection):
             layer_norm_eps=layer_norm_eps,
             **self._options(),
         )
+        if self.transposes_comb:
+            comb_mix = comb_mix.mT.contiguous()
         return layer_input, post_mix, comb_mix, streams
 
     def forward(
@@ -293,7 +310,7 @@ class DelayedHyperConnection(Connection):
         if pre_mix is None:
             errors.check_streams(type(self).__name__, "streams", streams)
             pre_mix = first_pre_mix(streams)
-        return functional.mhc_pre(
+        layer_input, next_mix, post_mix, comb_mix, through = functional.mhc_pre(
             streams,
             self.weight,
             self.scale,
@@ -302,6 +319,9 @@ class DelayedHyperConnection(Connection):
             passes_residual=True,
             **self._options(),
         )
+        if self.transposes_comb:
+            comb_mix = comb_mix.mT.contiguous()
+        return layer_input, next_mix, post_mix, comb_mix, through
 
     def post_pre(
         self,
@@ -346,6 +366,8 @@ class DelayedHyperConnection(Connection):
             layer_norm_eps=layer_norm_eps,
             **self._options(),
         )
+        if self.transposes_comb:
+            comb_mix = comb_mix.mT.contiguous()
         return layer_input, pre_mix, post_mix, comb_mix, streams
 
     def forward(

@@ -40,7 +40,8 @@ class DeepSeekV41Layer(nn.Module):
     ==========================  ===============================================
 
     A parameter's own name, as in `named_parameters`, is by the module: `hc_attn.weight`.
-    `load_state_dict` takes either.
+    `load_state_dict` takes either. With FSDP2 make hc_attn and hc_ffn units of their own before the
+    layer, as `HyperConnection` says.
 
     Args:
         hidden_size: H, from 1 to 16384; fastest for multiples of 64.
