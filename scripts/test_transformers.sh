@@ -7,8 +7,8 @@
 #   PYTEST_ARGS="-k fsdp" scripts/test_transformers.sh
 #
 # Each is installed once, alone, into build/transformers-VERSION: what it needs is the environment's,
-# which both ends agree with. accelerate comes along, for the tests that use it. With a GPU, what
-# only it shows runs too. A folder that is there already needs no package index.
+# which both ends agree with. accelerate and peft come along, for the tests that use them. With a
+# GPU, what only it shows runs too. A folder that is there already needs no package index.
 set -uo pipefail
 # shellcheck source=scripts/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -23,7 +23,7 @@ install() {
     [ -d "$folder" ] && return 0
     rm -rf "$folder.part"
     "$PYTHON" -m pip install -q --no-compile --no-deps --target "$folder.part" \
-        "transformers==$version" accelerate psutil && mv "$folder.part" "$folder"
+        "transformers==$version" accelerate peft psutil && mv "$folder.part" "$folder"
 }
 
 run() {

@@ -20,6 +20,11 @@ layer to layer where nothing looks at the streams between them. Hidden states th
 checkpointing, and hooks on a layer or on a hyper-connection (also FSDP2's and accelerate's) make it
 a post and a pre; `backend_report()` gives the reason.
 
+Adapters of peft on the layers' linear maps change nothing of this, whether the hyper-connections
+are trained beside them or frozen. Hyper-connections that are in its `modules_to_save`, or have one
+of its `target_parameters`, it wraps, and the boundaries before them are a post and a pre; to train
+them as they are, set `requires_grad` on their parameters.
+
 What differs from the original arithmetic:
 - The decoder layer keeps post_mix and comb_mix in float32 and rounds the new streams once; the
   original rounds both mixes to the dtype of the streams, then both products and their sum.
