@@ -16,7 +16,14 @@ from torch.distributed.fsdp import (
 import distributed
 from distributed import HIDDEN, STREAMS, TOKENS
 from tile_mhc import recompute_group
-from tile_mhc.nn import DeepSeekV41Decoder, DeepSeekV41Layer, HyperConnection, HyperHead
+from tile_mhc.nn import (
+    DeepSeekV41Decoder,
+    DeepSeekV41Layer,
+    HyperConnection,
+    HyperHead,
+    Mixes,
+    observe_mixes,
+)
 
 
 class Block(nn.Module):
@@ -148,11 +155,18 @@ def make_decoder() -> DeepSeekV41Decoder:
     return DeepSeekV41Decoder(layers, norm=norm, head=head)
 
 
-def run_decoder(decoder: nn.Module, rank: int) -> Tensor:
+def run_decoder(decoder: nn.Module, rank: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """The output, and the logits of every connection, which an observer takes."""
     generator = torch.Generator().manual_seed(1 + rank)
-    out = decoder(torch.randn(TOKENS, HIDDEN, generator=generator))
+    logits = {}
+
+    def observer(name: str, mixes: Mixes) -> None:
+        logits[name] = torch.cat([part.flatten() for part in mixes.logits()])
+
+    with observe_mixes(decoder, observer):
+        out = decoder(torch.randn(TOKENS, HIDDEN, generator=generator))
     out.square().mean().backward()
-    return out.detach()
+    return out.detach(), logits
 
 
 def of_decoder(rank: int, ranks: int, folder: Path) -> None:
@@ -164,12 +178,13 @@ def of_decoder(rank: int, ranks: int, folder: Path) -> None:
             fully_shard(layer.hc_ffn)
             fully_shard(layer)
         fully_shard(decoder)
-        out = run_decoder(decoder, rank)
+        out, logits = run_decoder(decoder, rank)
         options = StateDictOptions(full_state_dict=True)
         state = get_model_state_dict(decoder, options=options)
         found = {name: p.grad.full_tensor() for name, p in decoder.named_parameters()}
         if rank == 0:
-            torch.save(found | {"out": out, "state": state}, folder / "gradients.pt")
+            whole = {"out": out, "state": state, "logits": logits}
+            torch.save(found | whole, folder / "gradients.pt")
 
 
 def refused(rank: int, ranks: int, folder: Path) -> None:

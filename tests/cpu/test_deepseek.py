@@ -444,11 +444,13 @@ def test_distributed_checkpoints():
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
 def test_sharded(tmp_path):
-    """fully_shard round connections and layers, on two ranks: outputs, gradients, state dict."""
+    """fully_shard round connections and layers, on two ranks: outputs, logits, gradients, state."""
     found = distributed.spawn(sharding.of_decoder, tmp_path)
     decoder = sharding.make_decoder()
     state = decoder.state_dict()
-    assert torch.equal(found.pop("out"), sharding.run_decoder(decoder, 0))
+    out, logits = sharding.run_decoder(decoder, 0)
+    assert torch.equal(found.pop("out"), out)
+    assert same(found.pop("logits"), logits)
     assert same(found.pop("state"), state)
     for rank in range(1, distributed.RANKS):
         sharding.run_decoder(decoder, rank)  # adds to the gradients

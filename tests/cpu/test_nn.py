@@ -587,6 +587,11 @@ def sublayer(connection=None, **changes):
     return nn.SubLayer(**{"connection": connection, "layer": torch.tanh} | changes)
 
 
+def observe(module, observer=print):
+    with nn.observe_mixes(module, observer):
+        pass
+
+
 HF = "model.layers.0.attn_hc."
 
 # (what is wrong, the call, the exception, its message)
@@ -663,6 +668,12 @@ MISTAKES = [
             torch.randn(2, 5, H)), ShapeError,
      "run_delayed_sublayers: sublayers[2].connection must be for n=4, H=64, as the streams; "
      "got n=4, H=128"),
+    ("nothing to observe", lambda: observe(torch.nn.Linear(1, 1)), ShapeError,
+     "observe_mixes: module must hold a HyperConnection or DelayedHyperConnection; got Linear"),
+    ("no module to observe", lambda: observe([HyperConnection(H)]), ShapeError,
+     "observe_mixes: module must hold a HyperConnection or DelayedHyperConnection; got list"),
+    ("an observer that is none", lambda: observe(HyperConnection(H), {}), ShapeError,
+     "observe_mixes: observer must be callable; got dict {}"),
     ("no streams to delay", lambda: nn.DelayedHyperConnection(H).pre(None), ShapeError,
      "DelayedHyperConnection: streams must be a torch.Tensor; got None"),
     ("other streams", lambda: HyperConnection(H)(make_streams(2), torch.tanh), ShapeError,

@@ -1,5 +1,6 @@
 """The modules on a GPU: against float64 by the ops' own bars, and a model trained on text."""
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -18,6 +19,7 @@ from tile_mhc.nn import (
     HyperConnection,
     HyperHead,
     SubLayer,
+    observe_mixes,
     run_delayed_sublayers,
     run_sublayers,
 )
@@ -239,6 +241,38 @@ KINDS = pytest.mark.parametrize(
 def distance(value, truth):
     value, truth = value.detach().double(), truth.detach().double()
     return float((value - truth).norm() / truth.norm())
+
+
+@KINDS
+def test_observing_waits_for_nothing(kind):
+    model, log = Stack(kind, torch.bfloat16), {}
+    streams = torch.randn(130, 4, 192, device="cuda").bfloat16()
+
+    def observer(name, mixes):
+        pre, post, comb = mixes.logits()
+        logits = [each.abs().amax() for each in (pre, post, comb)]
+        log[name] = torch.stack([*logits, mixes.row_sums.amax(), mixes.column_sums.amax()])
+
+    def run(observed):
+        with observe_mixes(model, observer) if observed else contextlib.nullcontext():
+            return model(streams)
+
+    expected, _ = run(False), run(True)  # what is compiled first may wait
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = run(True)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    assert torch.equal(found, expected)
+    assert list(log) == [f"connections.{index}" for index in range(4)]
+    for values in log.values():
+        assert (values[-2:] - 1).abs().max() <= 0.1
+    log.clear()
+    compiled = torch.compile(model, fullgraph=True)
+    with observe_mixes(model, observer):
+        compiled(streams)
+    assert len(log) == 4
 
 
 @KINDS

@@ -30,6 +30,17 @@ the names of DeepSeek's checkpoints:
     decoder.load_state_dict(checkpoint)
     logits = decoder(ids, positions=positions)  # attn(layer_input, positions=positions)
 
+To see what the mixes do while a model trains, for the log, without waiting for the device:
+
+    def observer(name, mixes):
+        _, _, comb = mixes.logits()
+        seen = mixes.row_sums.amax(), mixes.column_sums.amax(), comb.abs().amax()
+        log[name] = torch.stack(seen)
+
+    with observe_mixes(model, observer):
+        loss = model(batch)
+    loss.backward()
+
 Parameters stay float32: `.to(torch.bfloat16)`, `.half()` or `.double()` on a module or on a model
 around it moves them where it is told to, and leaves their dtype. That is a choice, as the ops take
 bfloat16 parameters too: DeepSeek-V4's checkpoints hold them in float32, and Megatron-LM and
@@ -40,6 +51,8 @@ from tile_mhc.nn._projected import INITS as INITS
 from tile_mhc.nn.connection import DelayedHyperConnection, HyperConnection
 from tile_mhc.nn.deepseek import DeepSeekV41Decoder, DeepSeekV41Layer
 from tile_mhc.nn.head import HyperHead
+from tile_mhc.nn.mixes import Mixes
+from tile_mhc.nn.observe import observe_mixes
 from tile_mhc.nn.sublayers import SubLayer, run_delayed_sublayers, run_sublayers
 
 __all__ = [
@@ -48,7 +61,9 @@ __all__ = [
     "DelayedHyperConnection",
     "HyperConnection",
     "HyperHead",
+    "Mixes",
     "SubLayer",
+    "observe_mixes",
     "run_delayed_sublayers",
     "run_sublayers",
 ]

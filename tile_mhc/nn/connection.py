@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tile_mhc import errors, functional
 from tile_mhc.nn._projected import DEEPSEEK, MEGATRON, Names, Projected
+from tile_mhc.nn.mixes import Mixes
 from tile_mhc.ops.post_pre import post_pre
 from tile_mhc.ops.sinkhorn import check_sinkhorn
 
@@ -25,6 +26,8 @@ class Connection(Projected):
         "megatron": ("", MEGATRON),
         "transformers": ("", DEEPSEEK),
     }
+    # Of `observe_mixes`.
+    _observers: tuple[Callable[[Mixes], Any], ...] = ()
 
     def __init__(
         self,
@@ -61,6 +64,12 @@ class Connection(Projected):
         )
         self.sinkhorn_eps, self.sinkhorn_repeat = sinkhorn_eps, sinkhorn_repeat
         self.post_mult, self.transposes_comb = post_mult, transposes_comb
+
+    def _observe(self, streams: Tensor, *mixes: Tensor) -> None:
+        with torch.no_grad():
+            seen = Mixes(self, streams.detach(), *(mix.detach() for mix in mixes))
+            for observer in self._observers:
+                observer(seen)
 
     def _options(self) -> "PreOptions":
         return {
@@ -180,6 +189,8 @@ class HyperConnection(Connection):
         )
         if self.transposes_comb:
             comb_mix = comb_mix.mT.contiguous()
+        if self._observers:
+            self._observe(streams, post_mix, comb_mix)
         return layer_input, post_mix, comb_mix, through
 
     def post_pre(
@@ -224,6 +235,8 @@ class HyperConnection(Connection):
         )
         if self.transposes_comb:
             comb_mix = comb_mix.mT.contiguous()
+        if self._observers:
+            self._observe(streams, post_mix, comb_mix)
         return layer_input, post_mix, comb_mix, streams
 
     def forward(
@@ -321,6 +334,8 @@ class DelayedHyperConnection(Connection):
         )
         if self.transposes_comb:
             comb_mix = comb_mix.mT.contiguous()
+        if self._observers:
+            self._observe(streams, post_mix, comb_mix, next_mix)
         return layer_input, next_mix, post_mix, comb_mix, through
 
     def post_pre(
@@ -368,6 +383,8 @@ class DelayedHyperConnection(Connection):
         )
         if self.transposes_comb:
             comb_mix = comb_mix.mT.contiguous()
+        if self._observers:
+            self._observe(streams, post_mix, comb_mix, pre_mix)
         return layer_input, pre_mix, post_mix, comb_mix, streams
 
     def forward(
