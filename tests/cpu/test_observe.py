@@ -210,8 +210,9 @@ def test_a_decoder():
     assert all(mixes.pre_mix is not None for _, mixes in seen)
 
 
-@KINDS
-@STACKED
+@pytest.mark.parametrize(
+    ("kind", "stacked"), [(HyperConnection, True), (DelayedHyperConnection, False)]
+)
 def test_compiled(kind, stacked):
     """Traced with the model, in one graph; without it again behind the context."""
     model, streams, log = Model(kind, stacked), make_streams(), {}
