@@ -5,6 +5,7 @@
 #   scripts/check.sh --all                 and what takes long, which CI runs on a schedule: tests that
 #                                          are marked `scheduled`, kernels for other GPUs than Hopper
 #   scripts/check.sh lint types            some of it: lint, types, docs, kernels, transformers, tests
+#   ARCHES=sm_80 scripts/check.sh kernels  every kernel, for these architectures
 #   PYTEST_ARGS="-k sinkhorn" scripts/check.sh tests
 #   PYTEST_ARGS="-n0 --pdb" scripts/check.sh tests
 #
@@ -75,8 +76,10 @@ types() {
 }
 
 # Every kernel of the table, each compiled once, without the host's part: spills are errors on Hopper,
-# and so is a jump in registers, shared memory or spills beside scripts/resources.json.
-# RENEW_RESOURCES=1 writes that table instead.
+# and so is a jump in registers, shared memory or spills beside scripts/resources.json, or more shared
+# memory than a CTA has. Of other architectures than Hopper some, and with --all every one; ARCHES
+# names those that are to be compiled in full.
+# RENEW_RESOURCES=1 writes the table's rows instead.
 kernels() {
     say "kernels"
     present click && present rich || return 0
@@ -85,12 +88,17 @@ jit.import_tilelang(); sys.exit(jit.find_nvcc() is None)'); then
         say "skipped: no nvcc"
         return 0
     fi
-    local arches=sm_90a
-    if [ "$TILE_MHC_CHECKS" = all ] || [ -n "${RENEW_RESOURCES:-}" ]; then arches+=,sm_100a; fi
+    local ok=0 arches=${ARCHES:-sm_90a}
+    if [ -z "${ARCHES:-}" ] && { [ "$TILE_MHC_CHECKS" = all ] || [ -n "${RENEW_RESOURCES:-}" ]; }; then
+        arches=$(cd "$scratch" && "$PYTHON" -c 'from tile_mhc import specs; \
+print(",".join(specs.ARCHS))') || return 1
+    fi
     # All spills are in what it prints; those on Hopper fail in resources.py.
     (cd "$scratch" && "$PYTHON" -m tile_mhc.cli compile --hidden 4096 --streams 4 \
         --arch "$arches" --measure --json >compiled.json &&
-        "$PYTHON" "$ROOT/scripts/resources.py" compiled.json ${RENEW_RESOURCES:+--renew})
+        "$PYTHON" "$ROOT/scripts/resources.py" compiled.json ${RENEW_RESOURCES:+--renew}) || ok=1
+    (cd "$scratch" && "$PYTHON" "$ROOT/scripts/sample_kernels.py") || ok=1
+    return $ok
 }
 
 # The documentation, strictly.

@@ -30,13 +30,13 @@ SUB_LAYER = ("projection", "split_mixes", "sinkhorn", "aggregate", "post", "fuse
 BATCH = 64
 
 
-def kernels_of_tests() -> list[tuple[str, specs.Arguments]]:
+def kernels_of_tests(arch: str) -> list[tuple[str, specs.Arguments]]:
     sys.path.insert(0, str(ROOT / "tests"))
     from gpu_kernels import kernels_of
 
     files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
     kernels: list[tuple[str, specs.Arguments]] = kernels_of(
-        [file.stem.removeprefix("test_") for file in files]
+        [file.stem.removeprefix("test_") for file in files], arch
     )
     return kernels
 
@@ -50,9 +50,9 @@ def main() -> int:
         parser.error(f"--jobs must be at least 1; got {arguments.jobs}")
     shapes = [Shape(tokens, hidden, 4) for tokens, hidden in DEFAULT_SHAPES]
     kernels = [
-        *compiling.kernels(make_ops(), shapes),
-        *specs.select(SCRIPTS, SUB_LAYER),
-        *kernels_of_tests(),
+        *compiling.kernels(make_ops(), shapes, arguments.arch),
+        *specs.select(SCRIPTS, SUB_LAYER, arguments.arch),
+        *kernels_of_tests(arguments.arch),
     ]
     wanted = list(dict.fromkeys(kernels))
     print(f"{len(wanted)} kernels into {jit.cache_directory()}", flush=True)

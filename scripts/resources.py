@@ -4,9 +4,11 @@
     tile-mhc compile --measure --json ... > compiled.json
     resources.py compiled.json            exits with 1 where a kernel spills, takes over 10 % more
                                           registers or shared memory, or is not in the table (of
-                                          the architectures that were compiled); on
-                                          other GPUs than Hopper where it spills more than there
-    resources.py compiled.json --renew    write the table, unless a kernel spills on Hopper
+                                          the architectures that were compiled); on other GPUs than
+                                          Hopper where it spills more than there; and where it takes
+                                          more shared memory than a CTA has
+    resources.py compiled.json --renew    write the table's rows of these architectures, unless a
+                                          kernel spills on Hopper
 
 `scripts/check.sh kernels` does the first, `RENEW_RESOURCES=1 scripts/check.sh kernels` the second.
 Registers are a matter of the compiler too: with another nvcc than the table's, what only grew is
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tile_mhc import jit
+from tile_mhc.kernels._arch import ARCHITECTURES
 
 TABLE = Path(__file__).resolve().with_name("resources.json")
 GROWTH = 1.1
@@ -54,9 +57,22 @@ def spills(found: dict[str, Row], table: dict[str, Row]) -> list[str]:
     return bad
 
 
+def arch_of(title: str) -> str:
+    return title.rpartition(" ")[2]
+
+
+def too_large(found: dict[str, Row]) -> list[str]:
+    """Those that no launch would take."""
+    return [
+        f"{title}: {row['shared_memory']} bytes of shared memory, of {most}"
+        for title, row in found.items()
+        if row["shared_memory"] > (most := ARCHITECTURES[arch_of(title)].shared_bytes)
+    ]
+
+
 def problems(found: dict[str, Row], table: dict[str, Row], same_nvcc: bool) -> list[str]:
     """What fails, by kernel."""
-    bad = spills(found, table)
+    bad = spills(found, table) + too_large(found)
     for title, row in found.items():
         if title not in table:
             bad.append(f"{title}: is not in the table")
@@ -69,13 +85,9 @@ def problems(found: dict[str, Row], table: dict[str, Row], same_nvcc: bool) -> l
                     bad.append(text)
                 else:
                     print(f"with another nvcc: {text}")
-    compiled = {_arch(title) for title in found}
-    gone = sorted(title for title in table.keys() - found if _arch(title) in compiled)
+    compiled = set(map(arch_of, found))
+    gone = sorted(title for title in table.keys() - found if arch_of(title) in compiled)
     return bad + [f"{title}: is in the table, and not compiled" for title in gone]
-
-
-def _arch(title: str) -> str:
-    return title.rpartition(" ")[2]
 
 
 def nvcc_version() -> str:
@@ -100,15 +112,17 @@ def main() -> int:
     arguments = parser.parse_args()
     found = rows_of(json.loads(arguments.compiled.read_text()))
     nvcc = nvcc_version()
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {"kernels": {}}
     if arguments.renew:
         hopper = {title: row for title, row in found.items() if title.endswith(NO_SPILLS)}
-        if bad := spills(hopper, {}):
+        if bad := spills(hopper, {}) + too_large(found):
             print("\n".join(bad), file=sys.stderr)
             return 1
-        write_table(found, nvcc)
+        archs = set(map(arch_of, found))
+        kept = {t: row for t, row in table["kernels"].items() if arch_of(t) not in archs}
+        write_table(kept | found, nvcc)
         print(f"{len(found)} kernels written to {TABLE}; look at its diff")
         return 0
-    table = json.loads(TABLE.read_text())
     bad = problems(found, table["kernels"], nvcc == table["nvcc"])
     if bad:
         print("\n".join(bad), file=sys.stderr)

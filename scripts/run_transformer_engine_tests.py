@@ -51,7 +51,7 @@ class OnCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def kernels_of(widths: Iterable[int]) -> list[tuple[str, specs.Arguments]]:
+def kernels_of(widths: Iterable[int], arch: str) -> list[tuple[str, specs.Arguments]]:
     """What tests of these C run: of the projections, those of 24 mixes without an aggregate."""
     sizes = [
         specs.Sizes(4, width, dtype=dtype, parameters=parameters)
@@ -60,7 +60,7 @@ def kernels_of(widths: Iterable[int]) -> list[tuple[str, specs.Arguments]]:
     ]
     return [
         (name, args)
-        for name, args in specs.select(sizes, ["transformer_engine"])
+        for name, args in specs.select(sizes, ["transformer_engine"], arch)
         if not name.startswith("projection")
         or (args[0] == 24 and not (name in ("projection_bwd", "projection_any_bwd") and args[2]))
     ]
@@ -69,7 +69,7 @@ def kernels_of(widths: Iterable[int]) -> list[tuple[str, specs.Arguments]]:
 def compile_ahead(widths: Iterable[int], arch: str) -> int:
     """How many failed."""
     # The tests that need one that fails will fail, and only they.
-    problems = jit.fill_cache(kernels_of(widths), arch, os.cpu_count() or 1)
+    problems = jit.fill_cache(kernels_of(widths, arch), arch, os.cpu_count() or 1)
     for problem in problems:
         print(f"run_transformer_engine_tests: {problem}", file=sys.stderr)
     return len(problems)

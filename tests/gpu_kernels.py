@@ -6,6 +6,7 @@ from accumulation import GPU_SIZES
 from cases import STREAM_CASES, WIDTH_CASES
 from tile_mhc import specs
 from tile_mhc.errors import dtype_name
+from tile_mhc.kernels._arch import DEFAULT
 
 # Which ops a test file runs with default dtypes; those not named run the op of their name, or all.
 OPS_OF = {
@@ -15,6 +16,7 @@ OPS_OF = {
     "mixes": ("split_mixes",),
     "contract": ("contract", "projection", "aggregate"),
     "contract_cluster": (),
+    "reference": (),
     "nn": ("fused_pre", "post", "contract"),
     "recompute": ("recompute", "aggregate", "post"),
     "recompute_group": ("recompute", "fused_pre", "post_pre", "post"),
@@ -64,29 +66,29 @@ DTYPES = [
 ]
 
 
-def kernels_of(stems):
+def kernels_of(stems, arch=DEFAULT):
     """Every kernel that these files of tests/gpu use, by the (n, H) pairs of cases.py."""
     pairs = {(case.num_streams, case.hidden_size) for case in STREAM_CASES}
     stems = set(stems)
     ops = set()
-    kernels = transformer_engine_kernels() if stems & TE_STEMS else []
+    kernels = transformer_engine_kernels(arch) if stems & TE_STEMS else []
     for stem in stems - TE_STEMS:
         ops.update(OPS_OF.get(stem, (stem,) if stem in specs.OPS else NATIVE))
     if "compat" in stems:
         pairs.update(COMPAT_PAIRS)
-    kernels += specs.select([specs.Sizes(*pair) for pair in sorted(pairs)], sorted(ops))
+    kernels += specs.select([specs.Sizes(*pair) for pair in sorted(pairs)], sorted(ops), arch)
     if stems & DIRECTED.keys():
         directed = {op for stem in stems & DIRECTED.keys() for op in DIRECTED[stem]}
         sizes = [specs.Sizes(*size[1:], grads=GRADS) for size in GPU_SIZES]
-        kernels += specs.select([*sizes, *OTHERS_DIRECTED], sorted(directed))
+        kernels += specs.select([*sizes, *OTHERS_DIRECTED], sorted(directed), arch)
     if "contract_cluster" in stems:
-        kernels += readout_kernels()
+        kernels += readout_kernels(arch)
     if "dtypes" in stems:
-        kernels += specs.select(DTYPES, NATIVE)
+        kernels += specs.select(DTYPES, NATIVE, arch)
     return list(dict.fromkeys(kernels))
 
 
-def readout_kernels():
+def readout_kernels(arch):
     """Those of the readout in one pass, of either parameters; where there is none, of two."""
     both = [
         specs.Sizes(*pair, parameters=(dtype,))
@@ -94,11 +96,12 @@ def readout_kernels():
         for dtype in specs.EVERY_PARAMETER
     ]
     names = {"contract_cluster_fwd", "contract_cluster_bwd", "projection_weight_bwd", "column_sums"}
-    kernels = [kernel for kernel in specs.select(both, ("contract",)) if kernel[0] in names]
-    return kernels + specs.select([specs.Sizes(*pair) for pair in readout.NONE], ("contract",))
+    kernels = [kernel for kernel in specs.select(both, ("contract",), arch) if kernel[0] in names]
+    two_passes = [specs.Sizes(*pair) for pair in readout.NONE]
+    return kernels + specs.select(two_passes, ("contract",), arch)
 
 
-def transformer_engine_kernels():
+def transformer_engine_kernels(arch):
     """Those of te_cases, whose widths and dtypes are its own."""
     names = [(dtype_name(d.streams), (dtype_name(d.parameters),)) for d in te_cases.DTYPES]
     sizes = [
@@ -109,7 +112,7 @@ def transformer_engine_kernels():
     # The table has the projections of the other ops, too: with an aggregate, and of four rows.
     return [
         (name, args)
-        for name, args in specs.select(sizes, ["transformer_engine"])
+        for name, args in specs.select(sizes, ["transformer_engine"], arch)
         if not name.startswith("projection")
         or (args[0] == 24 and not (name.endswith("_bwd") and "weight" not in name and args[2]))
     ]

@@ -11,8 +11,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from tile_mhc import _memory, config, jit
+from tile_mhc import _device, _memory, config, jit
 from tile_mhc._descriptors import TYPES, DLTensor
+from tile_mhc.kernels._arch import HOPPER, Architecture
 from tile_mhc.ops import _replay
 
 NUM_SMS = 132
@@ -57,8 +58,17 @@ def replaying(kernel: Callable[[str, tuple[Any, ...]], jit.Launch]) -> Iterator[
         mock.patch.object(_replay, "empty", _memory.empty_on_cpu),
         mock.patch.object(jit, "resident", resident),
         mock.patch.object(config, "get_num_sms", return_value=NUM_SMS),
-        # A CPU tensor's device has no index.
+        on_architecture(HOPPER),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def on_architecture(limits: Architecture) -> Iterator[None]:
+    """Within, the current device is of this architecture, and has the index of a CPU tensor's."""
+    with (
         mock.patch.object(torch.cuda, "current_device", return_value=None),
+        mock.patch.object(_device, "limits_of", return_value=limits),
     ):
         yield
 
@@ -67,7 +77,7 @@ def replaying(kernel: Callable[[str, tuple[Any, ...]], jit.Launch]) -> Iterator[
 def launchers_on_cpu(
     *names: str, around: Callable[..., AbstractContextManager[None]] = contextlib.nullcontext
 ) -> Iterator[None]:
-    """Within, these operators run their CUDA launchers for CPU tensors.
+    """Within, these operators run their CUDA launchers for CPU tensors; see `on_architecture`.
 
     Each run is in a context that `around` makes of all arguments.
     """

@@ -1,4 +1,5 @@
-"""How launches are sized: for how many SMs, and whether for the batch at hand."""
+"""How launches are sized: for how many SMs, and whether for the batch at hand; and what becomes of
+an op on a GPU that there are no kernels for."""
 
 import functools
 
@@ -8,7 +9,8 @@ from tile_mhc import errors
 
 _num_sms = 0
 _batch_invariant = False
-# All of the above, for who keeps what depends on it.
+_require_kernels = False
+# What launches depend on, for who keeps them.
 settings = (_num_sms, _batch_invariant)
 
 
@@ -76,3 +78,22 @@ def set_batch_invariant(enabled: bool) -> None:
     global _batch_invariant, settings
     _batch_invariant = enabled
     settings = (_num_sms, _batch_invariant)
+
+
+def get_require_kernels() -> bool:
+    """Whether an op raises on a GPU that there are no kernels for."""
+    return _require_kernels
+
+
+def set_require_kernels(enabled: bool) -> None:
+    """Have ops raise UnsupportedError on a GPU that there are no kernels for.
+
+    Otherwise the reference answers there, in torch, as it does on a CPU, and the first op says so
+    in a RuntimeWarning. The README says which GPUs have kernels.
+    """
+    if not isinstance(enabled, bool):
+        raise ValueError(
+            f"set_require_kernels: enabled must be True or False; got {errors.shown(enabled)}"
+        )
+    global _require_kernels
+    _require_kernels = enabled

@@ -34,7 +34,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from tile_mhc import specs
+from tile_mhc import _device, specs
 from tile_mhc.errors import UnsupportedError
 
 Launch = Callable[..., Any]
@@ -158,10 +158,7 @@ def resident(name: str, args: specs.Arguments) -> Launch:
         )
     arch = device_arch(device)
     if arch not in specs.ARCHS:
-        raise UnsupportedError(
-            f"{_call(name, args)}: the GPU must be one of {', '.join(specs.ARCHS)}; "
-            f"got {torch.cuda.get_device_name(device)}, {arch}"
-        )
+        raise UnsupportedError(f"{_call(name, args)}: {_device.problem_of(device)}")
     launch = compile_kernel(name, args, arch).launch
     _ready[name, args, device] = launch
     return launch
@@ -234,9 +231,8 @@ def building_allowed() -> bool:
 
 
 def device_arch(device: int) -> str:
-    """The architecture TileLang resolves for a device: "a" (all features) from Hopper on."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+    """The architecture TileLang resolves for a device; see `specs.ARCHS`."""
+    return _device.arch_of(device)
 
 
 def cache_directory() -> Path:

@@ -1,13 +1,15 @@
 """What decides which kernels an op launches, and on how many CTAs: for the ops and for `specs`.
 
-By shapes, dtypes and `config` alone; no tensor is looked at. A split, a slice or a cluster is one
-of several CTAs that share a sum, so what is decided here decides its last bits.
+By shapes, dtypes, `config` and the architecture alone; no tensor is looked at. A split, a slice or
+a cluster is one of several CTAs that share a sum, so what is decided here decides its last bits.
+
+The table names an architecture; to a launcher it is that of the current device.
 """
 
 import torch
 
-from tile_mhc import config
-from tile_mhc.kernels._arch import ARCHITECTURES, DEFAULT
+from tile_mhc import _device, config
+from tile_mhc.kernels._arch import Architecture
 from tile_mhc.kernels._shapes import (
     ANY_COLUMNS,
     ANY_K,
@@ -26,17 +28,6 @@ from tile_mhc.kernels._shapes import (
     is_no_eps,
 )
 
-# What a launch is sized by; every architecture agrees in it, but for L2.
-LIMITS = ARCHITECTURES[DEFAULT]
-
-# Streams of more bytes than the first are read as if for the last time, which leaves L2 to what it
-# holds of them; of more than the second, about five times L2, as usual again. H100, 2026-11, us of
-# such loads and of usual ones: 39.2 and 41.8 at 84 MB, 78.5 and 79.3 at 176, 102.8 and 102.7 at
-# 235, 151.6 and 149.1 at 352. H200, 2026-11, of projection, aggregate and post, which reads the
-# streams once more: 27.9 and 26.3 at 15 MB, 31.6 and 29.9 at 21, 50.2 and 49.7 at 37, 57.6 and 58.6
-# at 44.
-KEPT_BYTES = LIMITS.kept_bytes
-LAST_READ_BYTES = LIMITS.last_read_bytes
 # What the start of the backward's pipeline costs a CTA, in tiles.
 START_TILES = 3
 # delayed_pre, post_pre: up to so many tokens every CTA of a pass splits the weight that it reads, a
@@ -54,8 +45,16 @@ ANY_INVARIANT_BLOCKS = 32
 
 
 def reads_last(nbytes: int) -> bool:
-    """aggregate: whether its streams, of so many bytes, are read as if for the last time."""
-    return KEPT_BYTES < nbytes <= LAST_READ_BYTES
+    """aggregate: whether its streams, of so many bytes, are read as if for the last time.
+
+    Streams of more bytes than the first leave L2 to what it holds of them; of more than the second,
+    about five times L2, they are read as usual again. H100, 2026-11, us of such loads and of usual
+    ones: 39.2 and 41.8 at 84 MB, 78.5 and 79.3 at 176, 102.8 and 102.7 at 235, 151.6 and 149.1 at
+    352. H200, 2026-11, of projection, aggregate and post, which reads the streams once more: 27.9
+    and 26.3 at 15 MB, 31.6 and 29.9 at 21, 50.2 and 49.7 at 37, 57.6 and 58.6 at 44.
+    """
+    limits = _device.limits()
+    return limits.kept_bytes < nbytes <= limits.last_read_bytes
 
 
 def is_fast(dtype: torch.dtype, hidden_size: int) -> bool:
@@ -63,13 +62,20 @@ def is_fast(dtype: torch.dtype, hidden_size: int) -> bool:
     return dtype == torch.bfloat16 and hidden_size % FAST_HIDDEN == 0
 
 
-def is_one_pass(dtype: torch.dtype, n: int, hidden_size: int, num_splits: int | None) -> bool:
+def is_one_pass(
+    dtype: torch.dtype,
+    n: int,
+    hidden_size: int,
+    num_splits: int | None,
+    limits: Architecture | None = None,
+) -> bool:
     """Whether a pre with a given pre_mix takes one pass over these streams.
 
     Not with an explicit `num_splits`, which asks for the bits of `projection`: a pass sums by
     columns of all streams at once, and splits those.
     """
-    return n == 4 and is_fast(dtype, hidden_size) and num_splits is None
+    taken = n == 4 and is_fast(dtype, hidden_size) and num_splits is None
+    return taken and (limits or _device.limits()).has_one_pass
 
 
 def has_many_splits(splits: int) -> bool:
@@ -77,9 +83,16 @@ def has_many_splits(splits: int) -> bool:
     return splits > SUM_LANES
 
 
-def reads_once(dtype: torch.dtype, n: int, hidden_size: int, backward: bool) -> bool:
+def reads_once(
+    dtype: torch.dtype,
+    n: int,
+    hidden_size: int,
+    backward: bool,
+    limits: Architecture | None = None,
+) -> bool:
     """contract: whether clusters of CTAs hold these streams; any number of tokens."""
-    return dtype == torch.bfloat16 and cluster_size(n, hidden_size, backward) > 0
+    limits = limits or _device.limits()
+    return dtype == torch.bfloat16 and cluster_size(n, hidden_size, backward, limits) > 0
 
 
 def history_capacity(repeat: int) -> int:
@@ -87,11 +100,11 @@ def history_capacity(repeat: int) -> int:
     return -(-repeat // HISTORY_STEP) * HISTORY_STEP
 
 
-def has_gates_at_once(n: int, repeat: int, eps: float) -> bool:
+def has_gates_at_once(n: int, repeat: int, eps: float, limits: Architecture | None = None) -> bool:
     """gates: whether one kernel takes all gates' gradients: its CTAs, of as many tokens as are one
     row of partial sums, keep the steps of all of them. Eight streams leave no room for that."""
     history = 2 * history_capacity(repeat) * n * TOKENS_PER_PARTIAL * 4
-    return history <= LIMITS.history_bytes and not is_no_eps(eps)
+    return history <= (limits or _device.limits()).history_bytes and not is_no_eps(eps)
 
 
 def partial_rows(num_tokens: int) -> int:
@@ -100,7 +113,7 @@ def partial_rows(num_tokens: int) -> int:
 
 def bias_slices(num_tokens: int) -> int:
     """post: CTAs of the backward with a bias, each with a sum of its own: all run at once."""
-    return min(num_tokens, LIMITS.post_slices * config.get_num_sms())
+    return min(num_tokens, _device.limits().post_slices * config.get_num_sms())
 
 
 def num_clusters(num_tokens: int, size: int) -> int:
@@ -175,7 +188,7 @@ def any_blocks_per_split(num_tokens: int, size: int, num_splits: int | None) -> 
         blocks,
         tiles,
         num_splits,
-        ctas_per_sm=LIMITS.any_ctas,
+        ctas_per_sm=_device.limits().any_ctas,
         least=8,
         invariant=ANY_INVARIANT_BLOCKS,
     )
@@ -208,5 +221,5 @@ def any_backward_slice(num_tokens: int, size: int) -> int:
     and at most 16 slices, as each writes a partial gradient of the weight."""
     tiles = -(-num_tokens // ANY_TOKENS)
     blocks = -(-size // ANY_COLUMNS)
-    slices = min(tiles, 16, max(1, LIMITS.any_ctas * config.get_num_sms() // blocks))
+    slices = min(tiles, 16, max(1, _device.limits().any_ctas * config.get_num_sms() // blocks))
     return -(-tiles // slices) * ANY_TOKENS

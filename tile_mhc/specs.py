@@ -17,15 +17,14 @@ import torch
 
 from tile_mhc import errors, selection
 from tile_mhc.errors import MAX_HIDDEN, SUPPORTED_STREAMS
-from tile_mhc.kernels._arch import ARCHITECTURES
+from tile_mhc.kernels._arch import ARCHITECTURES, DEFAULT, Architecture
 from tile_mhc.kernels._dtypes import Dtypes, split_arguments
 from tile_mhc.kernels._shapes import HISTORY_STEP, TABLE_SLOTS
 
 Arguments = tuple[int | str, ...]
 
-# What `tile-mhc compile` takes; sm_90a and sm_100a are the ones compiled in CI. Not sm_80 to
-# sm_89, where TileLang 0.1.15 does not lower the projection's pipelines, nor sm_120a, where its
-# 217 KiB of shared memory exceed a CTA's 99.
+# What `tile-mhc compile` takes; CI compiles every kernel for sm_90a and sm_100a, and for the others
+# once a week: see scripts/check.sh.
 ARCHS = tuple(ARCHITECTURES)
 
 
@@ -48,6 +47,7 @@ class Sizes(NamedTuple):
         dtype: of the streams.
         parameters: the dtypes that each parameter may have, on its own.
         grads: those that gradient accumulators, or every main_grad, may have.
+        arch: what it is to run on; `select` fills it in.
     """
 
     n: int
@@ -56,6 +56,11 @@ class Sizes(NamedTuple):
     dtype: str = DTYPE
     parameters: tuple[str, ...] = PARAMETERS
     grads: tuple[str, ...] = ()
+    arch: str = DEFAULT
+
+    @property
+    def limits(self) -> Architecture:
+        return ARCHITECTURES[self.arch]
 
     @property
     def mixes(self) -> int:
@@ -123,11 +128,19 @@ def _n_gates(s: Sizes) -> list[Arguments]:
     return _gates(s, s.n)
 
 
+def _has_gates_at_once(s: Sizes) -> bool:
+    return selection.has_gates_at_once(s.n, s.repeat, 1.0, s.limits)
+
+
+def _is_one_pass(s: Sizes) -> bool:
+    return selection.is_one_pass(getattr(torch, s.dtype), s.n, s.hidden, None, s.limits)
+
+
 def _of_gates_at_once(
     arguments: Callable[[Sizes], list[Arguments]],
 ) -> Callable[[Sizes], list[Arguments]]:
     """Where one kernel takes the gradients of all gates, with some eps."""
-    return lambda s: arguments(s) if selection.has_gates_at_once(s.n, s.repeat, 1.0) else []
+    return lambda s: arguments(s) if _has_gates_at_once(s) else []
 
 
 @_of_gates_at_once
@@ -184,8 +197,7 @@ def _one_pass(arguments: Callable[[Sizes], list[Arguments]]) -> Callable[[Sizes]
     """For what a given pre_mix has in one pass over the streams."""
 
     def of(s: Sizes) -> list[Arguments]:
-        takes = selection.is_one_pass(getattr(torch, s.dtype), s.n, s.hidden, None)
-        return arguments(s) if takes else []
+        return arguments(s) if _is_one_pass(s) else []
 
     return of
 
@@ -216,8 +228,7 @@ def _passes(s: Sizes) -> list[Arguments]:
 
 def _delayed_mixes(s: Sizes) -> list[Arguments]:
     """As `_fused_pres`; with a norm only where one pass is before them."""
-    takes = selection.is_one_pass(getattr(torch, s.dtype), s.n, s.hidden, None)
-    return _fused_pres(s) if takes else _pres(s)
+    return _fused_pres(s) if _is_one_pass(s) else _pres(s)
 
 
 def _weights(s: Sizes) -> list[dict[str, str]]:
@@ -256,7 +267,7 @@ def _clusters(backward: bool) -> Callable[[Sizes], list[Arguments]]:
     """The same for the readout in one pass, where it has a kernel."""
 
     def of(s: Sizes) -> list[Arguments]:
-        if not selection.reads_once(getattr(torch, s.dtype), s.n, s.hidden, backward):
+        if not selection.reads_once(getattr(torch, s.dtype), s.n, s.hidden, backward, s.limits):
             return []
         return [_kernel(s.n, s.hidden, **dtypes) for dtypes in _parameters(s)]
 
@@ -567,9 +578,12 @@ def pass_configs(name: str, args: Arguments) -> dict[str, Any]:
     return {key.value: value for key, value in chosen.items()}
 
 
-def select(sizes: Iterable[Sizes], ops: Iterable[str] = OPS) -> list[tuple[str, Arguments]]:
-    """Every kernel that `ops` launch at `sizes`, each once, in the order of the table."""
-    sizes, ops = list(sizes), set(ops)
+def select(
+    sizes: Iterable[Sizes], ops: Iterable[str] = OPS, arch: str = DEFAULT
+) -> list[tuple[str, Arguments]]:
+    """Every kernel that `ops` launch at `sizes` on an architecture, each once, in the order of the
+    table."""
+    sizes, ops = [size._replace(arch=arch) for size in sizes], set(ops)
     return list(
         dict.fromkeys(
             (spec.name, args)
@@ -594,7 +608,7 @@ def device_functions() -> set[str]:
 def compile_command(name: str, args: Arguments, arch: str) -> str | None:
     """The command line that puts this kernel into the cache; None where the table has no entry."""
     spec = BY_NAME[name]
-    for size in _sizes_of(spec, args):
+    for size in _sizes_of(spec, args, arch):
         if args in spec.arguments(size):
             command = f"tile-mhc compile --arch {arch} --hidden {size.hidden} --streams {size.n}"
             if size.repeat != HISTORY_STEP:
@@ -609,7 +623,7 @@ def compile_command(name: str, args: Arguments, arch: str) -> str | None:
     return None
 
 
-def _sizes_of(spec: Spec, args: Arguments) -> Iterator[Sizes]:
+def _sizes_of(spec: Spec, args: Arguments, arch: str) -> Iterator[Sizes]:
     """The choices that these arguments leave open, what is usual first."""
     numbers, words = split_arguments(args)
     of, dtypes = dict(zip(spec.numbers, numbers, strict=True)), Dtypes.parse(words).given
@@ -628,4 +642,4 @@ def _sizes_of(spec: Spec, args: Arguments) -> Iterator[Sizes]:
         if 0 < hidden <= MAX_HIDDEN:
             repeat = of.get("capacity", HISTORY_STEP)
             for choice in itertools.product(streams, parameters, grads):
-                yield Sizes(n, hidden, repeat, *choice)
+                yield Sizes(n, hidden, repeat, *choice, arch)

@@ -10,7 +10,7 @@ import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
 from tile_mhc.kernels._arch import Architecture
-from tile_mhc.kernels._common import VECTOR, follow_previous
+from tile_mhc.kernels._common import VECTOR, fence_shared, follow_previous, pipelined
 from tile_mhc.kernels._shapes import (
     DELAYED_BACKWARD_TOKENS,
     DELAYED_COLUMNS,
@@ -67,7 +67,8 @@ def forward_pass(
     turns = block // rows
     streams_of = tuple(range(STREAMS))
     has_norm = norm_weight_dtype != ""
-    fixed = block * (columns * collapses + wide * makes) * 2
+    has_tma = limits.has_tma
+    fixed = block * (columns * (collapses and has_tma) + wide * makes) * 2
     stage = block * (wide + (columns if makes else 0)) * 2
     if splits_weight:
         fixed += PART_ROWS * wide * 2
@@ -108,7 +109,7 @@ def forward_pass(
                 w_local = T.alloc_fragment((STREAMS * MIXES, columns), T.float32)
                 if has_norm:
                     norm_shared = T.alloc_shared((wide,), norm_weight_dtype)
-            if collapses:
+            if collapses and has_tma:
                 input_shared = T.alloc_shared((block, columns), T.bfloat16)
                 T.annotate_layout({input_shared: make_swizzled_layout(input_shared)})
             if makes:
@@ -150,7 +151,7 @@ def forward_pass(
                         for j in T.vectorized(STREAMS):
                             comb[turn, i, j] = comb_mix[t, i, j]
             T.clear(product)
-            for step in T.Pipelined(T.min(blocks, steps - s * blocks), num_stages=stages):
+            for step in pipelined(T.min(blocks, steps - s * blocks), stages):
                 h0 = (s * blocks + step) * columns
                 for i in streams_of:
                     k0 = i * hidden_size + h0
@@ -172,8 +173,9 @@ def forward_pass(
                         )
                 if makes:
                     T.copy(layer_output[t0, h0], f_shared)
-                # The tile before has left these: its stores ran beside the loads.
-                T.tma_store_wait(0)
+                if has_tma:
+                    # The tile before has left these: its stores ran beside the loads.
+                    T.tma_store_wait(0)
                 T.sync_threads()
                 for turn in T.unroll(turns):
                     # Where tokens are few a tile may have none for this turn.
@@ -202,6 +204,10 @@ def forward_pass(
                                     rounded[v] = T.cast(total[v], T.bfloat16)
                                 for v in T.vectorized(VECTOR):
                                     made_shared[row, j * columns + c + v] = rounded[v]
+                                if not has_tma and t0 + row < tokens:
+                                    k = j * hidden_size + h0 + c
+                                    for v in T.vectorized(VECTOR):
+                                        out[t0 + row, k + v] = rounded[v]
                             else:
                                 for v in T.vectorized(VECTOR):
                                     rounded[v] = streams[j, v]
@@ -212,9 +218,12 @@ def forward_pass(
                                 square[turn, v % 2] += T.cast(rounded[v], T.float32) * T.cast(
                                     rounded[v], T.float32
                                 )
-                        if collapses:
+                        if collapses and has_tma:
                             for v in T.vectorized(VECTOR):
                                 input_shared[row, c + v] = T.cast(collapsed[v], T.bfloat16)
+                        if collapses and not has_tma and t0 + row < tokens:
+                            for v in T.vectorized(VECTOR):
+                                layer_input[t0 + row, h0 + c + v] = T.cast(collapsed[v], T.bfloat16)
                 if splits_weight:
                     T.copy(raw_shared, w_local)
                     if has_norm:
@@ -229,10 +238,9 @@ def forward_pass(
                         at = r // MIXES * columns + k
                         w_shared[r % MIXES, at] = high_part(w_local[r, k])
                         w_shared[MIXES + r % MIXES, at] = low_part(w_local[r, k])
-                # The tensor cores and TMA read these through another path than threads write.
-                T.fence_proxy_async()
+                fence_shared()
                 T.sync_threads()
-                if makes:
+                if makes and has_tma:
                     for i in streams_of:
                         k0 = i * hidden_size + h0
                         c0 = i * columns
@@ -240,7 +248,7 @@ def forward_pass(
                             made_shared[0:block, c0 : c0 + columns],
                             out[t0 : t0 + block, k0 : k0 + columns],
                         )
-                if collapses:
+                if collapses and has_tma:
                     T.tma_copy(input_shared, layer_input[t0 : t0 + block, h0 : h0 + columns])
                 # The tensor cores truncate what they add up: only within a step.
                 T.gemm(
@@ -253,7 +261,8 @@ def forward_pass(
                 )
                 for m, i in T.Parallel(PART_ROWS, block):
                     product[m, i] += step_product[m, i]
-            T.tma_store_wait(0)
+            if has_tma:
+                T.tma_store_wait(0)
             for turn in T.unroll(turns):
                 square[turn, 0] += square[turn, 1]
                 for level in T.unroll(per_row.bit_length() - 1):
@@ -336,7 +345,10 @@ def backward_pass(
     sums_count = num_sums(makes)
     product_row = wide + VECTOR // 2
     fixed = 2 * both * wide * 2 + block * product_row * 4
-    fixed += block * (wide * 2 * 2 + (columns * 2 if makes else 0))
+    has_tma = limits.has_tma
+    fixed += block * wide * 2
+    if has_tma:
+        fixed += block * (wide * 2 + (columns * 2 if makes else 0))
     stage = block * (
         wide * 2 * (1 + has_held)
         + columns * 2 * (1 + makes)
@@ -375,8 +387,9 @@ def backward_pass(
         tf32: T.int32,
     ):
         with T.Kernel(hidden_size // columns, slices, threads=THREADS) as (column, slot):
-            T.annotate_consumer_reg_alloc(240)
-            T.annotate_producer_reg_dealloc(24)
+            if has_tma:
+                T.annotate_consumer_reg_alloc(240)
+                T.annotate_producer_reg_dealloc(24)
             high_twice = T.alloc_shared((both, wide), T.bfloat16)
             low_then_zero = T.alloc_shared((both, wide), T.bfloat16)
             # A copy of all streams waits at one barrier; a row of them is whole in the banks.
@@ -385,11 +398,13 @@ def backward_pass(
             factors_shared = T.alloc_shared((block, width), T.float32)
             input_shared = T.alloc_shared((block, columns), T.bfloat16)
             product_shared = T.alloc_shared((block, product_row), T.float32)
-            out_shared = T.alloc_shared((block, STREAMS, columns), T.bfloat16)
+            if has_tma:
+                out_shared = T.alloc_shared((block, STREAMS, columns), T.bfloat16)
             made_shared = T.alloc_shared((block, wide), T.bfloat16)
             if makes:
                 f_shared = T.alloc_shared((block, columns), T.bfloat16)
-                of_output_shared = T.alloc_shared((block, columns), T.bfloat16)
+                if has_tma:
+                    of_output_shared = T.alloc_shared((block, columns), T.bfloat16)
                 post_shared = T.alloc_shared((block, STREAMS), T.float32)
                 comb_shared = T.alloc_shared((block, STREAMS * STREAMS), T.float32)
             if has_held:
@@ -422,7 +437,7 @@ def backward_pass(
                 low_then_zero,
             )
             follow_previous()
-            T.fence_proxy_async()
+            fence_shared()
             T.sync_threads()
             T.clear(weight_local)
             tid = T.get_thread_binding()
@@ -430,9 +445,7 @@ def backward_pass(
             c = tid % per_row * VECTOR
             first = slot * slice_tokens
             h0 = column * columns
-            for step in T.Pipelined(
-                T.ceildiv(T.min(slice_tokens, tokens - first), block), num_stages=stages
-            ):
+            for step in pipelined(T.ceildiv(T.min(slice_tokens, tokens - first), block), stages):
                 t0 = first + step * block
                 t1 = t0 + block
                 T.copy(grad_parts[t0, 0], g_shared)
@@ -494,8 +507,9 @@ def backward_pass(
                     T.wait_wgmma(0)
                 for k, t in T.Parallel(wide, block):
                     product_shared[t, at(k)] = product[k, t]
-                # The tile before has left these: its stores ran beside this tile's products.
-                T.tma_store_wait(0)
+                if has_tma:
+                    # The tile before has left these: its stores ran beside this tile's products.
+                    T.tma_store_wait(0)
                 T.sync_threads()
                 for v in T.vectorized(4):
                     per_token[v] = factors_shared[row, v]
@@ -542,20 +556,29 @@ def backward_pass(
                                 added[i * STREAMS + j] += (
                                     T.cast(streams[i, v], T.float32) * total[v]
                                 )
-                    else:
+                    elif has_tma:
                         for v in T.vectorized(VECTOR):
                             out_shared[row, j, c + v] = T.cast(total[v], T.bfloat16)
-                if makes:
+                    elif t0 + row < tokens:
+                        for v in T.vectorized(VECTOR):
+                            grad_x[t0 + row, j, h0 + c + v] = T.cast(total[v], T.bfloat16)
+                if makes and has_tma:
                     for i in T.unroll(STREAMS):
                         for v in T.vectorized(VECTOR):
                             out_shared[row, i, c + v] = T.cast(of_streams[i, v], T.bfloat16)
                     for v in T.vectorized(VECTOR):
                         of_output_shared[row, c + v] = T.cast(of_output[v], T.bfloat16)
-                # The tensor cores and TMA read these through another path than threads write.
-                T.fence_proxy_async()
+                if makes and not has_tma and t0 + row < tokens:
+                    for i in T.unroll(STREAMS):
+                        for v in T.vectorized(VECTOR):
+                            grad_x[t0 + row, i, h0 + c + v] = T.cast(of_streams[i, v], T.bfloat16)
+                    for v in T.vectorized(VECTOR):
+                        grad_output[t0 + row, h0 + c + v] = T.cast(of_output[v], T.bfloat16)
+                fence_shared()
                 T.sync_threads()
-                T.tma_copy(out_shared, grad_x[t0:t1, 0:STREAMS, h0 : h0 + columns])
-                if makes:
+                if has_tma:
+                    T.tma_copy(out_shared, grad_x[t0:t1, 0:STREAMS, h0 : h0 + columns])
+                if makes and has_tma:
                     T.tma_copy(of_output_shared, grad_output[t0:t1, h0 : h0 + columns])
                 T.gemm(
                     made_shared,
@@ -583,7 +606,8 @@ def backward_pass(
                 still_read(g_shared, last)
                 for k, m in T.Parallel(wide, both):
                     weight_local[k, m] += tile_weight[k, m] * factors_shared[0, 2]
-            T.tma_store_wait(0)
+            if has_tma:
+                T.tma_store_wait(0)
             # By rows of the weight, as they are written; see `projection_bwd`.
             weight_shared = T.alloc_shared((both, wide + 4), T.float32)
             for k, m in T.Parallel(wide, both):

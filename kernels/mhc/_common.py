@@ -3,12 +3,13 @@
 import functools
 import inspect
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import tilelang.language as T
 from tilelang import PassConfigKey
 
-from tile_mhc.kernels._arch import ARCHITECTURES, DEFAULT
+from tile_mhc.kernels._arch import ARCHITECTURES, DEFAULT, Architecture
 from tile_mhc.kernels._dtypes import Dtypes, split_arguments
 
 # Bytes of the widest access of a thread, and bfloat16 values in one.
@@ -32,6 +33,12 @@ SIMT = {
 # the streams from HBM: H200, T=256 H=7168, fused_pre and post 24.8 us with usual loads, 26.4 so.
 READS_LAST = SIMT | {PassConfigKey.TL_DEVICE_COMPILE_FLAGS: ["-Xptxas", "-dlcm=cs"]}
 
+# Without TMA a stage of a pipeline is one more copy of its loop's body.
+MOST_STAGES = 3
+
+# What the kernel that is being traced is compiled for; see `builder`.
+_limits: ContextVar[Architecture] = ContextVar("limits", default=ARCHITECTURES[DEFAULT])
+
 
 def builder(
     pass_configs: dict[Any, Any] | Callable[..., dict[Any, Any]],
@@ -40,7 +47,8 @@ def builder(
 
     It is called with a kernel's arguments: the numbers, then the words of `Dtypes`. A word for a
     tensor that the kernel does not have is a TypeError: it would be a second key of one kernel. A
-    function that asks for `limits` gets the `Architecture` that the kernel is compiled for.
+    function that asks for `limits` gets the `Architecture` that the kernel is compiled for; what
+    all kernels call, such as `follow_previous`, knows it without.
 
     Args:
         pass_configs: what the kernel is compiled with, or a function of the arguments that tells
@@ -60,7 +68,11 @@ def builder(
             given = {f"{name}_dtype": getattr(dtypes, name) for name in keywords}
             if "limits" in parameters:
                 given["limits"] = ARCHITECTURES[arch]
-            return function(*numbers, **given)
+            before = _limits.set(ARCHITECTURES[arch])
+            try:
+                return function(*numbers, **given)
+            finally:
+                _limits.reset(before)
 
         build.pass_configs = pass_configs  # type: ignore[attr-defined]
         return build
@@ -110,10 +122,34 @@ def follow_previous():
     launches do not each add the 1 to 2 us of a start. Before it nothing may be written, and nothing
     read but what is `early` in the table of kernels: where the predecessor is always one of ours,
     of the same call, that does not write this. All that came before the predecessor has ended then,
-    as it waited here itself before this kernel could start.
+    as it waited here itself before this kernel could start. Before Hopper a kernel starts when its
+    predecessor has ended, and there is nothing to wait for.
     """
-    T.pdl_sync()
-    T.pdl_trigger()
+    if _limits.get().has_tma:
+        T.pdl_sync()
+        T.pdl_trigger()
+
+
+@T.macro
+def fence_shared():
+    """Let TMA, and Hopper's tensor cores, see what threads have written to shared memory: they read
+    it through another path than the threads."""
+    if _limits.get().has_tma:
+        T.fence_proxy_async()
+
+
+def pipelined(count: Any, num_stages: int) -> Any:
+    """T.Pipelined, of a count that is known at run time.
+
+    TileLang 0.1.15 gives the copies to a warp of their own where there is TMA. Elsewhere it starts
+    them ahead with cp.async, and ends the loop with the iterations that start none, each of which
+    waits for one copy less: unless they are unrolled, the number is no constant, and lowering ends
+    with "Downcast from tirx.Sub to ir.IntImm failed".
+    """
+    if _limits.get().has_tma:
+        return T.Pipelined(count, num_stages=num_stages)
+    stages = min(num_stages, MOST_STAGES)
+    return T.Pipelined(count, num_stages=stages, annotations={"pragma_unroll_explicit": True})
 
 
 @T.macro

@@ -2,7 +2,7 @@
 
 import functools
 
-from tile_mhc.kernels._arch import ARCHITECTURES, DEFAULT, Architecture
+from tile_mhc.kernels._arch import Architecture
 
 # projection: the tile of x that one CTA takes at a time.
 BLOCK_TOKENS = 128
@@ -48,14 +48,18 @@ def is_no_eps(eps: float) -> bool:
     return abs(eps) < SMALLEST_EPS
 
 
-def backward_pieces(num_mixes: int, size: int, n: int, joins: bool = False) -> int:
+def backward_pieces(
+    num_mixes: int, size: int, n: int, limits: Architecture, joins: bool = False
+) -> int:
     """projection: how many pieces of columns one CTA of the backward owns.
 
-    Four fill shared memory. The weight gradient lies in registers, where 80 mixes leave room for
-    half of that; so does what `joins` the gradient of x, which takes a tile of its own, and a
-    gradient of x that goes into an accumulator, which may be twice as wide.
+    Four fill Hopper's shared memory. The weight gradient lies in registers, where 80 mixes leave
+    room for half of that; so does what `joins` the gradient of x, which takes a tile of its own,
+    and a gradient of x that goes into an accumulator, which may be twice as wide.
     """
-    return 2 if num_mixes > 24 or n or joins or size % (4 * PIECE) else 4
+    pieces = 2 if num_mixes > 24 or n or joins or size % (4 * PIECE) else 4
+    most = limits.matmul_pieces if num_mixes <= 24 else limits.matmul_pieces_of_eight
+    return min(pieces, most)
 
 
 def factors_width(n: int) -> int:
@@ -88,16 +92,14 @@ def cluster_row(rows: int, width: int) -> int:
     return rows * width + 32
 
 
-def cluster_stages(
-    n: int, width: int, backward: bool, limits: Architecture = ARCHITECTURES[DEFAULT]
-) -> int:
+def cluster_stages(n: int, width: int, backward: bool, limits: Architecture) -> int:
     """contract_cluster: groups of tokens that fit: n streams and, in the backward, a gradient."""
     row = cluster_row(n, width) + (cluster_row(1, width) if backward else 0)
     return min(limits.ring_bytes // (CLUSTER_TOKENS * row * 2), CLUSTER_STAGES)
 
 
 @functools.cache
-def cluster_size(n: int, hidden_size: int, backward: bool) -> int:
+def cluster_size(n: int, hidden_size: int, backward: bool, limits: Architecture) -> int:
     """contract_cluster: CTAs that share a token; 0 where there is no such kernel.
 
     As few as leave room for three groups of tokens: one whose products are taken, one whose gates
@@ -106,6 +108,6 @@ def cluster_size(n: int, hidden_size: int, backward: bool) -> int:
     for size in (1, 2, 4, 8):
         width = hidden_size // size
         whole = hidden_size % (size * CLUSTER_COLUMNS) == 0 and width <= CLUSTER_WIDTH
-        if n <= 4 and whole and cluster_stages(n, width, backward) >= 3:
+        if n <= 4 and whole and cluster_stages(n, width, backward, limits) >= 3:
             return size
     return 0

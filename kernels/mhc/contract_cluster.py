@@ -193,7 +193,7 @@ def contract_cluster_fwd(
 ):
     tokens = T.dynamic("num_tokens")
     size = n * hidden_size
-    cluster = cluster_size(n, hidden_size, False)
+    cluster = cluster_size(n, hidden_size, False, limits)
     width = hidden_size // cluster
     warps = width // CLUSTER_COLUMNS
     threads = warps * 32 + 32
@@ -419,7 +419,7 @@ def contract_cluster_bwd(
     """
     tokens = T.dynamic("num_tokens")
     size = n * hidden_size
-    cluster = cluster_size(n, hidden_size, True)
+    cluster = cluster_size(n, hidden_size, True, limits)
     width = hidden_size // cluster
     warps = width // CLUSTER_COLUMNS
     threads = warps * 32 + 32

@@ -22,8 +22,10 @@ from tile_mhc.kernels._common import (
     SIMT,
     VECTOR,
     builder,
+    fence_shared,
     follow_previous,
     load_mixes,
+    pipelined,
     store_mixes,
 )
 from tile_mhc.kernels._shapes import (
@@ -43,6 +45,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "": 0}
 MATMUL_THREADS = 256
 FULL_ROW = T.GemmWarpPolicy.FullRow
 FULL_COLUMN = T.GemmWarpPolicy.FullCol
+SQUARE = T.GemmWarpPolicy.Square
 # Sums over splits or slices: values that a thread loads before it adds the first.
 AT_ONCE = 4
 # projection_norm: mixes per thread, in one access. H200, 2026-11, us of projection.fwd with one,
@@ -102,11 +105,14 @@ def projection_fwd(
     splits = T.dynamic("num_splits")
     part_rows = padded(num_mixes)
     num_blocks = size // BLOCK_K
+    # Columns at a time, of which a block has several where shared memory is small.
+    depth = limits.matmul_columns
+    turns = BLOCK_K // depth
     # One CTA per SM (its registers fill it): a deep pipeline keeps the memory busy.
     has_norm = norm_weight_dtype != ""
     weight_bytes = num_mixes * BYTES[weight_dtype] + BYTES[norm_weight_dtype]
-    stage = (BLOCK_TOKENS * 2 + weight_bytes) * BLOCK_K
-    stages = min(6, (limits.matmul_bytes - 4 * part_rows * BLOCK_K) // stage)
+    stage = (BLOCK_TOKENS * 2 + weight_bytes) * depth
+    stages = min(6, (limits.matmul_bytes - 4 * part_rows * depth) // stage)
 
     @T.prim_func
     def projection_fwd_kernel(
@@ -124,17 +130,17 @@ def projection_fwd(
         with T.Kernel(splits * tiles, threads=MATMUL_THREADS) as cta:
             follow_previous()
             s = T.truncmod(cta, splits)
-            x_shared = T.alloc_shared((BLOCK_TOKENS, BLOCK_K), T.bfloat16)
-            w_shared = T.alloc_shared((num_mixes, BLOCK_K), weight_dtype)
+            x_shared = T.alloc_shared((BLOCK_TOKENS, depth), T.bfloat16)
+            w_shared = T.alloc_shared((num_mixes, depth), weight_dtype)
             if has_norm:
-                norm_shared = T.alloc_shared((BLOCK_K,), norm_weight_dtype)
-            w_local = T.alloc_fragment((num_mixes, BLOCK_K), T.float32)
+                norm_shared = T.alloc_shared((depth,), norm_weight_dtype)
+            w_local = T.alloc_fragment((num_mixes, depth), T.float32)
             # Rows [high; low], split as they are read: no pass of its own over the weight. Rows of
             # padding stay unwritten, and make columns of the product that nobody reads.
-            parts = T.alloc_shared((2 * part_rows, BLOCK_K), T.bfloat16)
+            parts = T.alloc_shared((2 * part_rows, depth), T.bfloat16)
             product = T.alloc_fragment((BLOCK_TOKENS, 2 * part_rows), T.float32)
             block_product = T.alloc_fragment((BLOCK_TOKENS, 2 * part_rows), T.float32)
-            x_local = T.alloc_fragment((BLOCK_TOKENS, BLOCK_K), T.bfloat16)
+            x_local = T.alloc_fragment((BLOCK_TOKENS, depth), T.bfloat16)
             total = T.alloc_shared((BLOCK_TOKENS, 2 * part_rows), T.float32)
             square = T.alloc_fragment((BLOCK_TOKENS, 8), T.float32)
             square_sum = T.alloc_fragment((BLOCK_TOKENS,), T.float32)
@@ -143,28 +149,27 @@ def projection_fwd(
             t0 = (tiles - 1 - T.truncdiv(cta, splits)) * BLOCK_TOKENS
             T.clear(product)
             T.clear(square)
-            for b in T.Pipelined(T.min(blocks, num_blocks - s * blocks), num_stages=stages):
-                k0 = (s * blocks + b) * BLOCK_K
+            for b in pipelined(T.min(blocks, num_blocks - s * blocks) * turns, stages):
+                k0 = (s * blocks * turns + b) * depth
                 T.copy(x[t0, k0], x_shared)
                 T.copy(weight[0, k0], w_shared)
                 if has_norm:
                     T.copy(norm_weight[k0], norm_shared)
                 T.copy(w_shared, w_local)
                 if has_norm:
-                    for m, k in T.Parallel(num_mixes, BLOCK_K):
+                    for m, k in T.Parallel(num_mixes, depth):
                         w_local[m, k] *= T.cast(norm_shared[k], T.float32)
                 if tf32 != 0:
-                    for m, k in T.Parallel(num_mixes, BLOCK_K):
+                    for m, k in T.Parallel(num_mixes, depth):
                         w_local[m, k] = rounded_to_tf32(w_local[m, k])
-                for m, k in T.Parallel(num_mixes, BLOCK_K):
+                for m, k in T.Parallel(num_mixes, depth):
                     parts[m, k] = high_part(w_local[m, k])
                     parts[part_rows + m, k] = low_part(w_local[m, k])
-                # The tensor cores read these through another path than the threads that write them.
-                T.fence_proxy_async()
+                fence_shared()
                 T.copy(x_shared, x_local)
                 # Eight columns at a time, as the tensor core's operand lies across the lanes: the
                 # registers that feed the product feed the statistic too.
-                for g in T.serial(BLOCK_K // 8):
+                for g in T.serial(depth // 8):
                     for i, v in T.Parallel(BLOCK_TOKENS, 8):
                         square[i, v] += T.cast(x_local[i, g * 8 + v], T.float32) * T.cast(
                             x_local[i, g * 8 + v], T.float32
@@ -533,8 +538,8 @@ def projection_bwd(
     both = 2 * part_rows
     width = factors_width(n)
     hidden_size = size // max(n, 1)
-    block = BACKWARD_TOKENS
-    num_pieces = backward_pieces(num_mixes, size, n, has_held or into_dtype != "")
+    block = limits.matmul_tokens
+    num_pieces = backward_pieces(num_mixes, size, n, limits, has_held or into_dtype != "")
     # A tuple is unrolled as the kernel is traced: TMA wants its pieces one by one.
     pieces = tuple(range(num_pieces))
     columns = num_pieces * PIECE
@@ -549,6 +554,9 @@ def projection_bwd(
         columns * (2 + BYTES[held_dtype]) + both * 2 + width * 4 + (PIECE * 2 if n else 0)
     )
     stages = min(4, (limits.matmul_bytes - fixed) // stage)
+    # Of a tensor core's operand a warp has 16 columns, or more.
+    weight_policy = FULL_ROW if columns >= 16 * MATMUL_THREADS // 32 else SQUARE
+    store_tile = T.tma_copy if limits.has_tma else T.copy
 
     def start(column: T.int32, piece: int):
         """The column of x at which a piece of a CTA's columns starts."""
@@ -600,14 +608,11 @@ def projection_bwd(
                 low_then_zero,
             )
             follow_previous()
-            # The tensor cores read these through another path than the threads that wrote them.
-            T.fence_proxy_async()
+            fence_shared()
             T.sync_threads()
             T.clear(weight_local)
             first = slot * slice_tokens
-            for step in T.Pipelined(
-                T.ceildiv(T.min(slice_tokens, tokens - first), block), num_stages=stages
-            ):
+            for step in pipelined(T.ceildiv(T.min(slice_tokens, tokens - first), block), stages):
                 t0 = first + step * block
                 t1 = t0 + block
                 for p in pieces:
@@ -630,7 +635,7 @@ def projection_bwd(
                     tile_weight,
                     transpose_A=True,
                     clear_accum=True,
-                    policy=FULL_ROW,
+                    policy=weight_policy,
                 )
                 T.gemm(
                     g_shared,
@@ -658,18 +663,20 @@ def projection_bwd(
                 if has_held:
                     for i, k in T.Parallel(block, columns):
                         grad_local[i, k] += T.cast(sum_shared[i, k], T.float32)
-                # The tile before has left out_shared: its store ran beside this tile's products.
-                T.tma_store_wait(0)
+                if limits.has_tma:
+                    # The tile before has left out_shared: its store ran beside these products.
+                    T.tma_store_wait(0)
                 T.copy(grad_local, out_shared)
                 for p in pieces:
                     k0 = start(column, p)
                     c0 = p * PIECE
                     for k in tuple(range(0, PIECE, out_columns)):
-                        T.tma_copy(
+                        store_tile(
                             out_shared[0:block, c0 + k : c0 + k + out_columns],
                             grad_x[t0:t1, k0 + k : k0 + k + out_columns],
                         )
-            T.tma_store_wait(0)
+            if limits.has_tma:
+                T.tma_store_wait(0)
             # By rows of the weight, as they are written. A lane has two neighbours of every eighth
             # column: with 4 floats between rows all lanes store to banks of their own.
             weight_shared = T.alloc_shared((both, columns + 4), T.float32)

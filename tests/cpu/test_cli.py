@@ -85,7 +85,7 @@ HIDDEN = ("--hidden", "4096")
         ((*ARCH, *HIDDEN, "--repeat", "0"), r"--repeat.*an integer from 1 to 1024; got '0'"),
         ((*ARCH, *HIDDEN, "--repeat", "1025"), r"--repeat.*from 1 to 1024; got '1025'"),
         ((*ARCH, *HIDDEN, "--ops", "expand,nope"), r"--ops.*aggregate, contract, .*got 'nope'"),
-        (("--arch", "sm_90", *HIDDEN), r"--arch.*sm_90a, sm_100a.*got 'sm_90'"),
+        (("--arch", "sm_90", *HIDDEN), r"--arch.*sm_89, sm_90a.*got 'sm_90'"),
         ((*ARCH, *HIDDEN, "--jobs", "0"), r"--jobs.*x>=1"),
         (ARCH, r"Missing option '--hidden'"),
         ((*ARCH, *HIDDEN, "extra"), r"unexpected extra argument"),
@@ -100,11 +100,11 @@ def test_compile_needs_an_arch_without_a_gpu(run, monkeypatch):
     check_refusal(run("compile", *HIDDEN), 2, r"--arch must be given.*sm_90a")
 
 
-def test_compile_refuses_a_gpu_below_hopper(run, monkeypatch):
+def test_compile_refuses_a_gpu_below_ampere(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    check_refusal(run("compile", *HIDDEN), 2, r"--arch must be among sm_90a, .*got sm_80, this")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    check_refusal(run("compile", *HIDDEN), 2, r"--arch must be among sm_80, .*got sm_75, this")
 
 
 def test_compile_refuses_a_cache_it_cannot_write(run, tmp_path):

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import far_apart
 import oracle
+import replaying
 import saturation
 import tile_mhc
 from cases import (
@@ -31,7 +32,8 @@ from cases import (
     operator_calls,
     recompute_inputs,
 )
-from tile_mhc import config, functional, reference, selection
+from tile_mhc import _device, config, functional, reference, selection
+from tile_mhc.kernels._arch import HOPPER
 from tile_mhc.kernels._shapes import ANY_K, BLOCK_K
 from tile_mhc.ops import _library
 
@@ -490,7 +492,8 @@ def test_recompute_records_no_gradient():
 def prepared(monkeypatch, schema, function):
     """What runs behind CUDA, on CPU tensors: their device has no index."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    return _library._prepared(schema, function)
+    monkeypatch.setattr(_device, "limits_of", lambda _: HOPPER)
+    return _library._prepared(schema, function, by_reference=None)
 
 
 def test_kernels_get_aligned_inputs(monkeypatch):
@@ -576,7 +579,8 @@ def test_batch_invariant_split_depends_on_the_width_alone(
         for num_sms in (1, 7, 132):
             monkeypatch.setattr(config, "get_num_sms", lambda count=num_sms: count)
             for num_tokens in (1, 128, 129, 4096, 10**6):
-                found.add(blocks_per_split(num_tokens, size, num_splits))
+                with replaying.on_architecture(HOPPER):
+                    found.add(blocks_per_split(num_tokens, size, num_splits))
         return found
 
     assert len(splits()) > 1 or hidden_size == 64 or num_splits == 1

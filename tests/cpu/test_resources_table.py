@@ -48,6 +48,21 @@ def test_only_hopper_may_not_spill_what_the_table_has():
     ]
 
 
+def test_no_more_shared_memory_than_a_cta_has():
+    for arch, most in (("sm_80", 163), ("sm_89", 99), ("sm_90a", 227)):
+        title = f"expand_fwd(4, 64) {arch}"
+        for size, fails in ((most << 10, False), ((most << 10) + 1, True)):
+            row = ROW | {"shared_memory": size}
+            found = resources.problems({title: row}, {title: row}, True)
+            text = f"{title}: {size} bytes of shared memory, of {most << 10}"
+            assert found == ([text] if fails else [])
+
+
+def test_an_architecture_is_compared_with_its_own_rows():
+    others = {"expand_fwd(4, 64) sm_80": ROW, "post_fwd(4, 64) sm_120a": ROW}
+    assert problems({}, table={TITLE: ROW} | others) == []
+
+
 def test_with_another_nvcc_only_spills_fail(capsys):
     assert problems({"registers": 200}, same_nvcc=False) == []
     assert f"with another nvcc: {TITLE}: registers from 100 to 200" in capsys.readouterr().out
@@ -59,12 +74,14 @@ def test_a_table_with_spills_on_hopper_is_not_written(tmp_path, monkeypatch, cap
     monkeypatch.setattr(resources, "nvcc_version", lambda: "13.0")
     compiled = tmp_path / "compiled.json"
     monkeypatch.setattr(sys, "argv", ["resources.py", str(compiled), "--renew"])
-    for arch, status in (("sm_90a", 1), ("sm_100a", 0)):
+    for arch, status in (("sm_90a", 1), ("sm_100a", 0), ("sm_80", 0)):
         kernel = {"name": "expand_fwd", "args": [4, 64], "arch": arch, "error": None}
         kernel |= ROW | {"spill_stores": 8}
         compiled.write_text(json.dumps({"kernels": [kernel]}))
         assert resources.main() == status
         assert resources.TABLE.exists() is not bool(status)
+    written = json.loads(resources.TABLE.read_text())["kernels"]
+    assert {title.rpartition(" ")[2] for title in written} == {"sm_100a", "sm_80"}
     assert capsys.readouterr().err == f"{TITLE}: spills, 8 + 0 bytes\n"
 
 

@@ -4,7 +4,7 @@ import ast
 import inspect
 import re
 import shlex
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ import tile_mhc
 from tile_mhc import specs
 from tile_mhc.kernels._arch import ARCHITECTURES, HOPPER
 from tile_mhc.kernels._dtypes import Dtypes, split_arguments
+from tile_mhc.kernels._shapes import BACKWARD_TOKENS, BLOCK_K
 from tile_mhc.ops import recompute
 from tile_mhc.ops._library import dtypes
 
@@ -95,16 +96,36 @@ def test_what_kernels_take_is_within_the_limits_of_the_architecture():
     for limits in ARCHITECTURES.values():
         for taken in (limits.matmul_bytes, limits.history_bytes, limits.ring_bytes):
             assert taken <= limits.shared_bytes < limits.shared_bytes_per_sm
+        assert BLOCK_K % limits.matmul_columns == 0
+        assert BACKWARD_TOKENS % limits.matmul_tokens == 0
         assert limits.kept_bytes < limits.l2_bytes < limits.last_read_bytes
         for ctas in (limits.post_ctas, limits.interleaved_post_ctas, limits.any_ctas):
             assert limits.post_ctas_of_eight <= ctas <= limits.ctas
 
 
-def test_launchers_know_one_architecture():
-    """`selection` and `cluster_stages` are not told for which one: there must be no choice."""
-    unread = {"l2_bytes": 0, "has_wgmma": False}
-    same = {replace(limits, **unread) for limits in ARCHITECTURES.values()}
-    assert len(same) == 1
+def test_two_generations_of_clusters_make_the_same_choices():
+    """What was measured on Hopper counts where an SM has the same limits."""
+    own = {"l2_bytes": 0, "has_wgmma": False}
+    rows = [asdict(replace(ARCHITECTURES[arch], **own)) for arch in ("sm_90a", "sm_100a")]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("arch", specs.ARCHS)
+def test_kernels_of_an_architecture(arch):
+    """One row says what is launched there, and what its kernels are made of."""
+    limits = ARCHITECTURES[arch]
+    kernels = specs.select([specs.Sizes(4, 4096), specs.Sizes(8, 4096)], arch=arch)
+    names = {name for name, _ in kernels}
+    assert ("contract_cluster_bwd" in names) == (limits.ring_bytes > 0)
+    assert ("post_pre_fwd" in names) == ("delayed_pre_bwd" in names) == limits.has_one_pass
+    assert specs.compile_command("expand_fwd", (4, 64), arch) == (
+        f"tile-mhc compile --arch {arch} --hidden 64 --streams 4 --ops expand"
+    )
+    for name in ("expand_fwd", "projection_fwd"):
+        args = next(args for kernel, args in kernels if kernel == name)
+        text = specs.builder(name)(*args, arch=arch).script()
+        assert ("pdl_sync" in text) == limits.has_tma
+    assert ("fence_proxy_async" in text) == limits.has_tma
 
 
 def test_a_builder_is_told_the_limits_of_the_architecture(monkeypatch):

@@ -13,6 +13,7 @@ from cases import Case
 from emulator import launch, lowering
 from emulator.suite import PAIRS, VARIED, WIDE, WIDE_OPS
 from tile_mhc import specs
+from tile_mhc.kernels._arch import DEFAULT
 
 HERE = Path(__file__).parent
 
@@ -70,11 +71,12 @@ def built_kernels():
 
 def pytest_sessionfinish(session):
     """Say which kernels ran in another form than the shipped one, and why."""
-    siblings = {key[0] for key in launch.launched if lowering.lower(*key).sibling}
+    launched = [key for key in launch.launched if key[2] == DEFAULT]
+    siblings = {key[0] for key in launched if lowering.lower(*key).sibling}
     # The first of a name in the table stands for all, so that workers lower the same ones.
     table = specs.select([specs.Sizes(*VARIED[0])])
     for name in sorted(siblings):
-        args = next(args for kernel, args in [*table, *launch.launched] if kernel == name)
+        args = next(args for kernel, args, *_ in [*table, *launched] if kernel == name)
         summary.add(
             session.config,
             f"emulator: {name} ran as its sibling; not emulated: "

@@ -16,6 +16,7 @@ from emulator.cache import CACHE, digest_of, made
 from emulator.lowering import Lowered, lower
 from emulator.translate import translate
 from tile_mhc import specs
+from tile_mhc.kernels._arch import DEFAULT
 
 HERE = Path(__file__).parent
 # Contracted to fused multiply-adds, as nvcc does. Registers that nothing wrote hold a pattern, and
@@ -28,7 +29,7 @@ FLAGS = (
 HEADERS = ("device.h", "runtime.h")  # the first includes the other
 RUNTIME = "runtime.cpp"
 _TYPES = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "float32": ctypes.c_float}
-launched: set[tuple[str, specs.Arguments]] = set()
+launched: set[tuple[str, specs.Arguments, str]] = set()
 # One launch at a time: a library holds its launch's state, and signals are the process's.
 _launch_lock = threading.Lock()
 # What the launch before may have written: kept, so that no other tensor gets its memory.
@@ -71,10 +72,14 @@ def settings(**values: Any) -> Iterator[None]:
             setattr(Settings, name, value)
 
 
-@functools.cache
-def kernel(name: str, *args: int | str) -> "Kernel":
+def kernel(name: str, *args: int | str, arch: str = DEFAULT) -> "Kernel":
     """The emulated kernel; stands in for `tile_mhc.jit.kernel`."""
-    return Kernel(lower(name, args))
+    return _kernel(name, args, arch)
+
+
+@functools.cache
+def _kernel(name: str, args: specs.Arguments, arch: str) -> "Kernel":
+    return Kernel(lower(name, args, arch))
 
 
 class Kernel:
@@ -88,7 +93,7 @@ class Kernel:
     def __call__(self, *given: Any) -> None:
         after = Settings.watch(self, given) if Settings.watch else None
         self._launch(given)
-        launched.add(self.key)
+        launched.add((*self.key, self.lowered.arch))
         if after:
             after()
 

@@ -22,6 +22,7 @@ import z3
 
 from emulator.cache import CACHE, digest_of, made
 from tile_mhc import jit, kernels, specs
+from tile_mhc.kernels._arch import ARCHITECTURES, DEFAULT
 
 SIBLING_STAGES = 1
 # Settings of Z3 with which a sibling takes a quarter less: the older solver for integers. TileLang
@@ -30,6 +31,8 @@ SIBLING_STAGES = 1
 # emulator is to judge, are placed with the settings that shipped kernels have.
 QUICK_PROVER = {"smt.arith.solver": "2", "smt.arith.enable_hnf": "false"}
 PLACES_BARRIERS = "tl.ThreadSync"
+# After this a buffer is as large as the stages of its pipeline need.
+MAKES_STAGES = "tl.InjectSoftwarePipeline"
 # What the header does not have, and how it shows in a kernel's source.
 NOT_EMULATED = {
     "TMA copies": r"tl::tma_(?:load|store(?!_cluster))",
@@ -53,6 +56,7 @@ class Lowered:
     Attributes:
         name: the kernel's name in the table.
         args: its builder's arguments.
+        arch: what it is compiled for.
         source: CUDA.
         sibling: whether it was lowered with TMA, warp specialisation and wgmma off.
         inputs: (name, dtype, shape) of each argument of a launch; no shape for a number.
@@ -66,6 +70,7 @@ class Lowered:
 
     name: str
     args: specs.Arguments
+    arch: str
     source: str
     sibling: bool
     inputs: list[tuple[str, str, list[str] | None]]
@@ -81,13 +86,14 @@ class Lowered:
         return f"{self.name}({', '.join(map(str, self.args))})"
 
 
-def lower(name: str, args: specs.Arguments, arch: str = "sm_90a") -> Lowered:
+def lower(name: str, args: specs.Arguments, arch: str = DEFAULT) -> Lowered:
     """The kernel as shipped, or its sibling where the emulator lacks what it uses."""
-    sibling = not specs.pass_configs(name, args).get("tl.disable_tma_lower", False)
+    without_tma = specs.pass_configs(name, args).get("tl.disable_tma_lower", False)
+    sibling = ARCHITECTURES[arch].has_tma and not without_tma
     return _lower(name, args, arch, sibling)
 
 
-def not_emulated(name: str, args: specs.Arguments, arch: str = "sm_90a") -> list[str]:
+def not_emulated(name: str, args: specs.Arguments, arch: str = DEFAULT) -> list[str]:
     """What the shipped form of a kernel uses that the emulator does not have."""
     source = _lower(name, args, arch, sibling=False).source
     return [what for what, pattern in NOT_EMULATED.items() if re.search(pattern, source)]
@@ -105,7 +111,7 @@ def _lower(name: str, args: specs.Arguments, arch: str, sibling: bool) -> Lowere
 
     known = made(CACHE / "traced" / f"{name}-{digest}", trace_into)
     described = json.loads((CACHE / "lowered" / known.read_text()).read_text())
-    return Lowered(name=name, args=args, sibling=sibling, **described)
+    return Lowered(name=name, args=args, arch=arch, sibling=sibling, **described)
 
 
 @functools.cache
@@ -129,19 +135,20 @@ def _traced_and_lowered(name: str, args: specs.Arguments, arch: str, sibling: bo
 
     def trace() -> Any:
         with _trace_lock, _plain_language(builder) if sibling else contextlib.nullcontext():
-            return builder(*args)
+            return builder(*args, arch=arch)
 
     func = jit.undisturbed(trace)
 
     def lower_into(path: Path) -> None:
         target = tilelang.tvm.target.Target({"kind": "cuda", "arch": arch})
+        shared: dict[str, int] = {}
         with _prover_for(sibling) as instruments:
             context = tilelang.tvm.transform.PassContext(
-                opt_level=3, config=configs, instruments=instruments
+                opt_level=3, config=configs, instruments=[*instruments, _measurer(shared)]
             )
             with context, target:
                 artifact = jit.undisturbed(lambda: tilelang.lower(func, target=target))
-        path.write_text(json.dumps(_describe(name, func, artifact)))
+        path.write_text(json.dumps(_describe(name, func, artifact, shared)))
 
     digest = digest_of(func.script(), json.dumps([configs, arch]), _toolchain())
     return made(CACHE / "lowered" / f"{name}-{digest}.json", lower_into)
@@ -176,6 +183,20 @@ def _quick_prover() -> Any:
             _set_up(_own_prover if info.name == PLACES_BARRIERS else QUICK_PROVER)
 
     return Quick()
+
+
+def _measurer(shared: dict[str, int]) -> Any:
+    """An instrument of passes that fills in the bytes of shared buffers, by name."""
+
+    @sys.modules["tvm"].instrument.pass_instrument
+    class Measurer:
+        def run_after_pass(self, module: Any, info: Any) -> None:
+            if info.name == MAKES_STAGES:
+                shared.clear()
+                for _, function in module.functions.items():
+                    shared.update(_shared_buffers(function))
+
+    return Measurer()
 
 
 def _set_up(prover: dict[str, str]) -> None:
@@ -221,7 +242,7 @@ def _plain_language(builder: Any) -> Iterator[None]:
             module.T = language
 
 
-def _describe(name: str, func: Any, artifact: Any) -> dict[str, Any]:
+def _describe(name: str, func: Any, artifact: Any, shared: dict[str, int]) -> dict[str, Any]:
     """The fields of Lowered that a lowering gives; their strings may still be TVM's own."""
     inputs: list[tuple[str, str, list[str] | None]] = []
     for param in func.params:
@@ -251,7 +272,7 @@ def _describe(name: str, func: Any, artifact: Any) -> dict[str, Any]:
         "extents": extents,
         "cluster": _cluster(device),
         "shared_bytes": int(device.attrs.get("dyn_shared_memory_buf", 0)),
-        "shared": _shared_buffers(func),
+        "shared": shared,
     }
 
 

@@ -1,10 +1,11 @@
 """The public ops on CPU tensors, run by the kernels: what a user of a GPU calls, on the emulator.
 
 The operators' own CUDA implementations stand in for their CPU ones; checks, fakes and autograd stay
-as they are.
+as they are. So is the architecture that kernels are compiled, and launches sized, for.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 import replaying
 from emulator import launch
 from tile_mhc import config, jit
+from tile_mhc.kernels._arch import ARCHITECTURES, DEFAULT
 
 # The H200's: splits and slices, and so the last bits, depend on it.
 NUM_SMS = replaying.NUM_SMS
@@ -28,17 +30,16 @@ def operators() -> list[str]:
 
 
 @contextlib.contextmanager
-def emulated(seed: int = 0, num_sms: int = NUM_SMS) -> Iterator[None]:
+def emulated(seed: int = 0, num_sms: int = NUM_SMS, arch: str = DEFAULT) -> Iterator[None]:
     """Within: every op on CPU tensors runs its TileLang kernels in the emulator.
 
     Few `num_sms` make long loops of the splits and slices: more of them in one CTA.
     """
     with (
         replaying.launchers_on_cpu(*operators(), around=_tensors_known),
-        mock.patch.object(jit, "kernel", launch.kernel),
+        mock.patch.object(jit, "kernel", functools.partial(launch.kernel, arch=arch)),
         mock.patch.object(config, "get_num_sms", return_value=num_sms),
-        # A CPU tensor's device has no index.
-        mock.patch.object(torch.cuda, "current_device", return_value=None),
+        replaying.on_architecture(ARCHITECTURES[arch]),
         launch.settings(seed=seed),
     ):
         yield

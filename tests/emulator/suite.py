@@ -209,7 +209,7 @@ def run_everything(case: Case, dtypes: Dtypes = DEFAULT_DTYPES) -> None:
             # Widths as small as these never have as many splits as share a sum, nor fill L2.
             with (
                 mock.patch.object(selection, "has_many_splits", return_value=True),
-                mock.patch.object(selection, "KEPT_BYTES", 0),
+                mock.patch.object(selection, "reads_last", return_value=True),
                 mock.patch.object(selection, "SPLIT_WEIGHT_TOKENS", 0),
             ):
                 op.run(**given, **options)

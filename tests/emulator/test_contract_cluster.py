@@ -18,6 +18,7 @@ from emulator.launch import FaultError, Kernel
 from emulator.ops import emulated
 from emulator.suite import some
 from tile_mhc import contract, reference
+from tile_mhc.kernels._arch import HOPPER
 from tile_mhc.kernels._shapes import cluster_size
 
 SEED = 1
@@ -44,7 +45,7 @@ def check(pair, num_tokens, norm=True):
 
 @pytest.mark.parametrize("pair", SIZES, ids=str)
 def test_sizes_of_clusters(pair):
-    assert {cluster_size(*pair, backward) for backward in (False, True)} == {SIZES[pair]}
+    assert {cluster_size(*pair, backward, HOPPER) for backward in (False, True)} == {SIZES[pair]}
 
 
 @pytest.mark.parametrize("norm", [True, False], ids=["norm_weight", "plain"])

@@ -1,12 +1,14 @@
 """Every op and its gradients, run by the kernels on the CPU, against float64."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
 
 import far_apart
 import oracle
+import replaying
 import saturation
 from cases import (
     AGGREGATE,
@@ -46,6 +48,7 @@ from tile_mhc import (
     specs,
     split_mixes,
 )
+from tile_mhc.kernels._arch import HOPPER
 from tile_mhc.kernels._shapes import SMALLEST_EPS, SUM_LANES
 
 pytestmark = pytest.mark.usefixtures("built_kernels", "emulator")
@@ -234,10 +237,10 @@ def test_the_bytes_of_the_streams_decide_how_they_are_read(kept, last, kernel, m
     tensors, _ = AGGREGATE.inputs((13,), 4, 192, "cpu")
     expected = aggregate(**tensors)
     num_bytes = 13 * 4 * 192 * 2
-    monkeypatch.setattr(selection, "KEPT_BYTES", num_bytes + kept)
-    monkeypatch.setattr(selection, "LAST_READ_BYTES", num_bytes + last)
+    limits = replace(HOPPER, kept_bytes=num_bytes + kept, last_read_bytes=num_bytes + last)
     ran = []
-    with launch.settings(watch=lambda kernel, given: ran.append(kernel.key)):
+    watch = launch.settings(watch=lambda kernel, given: ran.append(kernel.key))
+    with watch, replaying.on_architecture(limits):
         assert torch.equal(aggregate(**tensors), expected)
     assert ran == [(kernel, (4, 192))]
 

@@ -21,7 +21,7 @@ def compiled_kernels(request):
     arch = jit.device_arch(torch.cuda.current_device())
     # The tests that need one that fails will fail, and only they.
     problems = jit.fill_cache(
-        kernels_of({item.path.stem.removeprefix("test_") for item in items}),
+        kernels_of({item.path.stem.removeprefix("test_") for item in items}, arch),
         arch,
         os.cpu_count() or 1,
     )

@@ -17,6 +17,7 @@ from tile_mhc.bench.inputs import make_inputs
 from tile_mhc.bench.measuring import Shape, describe
 from tile_mhc.bench.ops import SINKHORN_STEPS, Op
 from tile_mhc.bench.peer import NAME, STREAMS, TileKernels
+from tile_mhc.kernels._arch import DEFAULT
 
 PEER_SECONDS = 120
 # The ops of `specs` behind a stem that is not one of them, and the peer's.
@@ -34,14 +35,16 @@ PARTS = {
 PEER_PARTS = {"sub_layer": ("projection", "split_mixes", "sinkhorn", "aggregate", "post")}
 
 
-def kernels(ops: Sequence[Op], shapes: Sequence[Shape]) -> list[tuple[str, specs.Arguments]]:
-    """Our kernels behind `ops`."""
+def kernels(
+    ops: Sequence[Op], shapes: Sequence[Shape], arch: str = DEFAULT
+) -> list[tuple[str, specs.Arguments]]:
+    """Our kernels behind `ops` on an architecture."""
     wanted = []
     for grads in ((), ("bfloat16",)):
         chosen = [op for op in ops if op.directed == bool(grads)]
         names = [name for op in chosen for name in PARTS.get(op.stem, (op.stem,))]
         sizes = {specs.Sizes(shape.n, shape.H, SINKHORN_STEPS, grads=grads) for shape in shapes}
-        wanted += specs.select(sorted(sizes), names) if names else []
+        wanted += specs.select(sorted(sizes), names, arch) if names else []
     return list(dict.fromkeys(wanted))
 
 

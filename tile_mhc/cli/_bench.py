@@ -11,6 +11,7 @@ import click
 import torch
 from rich.table import Table
 
+from tile_mhc import jit, specs
 from tile_mhc.bench import cliffs, compiling, measuring, peer, records
 from tile_mhc.bench.measuring import Result, Shape, Side
 from tile_mhc.bench.ops import Op, make_ops
@@ -145,6 +146,11 @@ def bench_command(
     chosen = [op for op in make_ops() if not ops or op.name in ops or op.stem in ops]
     if not torch.cuda.is_available():
         raise click.UsageError("a CUDA device is needed; torch sees none")
+    own = jit.device_arch(torch.cuda.current_device())
+    if own not in specs.ARCHS:
+        raise click.UsageError(
+            f"the GPU must be one of {', '.join(specs.ARCHS)}, to have kernels; got {own}"
+        )
     tile_kernels = find_peer() if vs else None
     device = torch.device("cuda", torch.cuda.current_device())
     if warm_peer and tile_kernels:
@@ -223,7 +229,7 @@ def check_appendable(file: Path) -> None:
 def compile_before(
     ops: list[Op], shapes: list[Shape], tile_kernels: TileKernels | None, jobs: int
 ) -> None:
-    kernels = compiling.kernels(ops, shapes)
+    kernels = compiling.kernels(ops, shapes, jit.device_arch(torch.cuda.current_device()))
     commands = compiling.peer_commands(ops, shapes, tile_kernels) if tile_kernels else {}
     tail = f", and {peer.NAME}' of {len(commands)} stems" if commands else ""
     note(f"compiling {len(kernels)} kernels{tail}")

@@ -120,7 +120,7 @@ def compile_command(
     os.environ["TILE_MHC_JIT"] = "1"
 
     chosen = sizes(hidden, streams, repeat, dtypes, parameters, grads)
-    wanted = [(name, args, a) for a in arch for name, args in specs.select(chosen, ops)]
+    wanted = [(name, args, a) for a in arch for name, args in specs.select(chosen, ops, a)]
     start = time.perf_counter()
     outcomes = _run_all(wanted, jobs, only_measures, quiet=as_json)
     seconds = time.perf_counter() - start

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from tile_mhc import errors
+from tile_mhc import _device, errors
 from tile_mhc.kernels._dtypes import Dtypes
 from tile_mhc.ops import _flops
 from tile_mhc.ops._autograd import Operator, attach
@@ -32,6 +32,8 @@ def register(
 ) -> Operator:
     """Define `tile_mhc::<schema>` with its implementations and return the callable operator.
 
+    On a CUDA device that there are no kernels for `cpu` answers, too.
+
     Tracing, torch.compile and autograd then need nothing more: the dispatcher picks the backend
     from the device of the tensors, `fake` gives the shapes, and `flops`, of the shapes, what
     torch's FlopCounterMode counts. `hidden` are the positions of outputs for the backward alone.
@@ -39,8 +41,9 @@ def register(
     name = schema.partition("(")[0]
     qualified = f"tile_mhc::{name}"
     torch.library.define(qualified, schema[len(name) :], tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(qualified, "CUDA", _prepared(schema, cuda))
-    torch.library.impl(qualified, "CPU", _reference(schema, cpu))
+    by_reference = _reference(schema, cpu)
+    torch.library.impl(qualified, "CUDA", _prepared(schema, cuda, by_reference))
+    torch.library.impl(qualified, "CPU", by_reference)
     torch.library.register_fake(qualified, fake)
     operator = getattr(torch.ops.tile_mhc, name)
     _flops.register(operator, flops)
@@ -162,13 +165,15 @@ def _reference(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """
     mutated = _mutated(schema)
     op, names = _shown(schema), _names(schema)
+    device_of = _device_of(schema)
 
     def compute(*args: Any) -> Any:
         for name, value in zip(names, args, strict=True):
             if isinstance(value, Tensor):
                 errors.check_storage(op, name, value)
         args = tuple(a if i in mutated else _contiguous(a) for i, a in enumerate(args))
-        with torch.autocast("cpu", enabled=False), torch.no_grad():
+        kind = args[device_of].device.type
+        with torch.autocast(kind, enabled=False), torch.no_grad():
             return function(*args)
 
     return compute
@@ -185,6 +190,11 @@ def _mutated(schema: str) -> frozenset[int]:
 
 def _arguments(schema: str) -> list[str]:
     return schema.partition("(")[2].rpartition(") -> ")[0].split(", ")
+
+
+def _device_of(schema: str) -> int:
+    """The position of the tensor whose device is the operator's."""
+    return [argument.partition(" ")[0] for argument in _arguments(schema)].index("Tensor")
 
 
 def _names(schema: str) -> list[str]:
@@ -206,7 +216,9 @@ def aligned(op: str, name: str, tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.data_ptr() % errors.ALIGNMENT else tensor
 
 
-def _prepared(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _prepared(
+    schema: str, function: Callable[..., Any], by_reference: Callable[..., Any]
+) -> Callable[..., Any]:
     """TileLang launches on torch's current device and stream: make them the tensors' own.
 
     Its kernels trust the alignment of an allocation: an input that starts elsewhere is copied. And
@@ -215,11 +227,15 @@ def _prepared(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
     name = _shown(schema)
     has_out = schema.endswith(_OUT)
     types = [argument.partition(" ")[0] for argument in _arguments(schema)]
-    device_of = types.index("Tensor")
+    device_of = _device_of(schema)
     inputs = [i for i, kind in enumerate(types) if kind in ("Tensor", "Tensor?")]
     names = _names(schema)
 
     def launch(*args: Any) -> Any:
+        device = args[device_of].device
+        if _device.limits_of(device.index) is None:
+            _device.refer(name, device.index)
+            return by_reference(*args)
         if has_out:
             errors.check_aligned(name, "out", args[-1])
         for i in inputs:
@@ -232,7 +248,6 @@ def _prepared(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
             if address % errors.ALIGNMENT:
                 copy = value.clone(memory_format=torch.contiguous_format)
                 args = (*args[:i], copy, *args[i + 1 :])
-        device = args[device_of].device
         if device.index == torch.cuda.current_device():
             result = function(*args)
         else:

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
-from tile_mhc import _guards, _memory, config, errors, jit
+from tile_mhc import _device, _guards, _memory, config, errors, jit
 from tile_mhc._descriptors import CUDA, TYPES, Descriptors, stream_setter
 from tile_mhc._memory import is_deterministic
 
@@ -365,6 +365,7 @@ class Replay:
             or _guards.is_watched()
             or _guards.transforms_active()
             or _guards.is_traced()
+            or _device.limits_of(current_device()) is None
         ):
             return None
         options = self._options(args)

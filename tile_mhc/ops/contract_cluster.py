@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from tile_mhc import jit, selection
+from tile_mhc import _device, jit, selection
 from tile_mhc.kernels._shapes import cluster_size
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops._destinations import (
@@ -53,7 +53,7 @@ def forward(
         norm_eps,
         pre_eps,
         tf32,
-        selection.num_clusters(x.shape[0], cluster_size(n, hidden_size, False)),
+        selection.num_clusters(x.shape[0], cluster_size(n, hidden_size, False, _device.limits())),
     )
 
 
@@ -75,7 +75,8 @@ def backward(
     x = residual.view(-1, n * hidden_size)
     of_projection = for_part(into, {1: 1, 4: 2})
     grads = gradient_buffers(of_projection, residual, weight, norm_weight)
-    clusters = selection.num_clusters(x.shape[0], cluster_size(n, hidden_size, True))
+    size = cluster_size(n, hidden_size, True, _device.limits())
+    clusters = selection.num_clusters(x.shape[0], size)
     partials = projection_op.partial_sums(clusters, grads[1], norm_weight, of_projection)
     # One row per cluster: the bias gradients, then the scale gradient.
     gate_partials = mixes.new_empty(clusters, n + 1)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import errors, jit, reference, selection
+from tile_mhc import _device, errors, jit, reference, selection
 from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.kernels._shapes import (
     ANY_K,
@@ -325,7 +325,7 @@ def launch_matmuls(
     )
     if selection.is_fast(residual.dtype, residual.shape[-1]):
         joins = accumulated is not None or 0 in into
-        pieces = backward_pieces(num_mixes, size, streams, joins)
+        pieces = backward_pieces(num_mixes, size, streams, _device.limits(), joins)
         slice_tokens = selection.backward_slice(num_tokens, size, num_mixes, pieces * PIECE)
         kernel = jit.kernel("projection_bwd", num_mixes, size, streams, *given)
     else:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tile_mhc import _guards, errors, jit, reference
+from tile_mhc import _device, _guards, errors, jit, reference
 from tile_mhc.kernels._shapes import TABLE_SLOTS
 from tile_mhc.ops import _flops
 from tile_mhc.ops._library import aligned, dtypes, register
@@ -158,7 +158,11 @@ def _is_unseen(streams: Tensor) -> bool:
 
     The streams are on the current device, and no tensor is misaligned.
     """
-    return streams.is_cuda and not _guards.is_watched()
+    return (
+        streams.is_cuda
+        and not _guards.is_watched()
+        and _device.limits_of(streams.get_device()) is not None
+    )
 
 
 def _check_norms(weights: Sequence[Tensor], eps: float, like: tuple[str, Tensor]) -> None:
