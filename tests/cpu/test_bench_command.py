@@ -70,6 +70,7 @@ def measured(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(_bench, "Clock", Clock)
     monkeypatch.setattr(compiling, "compile_all", lambda *_: [])
     monkeypatch.setattr(measuring, "measure_all", lambda *_: iter(given))
@@ -114,6 +115,15 @@ def test_without_a_gpu(run, monkeypatch):
     code, out, err = run()
     assert (code, out) == (2, "")
     assert "a CUDA device is needed; torch sees none" in err
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_gpu_without_kernels(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    code, out, err = run()
+    assert (code, out) == (2, "")
+    assert "the GPU must be one of sm_80, " in err
+    assert "to have kernels; got sm_75" in err
 
 
 @pytest.mark.usefixtures("measured")

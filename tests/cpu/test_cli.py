@@ -151,6 +151,18 @@ def test_list(run):
     assert "(4, 7168)" in out
 
 
+def test_list_for_another_architecture(run):
+    names = {}
+    for arch in ("sm_80", "sm_90a", "sm_120a"):
+        code, out, _ = run("list", "--arch", arch, "--json")
+        assert code == 0
+        names[arch] = {kernel["name"] for kernel in json.loads(out)}
+    clusters, passes = {"contract_cluster_fwd", "contract_cluster_bwd"}, {"post_pre_fwd"}
+    assert names["sm_90a"] - names["sm_80"] == clusters
+    assert names["sm_90a"] - names["sm_120a"] >= clusters | passes
+    check_refusal(run("list", "--arch", "sm_75"), 2, r"'sm_75' is not one of 'sm_80'")
+
+
 def test_list_of_dtypes(run):
     arguments = ("--streams", "4", "--hidden", "100", "--ops", "projection,post")
     dtypes = ("--dtype", "float16,float32", "--param-dtype", "bfloat16")
@@ -468,6 +480,26 @@ def test_doctor_with_nothing_to_try(run, monkeypatch):
     assert code == 1
     assert err == "tile-mhc: error: failed: kernel\n"
     assert "neither a GPU nor nvcc" in out
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+def test_doctor_says_which_gpus_have_kernels(run, monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(_doctor, "_run_a_kernel", lambda: ("ok", "it ran"))
+    code, out, _ = run("doctor", "--json")
+    checks = {check["name"]: check for check in json.loads(out)["checks"]}
+    assert code == 0
+    if capability == (8, 0):
+        assert checks["gpu"] == {"name": "gpu", "status": "ok", "detail": "a card (sm_80)"}
+        assert checks["kernel"]["detail"] == "it ran"
+    else:
+        assert checks["gpu"]["status"] == checks["kernel"]["status"] == "note"
+        assert "a card (sm_75); no kernels for sm_75: the ops run the" in checks["gpu"]["detail"]
+        assert checks["kernel"]["detail"].endswith("sm_120a; got sm_75")
 
 
 def test_doctor_survives_what_it_examines(run, monkeypatch):

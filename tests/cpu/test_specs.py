@@ -298,6 +298,7 @@ def test_kernels_import_no_layer_above_them(path):
         "tilelang",
         "tile_mhc.kernels",
         "collections.abc",
+        "contextvars",
         "dataclasses",
         "functools",
         "inspect",

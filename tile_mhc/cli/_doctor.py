@@ -13,16 +13,17 @@ import click
 import torch
 from rich.table import Table
 
-from tile_mhc import __version__, jit
+from tile_mhc import __version__, jit, specs
 from tile_mhc.cli._clean import folder_size
 from tile_mhc.cli._options import cache_option, json_option, print_json, print_table
+from tile_mhc.kernels._arch import DEFAULT
 
 Status = Literal["ok", "note", "fail"]
 MARKS = {"ok": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "fail": "[red]fail[/red]"}
 
 REBUILT = "kernels are rebuilt in each process"
 
-TRIAL_ARCH = "sm_90a"
+TRIAL_ARCH = DEFAULT
 TRIAL_TOKENS, TRIAL_STREAMS, TRIAL_HIDDEN = 13, 4, 256
 
 
@@ -96,11 +97,11 @@ def _nvcc() -> tuple[Status, str]:
 def _gpu() -> tuple[Status, str]:
     if not torch.cuda.is_available():
         return "note", "none: the ops run the torch reference, on CPU tensors"
-    devices = [
-        f"{torch.cuda.get_device_name(i)} ({jit.device_arch(i)})"
-        for i in range(torch.cuda.device_count())
-    ]
-    return "ok", ", ".join(devices)
+    archs = [jit.device_arch(i) for i in range(torch.cuda.device_count())]
+    detail = ", ".join(f"{torch.cuda.get_device_name(i)} ({a})" for i, a in enumerate(archs))
+    if bare := sorted(set(archs) - set(specs.ARCHS)):
+        return "note", f"{detail}; no kernels for {', '.join(bare)}: the ops run the torch reference"
+    return "ok", detail
 
 
 def _driver() -> tuple[Status, str]:
@@ -125,6 +126,9 @@ def _cache(is_empty: bool) -> tuple[Status, str]:
 
 def _kernel() -> tuple[Status, str]:
     if torch.cuda.is_available():
+        arch = jit.device_arch(torch.cuda.current_device())
+        if arch not in specs.ARCHS:
+            return "note", f"none to try: there are kernels for {', '.join(specs.ARCHS)}; got {arch}"
         return _run_a_kernel()
     jit.import_tilelang()
     if jit.find_nvcc() is None:
