@@ -498,7 +498,7 @@ def test_doctor_says_which_gpus_have_kernels(run, monkeypatch, capability):
         assert checks["kernel"]["detail"] == "it ran"
     else:
         assert checks["gpu"]["status"] == checks["kernel"]["status"] == "note"
-        assert "a card (sm_75); no kernels for sm_75: the ops run the" in checks["gpu"]["detail"]
+        assert "a card (sm_75); no kernels for sm_75: ops run the torch" in checks["gpu"]["detail"]
         assert checks["kernel"]["detail"].endswith("sm_120a; got sm_75")
 
 

@@ -100,7 +100,7 @@ def _gpu() -> tuple[Status, str]:
     archs = [jit.device_arch(i) for i in range(torch.cuda.device_count())]
     detail = ", ".join(f"{torch.cuda.get_device_name(i)} ({a})" for i, a in enumerate(archs))
     if bare := sorted(set(archs) - set(specs.ARCHS)):
-        return "note", f"{detail}; no kernels for {', '.join(bare)}: the ops run the torch reference"
+        return "note", f"{detail}; no kernels for {', '.join(bare)}: ops run the torch reference"
     return "ok", detail
 
 
@@ -128,7 +128,7 @@ def _kernel() -> tuple[Status, str]:
     if torch.cuda.is_available():
         arch = jit.device_arch(torch.cuda.current_device())
         if arch not in specs.ARCHS:
-            return "note", f"none to try: there are kernels for {', '.join(specs.ARCHS)}; got {arch}"
+            return "note", f"none to try: they are for {', '.join(specs.ARCHS)}; got {arch}"
         return _run_a_kernel()
     jit.import_tilelang()
     if jit.find_nvcc() is None:
