@@ -130,7 +130,7 @@ class Projected(nn.Module):
           transposes_comb=True, pre_eps=0 and sinkhorn_eps=0, and others are refused. There is no
           head, but the mean of the streams. Their divisors in Sinkhorn are at least 1e-6, which
           ours are not: that differs where all logits of a column lie 14 or more below others of
-          their rows, and after 20 steps by less than 1e-4 if they are not more than 60 below.
+          their rows, and after 20 steps by less than 2e-3 if they are not more than 60 below.
 
         Theirs divide by sqrt(mean(x**2)) + 1e-6, unless `mhc_norm_eps_inside_sqrt` or
         `mhc_single_pass` is set. Ours, by sqrt(mean(x**2) + norm_eps), is nearest with a norm_eps

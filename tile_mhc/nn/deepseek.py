@@ -91,7 +91,7 @@ class DeepSeekV41Layer(nn.Module):
         super().__init__()
         op = type(self).__name__
         for name, module in (("attn", attn), ("ffn", ffn), ("engram", engram)):
-            if not callable(module) and (name, module) != ("engram", None):
+            if not callable(module) and not (name == "engram" and module is None):
                 raise errors.ShapeError(
                     f"{op}: {name} must be callable; got {errors.describe(module)}"
                 )
