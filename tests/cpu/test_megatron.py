@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from tile_mhc import aggregate, expand, recompute_group, sinkhorn
-from tile_mhc.nn import DelayedHyperConnection, HyperConnection, SubLayer, run_sublayers
+from tile_mhc.nn import (
+    DelayedHyperConnection,
+    HyperConnection,
+    SubLayer,
+    run_delayed_sublayers,
+    run_sublayers,
+)
 
 N, H, COUNT = 4, 32, 3
 AS_MAIN = {"transposes_comb": True, "pre_eps": 0, "sinkhorn_eps": 0}
@@ -135,6 +141,24 @@ def test_a_block(version, rms, run):
             assert difference <= bound * max(bias, leaves[name].grad.norm()), name
     other = "dev" if version == "main-4531" else "main-4531"
     assert distance(defined(leaves, wide, LAYERS, other), truth) > 0.01
+
+
+@pytest.mark.parametrize("rms", [1.0, 1e-4])
+def test_single_pass(rms):
+    """With `mhc_single_pass` as DeepSeek-V4.1: H_pre is for the layer after, or for the output."""
+    state, hidden = make_state(), torch.randn(2, 5, H) * rms
+    connections = make_connections(state, "dev", DelayedHyperConnection, norm_eps=NORM_EPS)
+    entries = list(map(SubLayer, connections, LAYERS))
+    out = aggregate(*run_delayed_sublayers(expand(hidden, N), entries))
+    wide = {name: value.double() for name, value in state.items()}
+    streams = hidden.double().unsqueeze(-2).expand(2, 5, N, H)
+    mix = torch.eye(N).double()[0]
+    for index, layer in enumerate(LAYERS):
+        prefix = f"layers.{index}.hyper_connection."
+        following, post, res = mappings(wide, prefix, streams.flatten(-2), "dev", inside=True)
+        output = layer((streams * mix.unsqueeze(-1)).sum(-2))
+        streams, mix = res.mT @ streams + post.unsqueeze(-1) * output.unsqueeze(-2), following
+    assert distance(out, (streams * mix.unsqueeze(-1)).sum(-2)) <= 4e-6
 
 
 @pytest.mark.parametrize("rms", [1.0, 0.03, 0.007])
