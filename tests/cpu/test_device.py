@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import oracle
 import replaying
 from cases import AGGREGATE, OPS, PROJECTION, recompute_inputs
 from tile_mhc import UnsupportedError, _device, aggregate, config, jit, recompute, selection
+from tile_mhc.integrations import transformers
 from tile_mhc.kernels._arch import ARCHITECTURES, BLACKWELL, HOPPER, SMALL_AMPERE, SMALL_BLACKWELL
 from tile_mhc.ops import _replay
 from tile_mhc.ops._autograd import OPERATORS
@@ -115,6 +117,21 @@ def test_or_they_raise(gpu, op, monkeypatch):
 def test_require_kernels_is_true_or_false():
     with pytest.raises(ValueError, match=r"^set_require_kernels: enabled must be True or False; g"):
         config.set_require_kernels(1)
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "backend"),
+    [
+        ("cuda:0", (9, 0), "TileLang"),
+        ("cuda:1", (8, 0), "TileLang"),
+        ("cuda:0", (7, 5), "reference (on cuda)"),
+        ("cpu", (7, 5), "reference (on cpu)"),
+    ],
+)
+def test_the_backend_that_a_report_names(gpu, device, capability, backend):
+    gpu["capability"] = capability
+    streams = SimpleNamespace(device=torch.device(device))
+    assert transformers._backend(streams) == backend
 
 
 @pytest.mark.filterwarnings("ignore:tile_mhc:RuntimeWarning")

@@ -58,7 +58,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tile_mhc import errors, functional
+from tile_mhc import _device, errors, functional
 from tile_mhc.integrations import _decoder_stack
 from tile_mhc.integrations import _recompute_layers as groups
 from tile_mhc.integrations._decoder_stack import Pending
@@ -248,9 +248,9 @@ def backend_report() -> dict[str, dict[str, int]]:
     """Count the calls since the patch began, by call and by the backend that served them.
 
     The calls are "pre", "boundary", "post" and "head". A backend is "TileLang", "reference (on
-    cpu)", or "transformers (why)" for what was left to the original. A boundary, between two
-    sub-layers, may also be "separate (why)": a post and a pre, which are counted as such. A call
-    inside torch.compile is counted when it is traced.
+    cpu)", on a GPU without kernels "reference (on cuda)", or "transformers (why)" for what was left
+    to the original. A boundary, between two sub-layers, may also be "separate (why)": a post and a
+    pre, which are counted as such. A call inside torch.compile is counted when it is traced.
 
     Returns:
         Such as ``{"boundary": {"TileLang": 7}, "post": {"TileLang": 1}, "pre": {"TileLang": 1}}``.
@@ -346,8 +346,15 @@ def _taken(call: str, streams: Tensor, dtype: torch.dtype, reason: str = "") -> 
 
 
 def _backend(streams: Tensor) -> str:
-    device = streams.device.type
-    return "TileLang" if device == "cuda" else f"reference (on {device})"
+    device = streams.device
+    if device.type == "cuda" and _has_kernels(device.index):
+        return "TileLang"
+    return f"reference (on {device.type})"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_kernels(device: int) -> bool:
+    return _device.limits_of(device) is not None
 
 
 def _streams_reason(call: str, streams: Tensor, dtype: torch.dtype) -> str:
