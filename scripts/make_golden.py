@@ -1,7 +1,8 @@
-"""Record outputs and gradients of TileKernels in tests/golden; needs a GPU and tile_kernels 1.0.0.
+"""Record outputs and gradients of TileKernels in tests/golden; needs a GPU and both releases.
 
-    python scripts/make_golden.py [--force | --add]
+    TILE_KERNELS_2=FOLDER python scripts/make_golden.py [--force | --add]
 
+1.0.0 is the tile_kernels that is installed; 2.1.0, for the plain functions, the one in FOLDER.
 `--add` records the cases that are not there, and leaves the others. Each case is run twice and must
 give the same bits, and be close to a float64 that rounds to TF32 where TileKernels does, before
 anything is written.
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from parity import calls, golden, real
+from parity import calls, golden, plain, real
 
 DEVICE = "cuda"
 
@@ -30,6 +31,20 @@ def record(theirs, case):
     results, cotangents = calls.evaluate(theirs, call, inputs, make)
     again, _ = calls.evaluate(theirs, call, inputs, make)
     truth = calls.evaluate_exactly(call, inputs, cotangents, calls.TF32_SPECIFICATION)
+    everything = on_cpu | {f"grad_{name}": tensor for name, tensor in cotangents.items()}
+    return keep(case, call, everything, results, again, truth)
+
+
+def record_plain(theirs, case):
+    """The same of a plain function of release 2."""
+    call, inputs = plain.PLAIN[case.call], case.inputs(DEVICE)
+    results, again = (plain.evaluate(theirs, call, inputs) for _ in range(2))
+    truth = plain.evaluate_exactly(call, inputs)
+    return keep(case, call, case.inputs("cpu"), results, again, truth)
+
+
+def keep(case, call, everything, results, again, truth):
+    """Refuse what two runs do not agree in, or float64 does not."""
     errors = {}
     for name, exact in truth.items():
         # TileKernels returns some tensors with an axis of 1 more, or flat; the interface says.
@@ -43,7 +58,6 @@ def record(theirs, case):
                 f"{call.bound(name):.3e}; nothing is written"
             )
     kept = {name: t.cpu().contiguous() for name, t in results.items() if name not in case.left_out}
-    everything = on_cpu | {f"grad_{name}": tensor for name, tensor in cotangents.items()}
     entry = {"inputs_sha256": golden.tensors_sha256(everything)}
     entry["errors"] = {name: float(f"{errors[name]:.3e}") for name in kept}
     return kept, entry
@@ -57,15 +71,24 @@ def main():
     options = parser.parse_args()
     if golden.MANIFEST.exists() and not (options.force or options.add):
         parser.error(f"{golden.MANIFEST} exists; --force replaces it, --add adds to it")
-    cases = [case for case in golden.CASES if not (options.add and case.path.exists())]
+    every = (*golden.CASES, *golden.PLAIN_CASES)
+    cases = [case for case in every if not (options.add and case.path.exists())]
     if not torch.cuda.is_available():
         parser.error("a CUDA device is needed; torch sees none")
     torch.set_float32_matmul_precision("highest")
-    with real.tile_kernels() as theirs:
-        version = theirs.version
-        recorded = {case: record(theirs, case) for case in cases}
+    recorded, versions = {}, {}
+    # One after the other: both releases have one import name.
+    for release, function, its_cases in (
+        (real.tile_kernels, record, golden.CASES),
+        (real.plain_functions, record_plain, golden.PLAIN_CASES),
+    ):
+        own = [case for case in its_cases if case in cases]
+        if own:
+            with release() as theirs:
+                versions |= dict.fromkeys(own, theirs.version)
+                recorded |= {case: function(theirs, case) for case in own}
     made_with = {
-        "tile_kernels": version,
+        "tile_kernels": next(iter(versions.values()), None),
         "tilelang": importlib.metadata.version("tilelang"),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -83,7 +106,8 @@ def main():
         size = case.path.stat().st_size
         files[case.path.name] = {"sha256": golden.file_sha256(case.path), "bytes": size, **entry}
         # What was added later may have been made with something else.
-        other = {name: value for name, value in made_with.items() if manifest[name] != value}
+        made = made_with | {"tile_kernels": versions[case]}
+        other = {name: value for name, value in made.items() if manifest[name] != value}
         files[case.path.name] |= {"made_with": other} if other else {}
         print(f"{case.path.name}: {size} bytes, errors {entry['errors']}")
     total = sum(entry["bytes"] for entry in files.values())

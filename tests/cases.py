@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 import tile_mhc
-import tile_mhc.compat.transformer_engine  # noqa: F401  (registers its operators)
+import tile_mhc.compat.tile_kernels  # noqa: F401  (registers its operators)
+import tile_mhc.compat.transformer_engine  # noqa: F401  (the same)
 from tile_mhc import reference
 
 Inputs = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by argument name, and the options
@@ -371,6 +372,7 @@ def operator_calls(
     square = tensors(SINKHORN)[0]
     calls: dict[str, tuple[Any, ...]] = {
         **_interleaved_calls(lead, device),
+        **_written_calls(lead, n, hidden_size, device),
         "expand": (*leaves(EXPAND), n),
         "expand_out": (narrow, torch.zeros_like(wide)),
         "expand_backward": (wide,),
@@ -443,6 +445,102 @@ def operator_calls(
         adds = [p % 2 == 0 for p in positions]
         calls[f"{name}_backward_into"] = (*backward, *into, adds)
     return calls
+
+
+def _written_calls(lead: Sequence[int], n: int, hidden_size: int, device: str) -> dict[str, Any]:
+    """The operators behind compat.tile_kernels.mhc, which write into what they are given."""
+    tokens, num_mixes, size = torch.Size(lead).numel(), n * (n + 2), n * hidden_size
+
+    def plain(*shape: int) -> Tensor:
+        return normal(*shape, device=device)
+
+    gates, splits = (plain(3), plain(num_mixes)), (2, tokens)
+    mixes, narrow, square = (plain(tokens, count) for count in (num_mixes, n, n * n))
+    groups = (tokens, 2)
+    streams, hidden = (
+        plain(*shape).bfloat16() for shape in ((tokens, n, hidden_size), (tokens, hidden_size))
+    )
+    return {
+        "expand_backward_out": (streams, hidden),
+        "sinkhorn_out": (square.view(-1, n, n), 5, 1e-6, plain(tokens, n, n)),
+        "sinkhorn_backward_out": (
+            square.view(-1, n, n),
+            plain(tokens, n, n),
+            5,
+            1e-6,
+            plain(tokens, n, n),
+        ),
+        "split_mixes_out": (
+            mixes,
+            *gates,
+            2.0,
+            1e-6,
+            plain(tokens, n),
+            plain(tokens, n),
+            plain(tokens, n * n),
+        ),
+        "split_mixes_backward_out": (
+            narrow,
+            plain(tokens, n),
+            square,
+            mixes,
+            *gates,
+            2.0,
+            plain(tokens, num_mixes),
+            plain(3),
+            plain(num_mixes),
+        ),
+        "head_mix_out": (narrow, plain(1), plain(n), 1e-6, plain(tokens, n)),
+        "head_mix_rows_backward_out": (
+            narrow,
+            plain(tokens, n),
+            plain(1),
+            plain(n),
+            2,
+            plain(tokens, n),
+            plain(3, 1),
+            plain(3, n),
+        ),
+        "norm_weight_backward_add": (
+            plain(num_mixes, size),
+            plain(size),
+            plain(num_mixes, size),
+            plain(num_mixes, size),
+            plain(size),
+        ),
+        "partials_norm_out": (
+            plain(*splits, 2, num_mixes),
+            plain(*splits, 2).square(),
+            size,
+            1e-6,
+            plain(*groups, num_mixes),
+            plain(*groups),
+            plain(tokens, num_mixes),
+        ),
+        "partials_norm_backward_out": (
+            mixes,
+            plain(*groups, num_mixes),
+            plain(*groups).square(),
+            size,
+            1e-6,
+            plain(*groups, num_mixes),
+            plain(*groups),
+        ),
+        "partials_pre_out": (
+            plain(*splits, num_mixes),
+            plain(*splits).square() * size,
+            *gates,
+            streams,
+            1e-6,
+            1e-6,
+            1e-6,
+            2.0,
+            5,
+            plain(tokens, n),
+            plain(tokens, n * n),
+            torch.empty_like(hidden),
+        ),
+    }
 
 
 def _interleaved_calls(lead: Sequence[int], device: str) -> dict[str, tuple[Any, ...]]:

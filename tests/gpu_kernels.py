@@ -26,7 +26,7 @@ OPS_OF = {
     "errors": (),
     "projection_any": (),
 }
-NATIVE = tuple(op for op in specs.OPS if op != "transformer_engine")
+NATIVE = tuple(op for op in specs.OPS if op not in specs.COMPAT)
 # The files that also run kernels with destinations for gradients, at sizes of their own.
 DIRECTED = {
     "accumulator": ("projection", "aggregate", "post", "contract"),

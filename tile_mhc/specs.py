@@ -101,9 +101,10 @@ class Spec:
     def module(self) -> str:
         """The builder's module within `tile_mhc.kernels`; the same within `tile_mhc.ops`.
 
-        What nothing but TransformerEngine's layout launches has a package of its own.
+        What nothing but another library's functions launches has a package of its own.
         """
-        return f"transformer_engine.{self.stem}" if self.ops == _TE else self.stem
+        package = self.ops[0]
+        return f"{package}.{self.stem}" if self.ops in (_TE, _TK) else self.stem
 
 
 def _n(s: Sizes) -> list[Arguments]:
@@ -407,6 +408,23 @@ def _padded_mixes(s: Sizes) -> list[Arguments]:
     return _n_gates(s)
 
 
+def _partials_norms(s: Sizes) -> list[Arguments]:
+    # Of one group, as DeepSeek's models have it.
+    return [(rows, 1, many_splits) for rows in (s.mixes, s.n) for many_splits in (False, True)]
+
+
+def _partials_norm_backwards(s: Sizes) -> list[Arguments]:
+    return [(s.mixes, 1), (s.n, 1)]
+
+
+def _partials_pres(s: Sizes) -> list[Arguments]:
+    return [
+        _kernel(s.n, s.hidden, many_splits, streams=s.dtype, scale=scale, bias=bias)
+        for many_splits in (False, True)
+        for scale, bias in itertools.product(s.parameters, repeat=2)
+    ]
+
+
 # The numbers of builders.
 _N = ("n",)
 _STEPS = ("n", "capacity")
@@ -419,11 +437,14 @@ _PRE = ("n", "hidden_size", "many_splits")
 _PASS = ("hidden_size", "splits_weight")
 
 _TE = ("transformer_engine",)
+_TK = ("tile_kernels",)
+# What functions under another library's names launch goes by the name of the library.
+COMPAT = (*_TE, *_TK)
 _PRE_OPS = ("fused_pre", "post_pre")
 
 SPECS = (
-    Spec("expand_fwd", "expand", ("expand",), _STREAMS, _streams),
-    Spec("expand_bwd", "expand", ("expand",), _STREAMS, _streams),
+    Spec("expand_fwd", "expand", ("expand", *_TK), _STREAMS, _streams),
+    Spec("expand_bwd", "expand", ("expand", *_TK), _STREAMS, _streams),
     Spec(
         "projection_fwd", "projection", (*_PROJECTION, *_TE), _MATMUL, _fast(_projection_forwards)
     ),
@@ -440,7 +461,7 @@ SPECS = (
     Spec(
         "projection_weight_bwd",
         "projection",
-        (*_PROJECTION, *_TE),
+        (*_PROJECTION, *_TE, *_TK),
         _MATMUL,
         _projection_weight_backwards,
     ),
@@ -459,17 +480,17 @@ SPECS = (
         _any(_projection_backwards),
         early=("weight", "norm_weight"),
     ),
-    Spec("split_mixes_fwd", "mixes", ("split_mixes", "fused_pre", "post_pre"), _N, _n_gates),
-    Spec("split_mixes_bwd", "mixes", ("split_mixes", "fused_pre", "post_pre"), _N, _n_gates),
+    Spec("split_mixes_fwd", "mixes", ("split_mixes", *_PRE_OPS, *_TK), _N, _n_gates),
+    Spec("split_mixes_bwd", "mixes", ("split_mixes", *_PRE_OPS, *_TK), _N, _n_gates),
     Spec(
         "column_sums",
         "mixes",
-        ("split_mixes", "contract", "head_mix", "fused_pre", "post_pre", *_TE),
+        ("split_mixes", "contract", "head_mix", *_PRE_OPS, *_TE, *_TK),
         ("biases", "scales", "directed"),
         _column_sums,
     ),
-    Spec("sinkhorn_fwd", "sinkhorn", ("sinkhorn",), _N, _n),
-    Spec("sinkhorn_bwd", "sinkhorn", ("sinkhorn", "fused_pre", "post_pre"), _STEPS, _steps),
+    Spec("sinkhorn_fwd", "sinkhorn", ("sinkhorn", *_TK), _N, _n),
+    Spec("sinkhorn_bwd", "sinkhorn", ("sinkhorn", *_PRE_OPS, *_TK), _STEPS, _steps),
     Spec(
         "gates_bwd",
         "gates",
@@ -479,9 +500,9 @@ SPECS = (
         early=("grad_post", "grad_comb", "mixes", "inv_rms", "scale", "bias"),
     ),
     Spec("delayed_gates_bwd", "gates", ("fused_pre", "post_pre"), _STEPS, _gates_at_once),
-    Spec("aggregate_fwd", "aggregate", ("aggregate", *_PRE_OPS), _STREAMS, _streams),
-    Spec("aggregate_last_fwd", "aggregate", ("aggregate", *_PRE_OPS), _STREAMS, _streams),
-    Spec("aggregate_bwd", "aggregate", ("aggregate",), _STREAMS, _aggregate_backwards),
+    Spec("aggregate_fwd", "aggregate", ("aggregate", *_PRE_OPS, *_TK), _STREAMS, _streams),
+    Spec("aggregate_last_fwd", "aggregate", ("aggregate", *_PRE_OPS, *_TK), _STREAMS, _streams),
+    Spec("aggregate_bwd", "aggregate", ("aggregate", *_TK), _STREAMS, _aggregate_backwards),
     Spec(
         "aggregate_mix_bwd",
         "aggregate",
@@ -497,10 +518,10 @@ SPECS = (
         _STREAMS,
         _of_gates_at_once(_streams),
     ),
-    Spec("post_fwd", "post", ("post", "post_pre"), _STREAMS, _posts),
-    Spec("post_bwd", "post", ("post", "post_pre"), _STREAMS, _post_backwards),
+    Spec("post_fwd", "post", ("post", "post_pre", *_TK), _STREAMS, _posts),
+    Spec("post_bwd", "post", ("post", "post_pre", *_TK), _STREAMS, _post_backwards),
     Spec("post_bias_bwd", "post", ("post", "post_pre", *_TE), ("hidden_size",), _post_biases),
-    Spec("head_mix_fwd", "head_mix", ("head_mix", "contract"), _N, _n_gates),
+    Spec("head_mix_fwd", "head_mix", ("head_mix", "contract", *_TK), _N, _n_gates),
     Spec("head_mix_bwd", "head_mix", ("head_mix", "contract"), _N, _n_gates),
     Spec("contract_fwd", "contract", ("contract",), _PRE, _pres),
     Spec(
@@ -551,11 +572,23 @@ SPECS = (
     Spec("padded_projection_pack", "padded_projection", _TE, _MATMUL, _padded_projections),
     Spec("padded_mixes_fwd", "padded_mixes", _TE, _N, _padded_mixes),
     Spec("padded_mixes_bwd", "padded_mixes", _TE, _N, _padded_mixes),
-    Spec("log_sinkhorn_fwd", "log_sinkhorn", ("sinkhorn", *_PRE_OPS, *_TE), _N, _n),
-    Spec("log_sinkhorn_bwd", "log_sinkhorn", ("sinkhorn", *_PRE_OPS, *_TE), _STEPS, _steps),
-    Spec("recompute", "recompute", ("recompute",), _STREAMS, _streams),
+    Spec(
+        "partials_norm_fwd",
+        "partials",
+        _TK,
+        ("num_mixes", "groups", "many_splits"),
+        _partials_norms,
+    ),
+    Spec("partials_norm_bwd", "partials", _TK, ("num_mixes", "groups"), _partials_norm_backwards),
+    Spec("partials_pre", "partials", _TK, _PRE, _partials_pres),
+    Spec("head_mix_rows_bwd", "head_mix_rows", _TK, _N, _n_gates),
+    Spec("log_sinkhorn_fwd", "log_sinkhorn", ("sinkhorn", *_PRE_OPS, *_TE, *_TK), _N, _n),
+    Spec("log_sinkhorn_bwd", "log_sinkhorn", ("sinkhorn", *_PRE_OPS, *_TE, *_TK), _STEPS, _steps),
+    Spec("recompute", "recompute", ("recompute", *_TK), _STREAMS, _streams),
     Spec("recompute_gates", "recompute", ("recompute",), _N, _n_gates),
-    Spec("recompute_table", "recompute", ("recompute",), ("slots",), lambda _: [(TABLE_SLOTS,)]),
+    Spec(
+        "recompute_table", "recompute", ("recompute", *_TK), ("slots",), lambda _: [(TABLE_SLOTS,)]
+    ),
 )
 
 BY_NAME = {spec.name: spec for spec in SPECS}

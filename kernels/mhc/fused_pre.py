@@ -107,19 +107,17 @@ def gated_aggregate(
                 out[t, h + v] = T.cast(total[v], out.dtype)
 
 
-def _pass_configs(
+def pre_pass_configs(
     _n: int, _hidden_size: int, many_splits: bool, *_dtypes: str
 ) -> dict[PassConfigKey, Any]:
     # Many splits stand for few tokens: L2 holds their streams for the post as well.
     return SIMT if many_splits else READS_LAST
 
 
-@builder(_pass_configs)
-def fused_pre(
+def pre_kernel(
     n: int,
     hidden_size: int,
     many_splits: bool,
-    *,
     weight_dtype: str,
     norm_weight_dtype: str,
     streams_dtype: str,
@@ -127,7 +125,8 @@ def fused_pre(
     bias_dtype: str,
     layer_norm_dtype: str,
     limits: Architecture,
-):
+) -> Any:
+    """The prim_func of `fused_pre`; without a `weight_dtype` the products are not of ours."""
     tokens = T.dynamic("num_tokens")
     splits = T.dynamic("num_splits")
     num_mixes = n * (n + 2)
@@ -136,6 +135,7 @@ def fused_pre(
     threads = max(row_threads(hidden_size, vector), -(-num_mixes // 32) * 32, n * SUM_LANES)
     ctas = limits.warps(limits.sinkhorn_registers) // (threads // 32)
     norms = layer_norm_dtype != ""
+    weight_shape = (num_mixes, size) if weight_dtype else (1, 1)
     # Tokens whose mixes one CTA sums, a thread a mix; with many splits one token, in turns.
     sharing = SUM_LANES if many_splits else 1
     group = 1 if many_splits else threads // num_mixes
@@ -149,7 +149,7 @@ def fused_pre(
         bias: T.Tensor[(num_mixes,), bias_dtype],
         residual: T.Tensor[(tokens, n, hidden_size), streams_dtype],
         x: T.Tensor[(tokens, size), streams_dtype],
-        weight: T.Tensor[(num_mixes, size), weight_dtype],
+        weight: T.Tensor[weight_shape, weight_dtype or T.float32],
         norm_weight: T.Tensor[norm_shape(size, norm_weight_dtype), norm_weight_dtype or T.float32],
         layer_input: T.Tensor[(tokens, hidden_size), streams_dtype],
         post_mix: T.Tensor[(tokens, n), T.float32],
@@ -255,3 +255,31 @@ def fused_pre(
                     )
 
     return fused_pre_kernel
+
+
+@builder(pre_pass_configs)
+def fused_pre(
+    n: int,
+    hidden_size: int,
+    many_splits: bool,
+    *,
+    weight_dtype: str,
+    norm_weight_dtype: str,
+    streams_dtype: str,
+    scale_dtype: str,
+    bias_dtype: str,
+    layer_norm_dtype: str,
+    limits: Architecture,
+):
+    return pre_kernel(
+        n,
+        hidden_size,
+        many_splits,
+        weight_dtype,
+        norm_weight_dtype,
+        streams_dtype,
+        scale_dtype,
+        bias_dtype,
+        layer_norm_dtype,
+        limits,
+    )

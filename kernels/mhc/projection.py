@@ -246,6 +246,14 @@ def split_sums(
 
 
 @T.macro
+def scale_sums(sums: T.Buffer, width: int, size: T.float32, eps: T.float32, out: T.Buffer):
+    """out = (products times r, r), r the RMS factor: sums are those of `split_sums`."""
+    out[width] = T.rsqrt(sums[width] / size + eps)
+    for v in T.unroll(width):
+        out[v] = sums[v] * out[width]
+
+
+@T.macro
 def token_mix(
     products: T.Tensor,
     squares: T.Tensor,
@@ -266,12 +274,17 @@ def token_mix(
 ):
     """out = (mixes m to m + width - 1 of token t, its inv_rms): the arithmetic of every mix but
     those of the readout in one pass, which has no splits. See `split_sums`.
+
+    Where the products are another's there is no weight, of which one element stands here, and no
+    token can be done again.
     """
     sums = T.alloc_local((width + 1,), T.float32)
     exact = T.alloc_local((width + 1,), T.float64)
     value = T.alloc_local((1,), T.float32)
     split_sums(products, squares, splits, t, m, width, lane, sharing, sums)
-    if not sums[width] < LARGE_SQUARES:
+    if weight.shape[0] == 1:
+        scale_sums(sums, width, size, eps, out)
+    elif not sums[width] < LARGE_SQUARES:
         for k in T.unroll(width + 1):
             exact[k] = 0.0
         # Rolled up: unrolled it would take registers from the many that never come here.
@@ -288,9 +301,7 @@ def token_mix(
             out[v] = T.cast(exact[v], T.float32) * value[0]
         out[width] = value[0] * RESCUE_SCALE
     else:
-        out[width] = T.rsqrt(sums[width] / size + eps)
-        for v in T.unroll(width):
-            out[v] = sums[v] * out[width]
+        scale_sums(sums, width, size, eps, out)
 
 
 @builder(SIMT)

@@ -193,8 +193,8 @@ def test_list_as_json(run):
             "arguments": arguments,
         }
         for name, ops, arguments in (
-            ("post_fwd", ["post", "post_pre"], of_streams),
-            ("post_bwd", ["post", "post_pre"], of_streams),
+            ("post_fwd", ["post", "post_pre", "tile_kernels"], of_streams),
+            ("post_bwd", ["post", "post_pre", "tile_kernels"], of_streams),
             ("post_bias_bwd", ["post", "post_pre", "transformer_engine"], [[64, biased]]),
         )
     ]

@@ -57,6 +57,7 @@ REFERENCES = {
     "mhc_head_compute_mix_ref": HEAD_MIX,
     "mhc_post_ref": POST,
     "mhc_pre_apply_mix_ref": "x, mix",
+    "mhc_pre_norm_fn_partials_ref": "residual, fn, n_splits",
     "mhc_pre_norm_fn_ref": NORM_FN,
     "mhc_pre_split_mixes_ref": SPLIT,
     "sinkhorn_normalize_ref": SINKHORN,
@@ -67,20 +68,98 @@ def pick(*names: str) -> dict[str, str]:
     return {name: OPS[name] for name in names}
 
 
-INTERFACE = {
-    "config": {
-        "get_device_num_sms": "",
-        "get_max_smem_per_sm": "",
-        "get_num_sms": "",
-        "set_num_sms": "num_sms",
+# What release 2.1.0 has of plain functions, by module; all of them also in `mhc` itself.
+GATES = "mhc_scale, mhc_base"
+BIG_FUSE_OPTIONS = (
+    "rms_eps, mhc_pre_eps, mhc_sinkhorn_eps, mhc_post_mult_value, sinkhorn_repeat, n_splits=16"
+)
+PLAIN = {
+    "expand_kernel": {
+        "expand_to_mhc_bwd": "o_grad, x_grad",
+        "expand_to_mhc_fwd": "x, o",
     },
-    "mhc.expand_kernel": {
+    "head_compute_mix_kernel": {
+        "mhc_head_compute_mix_bwd": (
+            f"output_mix_grad, input_mix, {GATES}, input_mix_grad, mhc_scale_grad_partial, "
+            "mhc_base_grad_partial, num_sms, token_block_size=0"
+        ),
+        "mhc_head_compute_mix_fwd": (
+            f"input_mix, {GATES}, output_mix, mhc_pre_eps, token_block_size=0"
+        ),
+    },
+    "multilayer_recompute_kernel": pick("mhc_multilayer_recompute"),
+    "norm_fn_kernel": {
+        "mhc_fn_normw_merge_bwd": "fn, normw, out_fn_grad, fn_grad, normw_grad",
+        "mhc_fn_normw_merge_fwd": "fn, normw, out_fn",
+        "mhc_reduce_partials_and_rmsnorm_bwd": (
+            "out_grad, out_mul, sqrsum, out_mul_grad, sqrsum_grad, rms_group_size, rms_eps"
+        ),
+        "mhc_reduce_partials_and_rmsnorm_fwd": (
+            "out_mul_splitted, sqrsum_splitted, out_mul, sqrsum, out, rms_group_size, rms_eps, "
+            "n_splits"
+        ),
+    },
+    "post_kernel": {
+        # 2.1.0's, which ends before it; 1.0.0's default is True, as in `modeling.mhc.ops`.
+        "mhc_post_bwd": f"{POST}, d_o, fuse_grad_acc=False",
+        "mhc_post_fwd": f"{POST}, out=None",
+    },
+    "pre_apply_mix_kernel": {
+        "mhc_pre_apply_mix_bwd": "o_grad, x, mix, x_grad",
+        "mhc_pre_apply_mix_fwd": "x, mix, o",
+    },
+    "pre_big_fuse_kernel": {
+        "mhc_pre_big_fuse_fwd": (
+            f"gemm_out_mul, gemm_out_sqrsum, {GATES}, residual, post_mix, comb_mix, layer_input, "
+            f"{BIG_FUSE_OPTIONS}"
+        ),
+    },
+    "pre_split_mixes_kernel": {
+        "mhc_pre_split_mixes_bwd": (
+            "pre_layer_mix_grad, post_layer_mix_grad, comb_res_mix_grad, input_mixes, "
+            f"post_layer_mix, {GATES}, input_mixes_grad, mhc_scale_grad, mhc_base_grad, "
+            "mhc_post_mult_value"
+        ),
+        "mhc_pre_split_mixes_fwd": (
+            f"input_mixes, {GATES}, pre_layer_mix, post_layer_mix, comb_res_mix, "
+            "mhc_post_mult_value, mhc_pre_eps"
+        ),
+    },
+    "sinkhorn_kernel": {
+        "mhc_sinkhorn_bwd": "grad_output, x, grad_input, repeat, eps",
+        "mhc_sinkhorn_fwd": "comb_res_mix, comb_res_mix_out, repeat, eps",
+    },
+}
+# What else those modules have: 1.0.0's functions, and builders of its that others import.
+BUILDERS = {
+    "expand_kernel": {
         "expand_to_mhc_bwd_tl": "hidden, mhc_mult",
         "expand_to_mhc_fwd_tl": "hidden, mhc_mult",
     },
-    "mhc.multilayer_recompute_kernel": pick("mhc_multilayer_recompute"),
-    "mhc.norm_fn_kernel": {"round_to_tf32": "x"},
-    "mhc.post_kernel": pick("mhc_post_fwd", "mhc_post_bwd"),
+    "norm_fn_kernel": {
+        "_mhc_pre_norm_fn_fwd_norm": "mhc_mult3, n_rms_group, rms_group_size, rms_eps, n_splits",
+        "round_to_tf32": "x",
+    },
+    "pre_big_fuse_kernel": {"_mhc_pre_big_fuse": f"hidden_size, {BIG_FUSE_OPTIONS}, mhc_mult=4"},
+    "sinkhorn_kernel": {
+        "_mhc_sinkhorn_bwd": "hidden_size, token_block_size, repeat, eps",
+        "_mhc_sinkhorn_fwd": "hidden_size, token_block_size, repeat, eps",
+    },
+}
+SWITCHES = {
+    "get_deterministic_algorithms": "",
+    "get_device_num_sms": "",
+    "get_max_smem_per_sm": "",
+    "get_num_sms": "",
+    "get_pdl": "",
+    "set_num_sms": "num_sms",
+    "set_pdl": "use_pdl",
+    "use_deterministic_algorithms": "enabled",
+}
+INTERFACE = {
+    "config": {**SWITCHES, "get_device": "", "is_ascend": "", "reset_runtime_config": ""},
+    "mhc": {name: s for functions in PLAIN.values() for name, s in functions.items()},
+    **{f"mhc.{stem}": {**PLAIN[stem], **BUILDERS.get(stem, {})} for stem in PLAIN},
     "modeling.mhc": CALLS,
     "modeling.mhc.functional": {
         name: signature
@@ -193,6 +272,14 @@ def test_signatures(path: str) -> None:
     module = importlib.import_module(f"{PACKAGE}.{path}")
     found = {name: plain_signature(getattr(module, name)) for name in INTERFACE[path]}
     assert found == INTERFACE[path]
+
+
+def test_switches_are_also_at_the_top() -> None:
+    assert {name: plain_signature(getattr(compat, name)) for name in SWITCHES} == SWITCHES
+
+
+def test_mhc_has_the_plain_functions_alone() -> None:
+    assert set(compat.mhc.__all__) == INTERFACE["mhc"].keys()
 
 
 @pytest.mark.parametrize("stem", AUTOGRAD_NAMES)

@@ -30,6 +30,7 @@ from cases import (
     norm_weight,
     recompute_inputs,
 )
+from parity import plain
 from tile_mhc import (
     contract,
     fused_pre,
@@ -41,6 +42,7 @@ from tile_mhc import (
     selection,
     sinkhorn,
 )
+from tile_mhc.compat.tile_kernels import mhc as tile_kernels_mhc
 
 TE_DTYPES = te_cases.DTYPES[0]
 PAIRS = ((2, 64), (4, 192), (8, 128))
@@ -196,8 +198,31 @@ def run_last_boundary(case: Case, dtypes: Dtypes = DEFAULT_DTYPES) -> None:
         torch.autograd.backward(outputs, [torch.randn_like(out) for out in outputs])
 
 
+def run_tile_kernels(case: Case, dtypes: Dtypes = DEFAULT_DTYPES) -> None:
+    """What the plain functions of compat.tile_kernels launch and no other op does."""
+    for name in (
+        "head_compute_mix_bwd",
+        "reduce_partials_fwd",
+        "reduce_partials_bwd",
+        "pre_big_fuse_fwd",
+    ):
+        call = plain.PLAIN[name]
+        make = plain.Maker(name, case.num_tokens, case.hidden_size, "cpu", case.num_streams)
+        # The mixes of a pre, and of the readout.
+        for num_mixes in (make.num_mixes, case.num_streams)[: 1 + name.startswith("reduce")]:
+            make.num_mixes = num_mixes
+            inputs = call.inputs(make)
+            as_of_ops = {"base": "bias"}
+            named = {as_of_ops.get(key, key): tensor for key, tensor in inputs.items()}
+            given = dict(zip(inputs, dtypes.of(named).values(), strict=True))
+            for many_splits in (False, True):
+                with mock.patch.object(selection, "has_many_splits", return_value=many_splits):
+                    call.run(tile_kernels_mhc, given)
+
+
 def run_everything(case: Case, dtypes: Dtypes = DEFAULT_DTYPES) -> None:
     """Every op forward and backward, in every form that has kernels of its own."""
+    run_tile_kernels(case, dtypes)
     if case.num_streams == te_cases.N and dtypes is DEFAULT_DTYPES:
         run_transformer_engine(case)
     for op in EVERY_OP:

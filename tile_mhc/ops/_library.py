@@ -1,6 +1,7 @@
 """One way to make a torch.library operator: TileLang behind CUDA, the reference behind CPU."""
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -15,9 +16,6 @@ from tile_mhc.ops._replay import Replay
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# The end of a schema of an operator that writes to memory of the caller's.
-_OUT = "(a!) out) -> ()"
-
 
 def register(
     schema: str,
@@ -29,6 +27,7 @@ def register(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     hidden: Sequence[int] = (),
+    out_alignment: int = errors.STREAM_ALIGNMENT,
 ) -> Operator:
     """Define `tile_mhc::<schema>` with its implementations and return the callable operator.
 
@@ -37,12 +36,13 @@ def register(
     Tracing, torch.compile and autograd then need nothing more: the dispatcher picks the backend
     from the device of the tensors, `fake` gives the shapes, and `flops`, of the shapes, what
     torch's FlopCounterMode counts. `hidden` are the positions of outputs for the backward alone.
+    `out_alignment` is where a kernel trusts memory of the caller's that it writes to start.
     """
     name = schema.partition("(")[0]
     qualified = f"tile_mhc::{name}"
     torch.library.define(qualified, schema[len(name) :], tags=torch.Tag.pt2_compliant_tag)
     by_reference = _reference(schema, cpu)
-    torch.library.impl(qualified, "CUDA", _prepared(schema, cuda, by_reference))
+    torch.library.impl(qualified, "CUDA", _prepared(schema, cuda, by_reference, out_alignment))
     torch.library.impl(qualified, "CPU", by_reference)
     torch.library.register_fake(qualified, fake)
     operator = getattr(torch.ops.tile_mhc, name)
@@ -52,7 +52,7 @@ def register(
     types = [argument.partition(" ")[0] for argument in _arguments(schema)]
     replay = None
     # Not where a version has to be counted, nor for tensors in lists.
-    if not schema.endswith(_OUT) and "Tensor[]" not in types:
+    if not _outs(types) and "Tensor[]" not in types:
         replay = Replay(types, cuda, hidden)
     return attach(operator.default, backward, setup_context, replay)
 
@@ -216,8 +216,16 @@ def aligned(op: str, name: str, tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.data_ptr() % errors.ALIGNMENT else tensor
 
 
+def _outs(types: Sequence[str]) -> list[int]:
+    """The positions of the tensors of the caller's that the operator writes to, in any case."""
+    return [i for i, kind in enumerate(types) if re.fullmatch(r"Tensor\(\w!\)", kind)]
+
+
 def _prepared(
-    schema: str, function: Callable[..., Any], by_reference: Callable[..., Any]
+    schema: str,
+    function: Callable[..., Any],
+    by_reference: Callable[..., Any],
+    out_alignment: int,
 ) -> Callable[..., Any]:
     """TileLang launches on torch's current device and stream: make them the tensors' own.
 
@@ -225,9 +233,8 @@ def _prepared(
     autograd does not see what they write to an `out`: its version says that it changed.
     """
     name = _shown(schema)
-    has_out = schema.endswith(_OUT)
     types = [argument.partition(" ")[0] for argument in _arguments(schema)]
-    device_of = _device_of(schema)
+    device_of, outs = _device_of(schema), _outs(types)
     inputs = [i for i, kind in enumerate(types) if kind in ("Tensor", "Tensor?")]
     names = _names(schema)
 
@@ -236,8 +243,8 @@ def _prepared(
         if _device.limits_of(device.index) is None:
             _device.refer(name, device.index)
             return by_reference(*args)
-        if has_out:
-            errors.check_aligned(name, "out", args[-1])
+        for i in outs:
+            errors.check_aligned(name, names[i], args[i], out_alignment)
         for i in inputs:
             value = args[i]
             if value is None:
@@ -253,8 +260,9 @@ def _prepared(
         else:
             with torch.cuda.device(device):
                 result = function(*args)
-        if has_out and not args[-1].is_inference():
-            torch.autograd.graph.increment_version(args[-1])
+        for i in outs:
+            if not args[i].is_inference():
+                torch.autograd.graph.increment_version(args[i])
         return result
 
     return launch

@@ -65,15 +65,19 @@ def _cpu_out(hidden: Tensor, out: Tensor) -> None:
 
 
 def _backward_cuda(grad: Tensor) -> Tensor:
-    num_streams, hidden_size = grad.shape[-2:]
     grad_hidden = _backward_fake(grad)
+    launch_backward(grad, grad_hidden)
+    return grad_hidden
+
+
+def launch_backward(grad: Tensor, grad_hidden: Tensor) -> None:
+    num_streams, hidden_size = grad.shape[-2:]
     if grad_hidden.numel():
         given = dtypes(streams=grad.dtype)
         kernel = jit.kernel("expand_bwd", num_streams, hidden_size, *given)
         kernel(
             grad.contiguous().view(-1, num_streams, hidden_size), grad_hidden.view(-1, hidden_size)
         )
-    return grad_hidden
 
 
 def _backward_fake(grad: Tensor) -> Tensor:

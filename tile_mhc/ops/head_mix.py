@@ -57,12 +57,16 @@ def head_mix(mixes: Tensor, scale: Tensor, bias: Tensor, *, pre_eps: float = 1e-
 
 def launch(mixes: Tensor, scale: Tensor, bias: Tensor, pre_eps: float) -> Tensor:
     out = mixes.new_empty(mixes.shape)
+    launch_into(mixes, scale, bias, pre_eps, out)
+    return out
+
+
+def launch_into(mixes: Tensor, scale: Tensor, bias: Tensor, pre_eps: float, out: Tensor) -> None:
     n = mixes.shape[-1]
     if out.numel():
         jit.kernel("head_mix_fwd", n, *gate_dtypes(scale, bias))(
             mixes.contiguous().view(-1, n), scale, bias.contiguous(), out.view(-1, n), pre_eps
         )
-    return out
 
 
 def launch_backward(

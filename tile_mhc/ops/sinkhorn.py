@@ -66,6 +66,11 @@ def check_sinkhorn(op: str, repeat: int, eps: float, prefix: str = "") -> None:
 
 def _cuda(logits: Tensor, repeat: int, eps: float) -> Tensor:
     out = _fake(logits, repeat, eps)
+    launch(logits, repeat, eps, out)
+    return out
+
+
+def launch(logits: Tensor, repeat: int, eps: float, out: Tensor) -> None:
     n = logits.shape[-1]
     if out.numel():
         rows = logits.contiguous().view(-1, n * n), out.view(-1, n * n)
@@ -73,15 +78,21 @@ def _cuda(logits: Tensor, repeat: int, eps: float) -> Tensor:
             log_sinkhorn.launch_rows(n, *rows, repeat)
         else:
             jit.kernel("sinkhorn_fwd", n)(*rows, repeat, eps)
-    return out
 
 
 def _fake(logits: Tensor, repeat: int, eps: float) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-def launch_backward(grad: Tensor, logits: Tensor, repeat: int, eps: float) -> Tensor:
+def _backward_cuda(grad: Tensor, logits: Tensor, repeat: int, eps: float) -> Tensor:
     grad_logits = logits.new_empty(logits.shape)
+    launch_backward(grad, logits, repeat, eps, grad_logits)
+    return grad_logits
+
+
+def launch_backward(
+    grad: Tensor, logits: Tensor, repeat: int, eps: float, grad_logits: Tensor
+) -> None:
     n = logits.shape[-1]
     if grad_logits.numel():
         launch_backward_rows(
@@ -92,7 +103,6 @@ def launch_backward(grad: Tensor, logits: Tensor, repeat: int, eps: float) -> Te
             repeat,
             eps,
         )
-    return grad_logits
 
 
 def launch_backward_rows(
@@ -121,7 +131,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 _sinkhorn_backward = register(
     "sinkhorn_backward(Tensor grad, Tensor logits, int repeat, float eps) -> Tensor",
-    cuda=launch_backward,
+    cuda=_backward_cuda,
     cpu=lambda grad, logits, repeat, eps: reference.sinkhorn_backward(
         grad, logits, repeat=repeat, eps=eps
     ),

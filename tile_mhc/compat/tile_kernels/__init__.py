@@ -1,7 +1,22 @@
-"""The mHC part of DeepSeek TileKernels 1.0.0 on tile_mhc: same modules, names, arguments, defaults.
+"""The mHC part of DeepSeek TileKernels on tile_mhc: same modules, names, arguments, defaults.
 
 Import it from here, or call `install()` once and keep every `import tile_kernels...` as it is; with
 `install(force=True)` a real tile_kernels keeps what is not mHC, such as quant and moe.
+
+Of release 1.0.0 it has all that is public; of 2.1.0, beside it, the plain functions of `mhc`, which
+write into tensors that they are given and know no autograd:
+
+- `expand_to_mhc_fwd`, `_bwd`; `mhc_pre_apply_mix_fwd`, `_bwd`, which adds to x_grad and returns the
+  gradient of mix; `mhc_post_fwd`, `_bwd`; `mhc_sinkhorn_fwd`, `_bwd`; `mhc_pre_split_mixes_fwd`,
+  `_bwd`; `mhc_head_compute_mix_fwd`, `_bwd`, with the gradients of scale and base in rows of
+  partial sums; `mhc_multilayer_recompute`.
+- Behind a matmul of the caller's, such as DeepGEMM's `tf32_hc_prenorm_gemm`:
+  `mhc_reduce_partials_and_rmsnorm_fwd`, `_bwd`, and `mhc_pre_big_fuse_fwd`, whose outputs have the
+  bits of the functions for its parts; `mhc_fn_normw_merge_fwd`, `_bwd`, which adds to both.
+
+Of 1.0.0's private builders it has those that NeMo Automodel and DeepGEMM's tests import:
+`mhc.sinkhorn_kernel._mhc_sinkhorn_fwd` and `_mhc_sinkhorn_bwd`,
+`mhc.norm_fn_kernel._mhc_pre_norm_fn_fwd_norm`, `mhc.pre_big_fuse_kernel._mhc_pre_big_fuse`.
 
 What differs from TileKernels, all of it on purpose:
 
@@ -26,11 +41,48 @@ What differs from TileKernels, all of it on purpose:
 - `mhc_multilayer_recompute` compiles nothing anew for another number of layers, and copies nothing
   from pinned memory.
 - `round_to_tf32` clears the bits that TF32 does not have, and keeps infinities.
-- Kernel builders with a leading underscore are left out, so that the modules of `mhc` that hold
-  nothing else are empty; so are the quantisation, MoE, engram and transpose parts.
+- Streams, layer outputs and mixes that are not contiguous, as (s, b, n, d) streams rearranged to
+  (b, s, n, d), are read by way of one copy, and so are gradients that come back strided. Each copy
+  is counted: `copy_report()`. Nothing is looked for on the storage of what was copied, whose tokens
+  have another order. The plain functions want contiguous streams; `mhc_post_fwd` and `_bwd` copy.
+- `mhc_post_bwd` is in both releases, with one default apart. In `mhc` and `mhc.post_kernel` it is
+  2.1.0's and posts nothing unless `fuse_grad_acc=True`; in `modeling.mhc.ops` it is 1.0.0's.
+- `set_pdl` and `use_deterministic_algorithms` are kept for their getters and decide nothing: all
+  kernels are launched by programmatic dependent launch, and give the same bits on every run.
+  `token_block_size` decides which row of partial sums a token counts in, and nothing else.
+- `mhc_pre_split_mixes_bwd` makes post_layer_mix again of the mixes and does not read it.
+- Other builders with a leading underscore are left out, as are 2.1.0's `..._cuda` and `..._asc`
+  modules; so are the quantisation, MoE, engram, transform and transpose parts.
 """
 
 from tile_mhc.compat.tile_kernels import config, mhc, modeling, torch
 from tile_mhc.compat.tile_kernels._alias import install, uninstall
+from tile_mhc.compat.tile_kernels._copies import copy_report
+from tile_mhc.compat.tile_kernels.config import (
+    get_deterministic_algorithms,
+    get_device_num_sms,
+    get_max_smem_per_sm,
+    get_num_sms,
+    get_pdl,
+    set_num_sms,
+    set_pdl,
+    use_deterministic_algorithms,
+)
 
-__all__ = ["config", "install", "mhc", "modeling", "torch", "uninstall"]
+__all__ = [
+    "config",
+    "copy_report",
+    "get_deterministic_algorithms",
+    "get_device_num_sms",
+    "get_max_smem_per_sm",
+    "get_num_sms",
+    "get_pdl",
+    "install",
+    "mhc",
+    "modeling",
+    "set_num_sms",
+    "set_pdl",
+    "torch",
+    "uninstall",
+    "use_deterministic_algorithms",
+]

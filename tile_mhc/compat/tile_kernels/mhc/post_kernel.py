@@ -3,7 +3,9 @@
 import torch
 
 from tile_mhc import errors
+from tile_mhc.compat.tile_kernels import _copies
 from tile_mhc.compat.tile_kernels._gradients import POSTED
+from tile_mhc.compat.tile_kernels.mhc import _checks
 from tile_mhc.ops.aggregate import check_mix
 from tile_mhc.ops.post import post
 
@@ -15,8 +17,14 @@ def mhc_post_fwd(
     comb_res_mix: torch.Tensor,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`tile_mhc.post` outside any graph; a residual that is not contiguous is copied."""
-    residual = errors.require_tensor("mhc_post_fwd", "residual", residual).contiguous()
+    """`tile_mhc.post` outside any graph; streams that are not contiguous are copied."""
+    op = "mhc_post_fwd"
+    x, residual = _copies.contiguous(op, "x", x), _copies.contiguous(op, "residual", residual)
+    like = _check_inputs(op, x, residual, post_layer_mix, comb_res_mix)
+    if out is not None:
+        mixes = [("post_layer_mix", post_layer_mix), ("comb_res_mix", comb_res_mix)]
+        apart = [("x", x), like, *mixes]
+        _checks.check_streams_output(op, "out", out, residual.shape, like, apart)
     with torch.no_grad():
         return post(x, residual, post_layer_mix, comb_res_mix, out=out)
 
@@ -27,23 +35,21 @@ def mhc_post_bwd(
     post_layer_mix: torch.Tensor,
     comb_res_mix: torch.Tensor,
     d_o: torch.Tensor,
-    fuse_grad_acc: bool = True,
+    fuse_grad_acc: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, residual, post_layer_mix and comb_res_mix from that of the output.
 
-    With `fuse_grad_acc` the residual's gradient is also posted on the residual's storage, where
-    `mhc_pre_apply_mix` and `mhc_pre_norm_fn` add theirs to it in place: right only where nothing
-    else consumes the residual. Raises ValueError where a posted gradient is still pending.
+    This is release 2.1.0's function, which leaves nothing behind. With `fuse_grad_acc`, which is
+    1.0.0's and there True by default, the residual's gradient is also posted on the residual's
+    storage, where `mhc_pre_apply_mix` and `mhc_pre_norm_fn` add theirs to it in place: right only
+    where nothing else consumes the residual. Raises ValueError where a posted gradient is still
+    pending.
     """
     op = "mhc_post_bwd"
-    num_streams, hidden_size = errors.check_streams(op, "residual", residual)
-    like = ("residual", residual)
-    lead = residual.shape[:-2]
-    errors.check_tensor(op, "x", x, [(*lead, hidden_size)], residual.dtype, like)
-    errors.check_contiguous(op, "x", x)
-    check_mix(op, "post_layer_mix", post_layer_mix, like)
-    comb_shape = (*lead, num_streams, num_streams)
-    errors.check_tensor(op, "comb_res_mix", comb_res_mix, [comb_shape], torch.float32, like)
+    d_o = _copies.contiguous(op, "d_o", d_o)
+    if not fuse_grad_acc:
+        x, residual = _copies.contiguous(op, "x", x), _copies.contiguous(op, "residual", residual)
+    like = _check_inputs(op, x, residual, post_layer_mix, comb_res_mix)
     errors.check_tensor(op, "d_o", d_o, [residual.shape], residual.dtype, like)
     storage = residual.untyped_storage()
     if fuse_grad_acc and hasattr(storage, POSTED):
@@ -53,9 +59,23 @@ def mhc_post_bwd(
         )
     with torch.no_grad():
         grads = torch.ops.tile_mhc.post_backward(
-            d_o.contiguous(), x, residual, post_layer_mix, comb_res_mix, None
+            d_o, x, residual, post_layer_mix, comb_res_mix, None
         )
     if fuse_grad_acc:
         setattr(storage, POSTED, grads[1])
     d_x, d_residual, d_post_layer_mix, d_comb_res_mix = grads[:4]
     return d_x, d_residual, d_post_layer_mix, d_comb_res_mix
+
+
+def _check_inputs(
+    op: str, x: object, residual: object, post_layer_mix: torch.Tensor, comb_res_mix: object
+) -> tuple[str, torch.Tensor]:
+    num_streams, hidden_size = errors.check_streams(op, "residual", residual)
+    streams = errors.require_tensor(op, "residual", residual)
+    like, lead = ("residual", streams), streams.shape[:-2]
+    errors.check_tensor(op, "x", x, [(*lead, hidden_size)], streams.dtype, like)
+    errors.check_contiguous(op, "x", errors.require_tensor(op, "x", x))
+    check_mix(op, "post_layer_mix", post_layer_mix, like)
+    comb_shape = (*lead, num_streams, num_streams)
+    errors.check_tensor(op, "comb_res_mix", comb_res_mix, [comb_shape], torch.float32, like)
+    return like

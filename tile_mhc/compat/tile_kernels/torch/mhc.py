@@ -67,3 +67,17 @@ def mhc_pre_norm_fn_ref(
     return reference.projection(
         residual, mhc_fn, norm_weight=mhc_norm_weight, norm_eps=mhc_norm_eps
     )
+
+
+def mhc_pre_norm_fn_partials_ref(
+    residual: torch.Tensor, fn: torch.Tensor, n_splits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Products (n_splits, T, 1, N) and sums of squares (n_splits, T, 1) over slices of K.
+
+    What a matmul that splits K leaves, for `mhc_reduce_partials_and_rmsnorm_fwd`. Of release 2.1.0.
+    """
+    num_mixes, size = fn.shape
+    streams = residual.reshape(-1, size).float().unflatten(-1, (n_splits, -1)).transpose(0, 1)
+    weight = fn.view(num_mixes, n_splits, -1).transpose(0, 1)
+    products = torch.bmm(streams, weight.mT)
+    return products.unsqueeze(-2), streams.square().sum(-1, keepdim=True)

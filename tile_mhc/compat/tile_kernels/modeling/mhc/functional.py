@@ -3,7 +3,7 @@
 import torch
 
 from tile_mhc import errors
-from tile_mhc.compat.tile_kernels import _gradients
+from tile_mhc.compat.tile_kernels import _copies, _gradients
 from tile_mhc.compat.tile_kernels.modeling.mhc.ops import (
     expand_to_mhc,
     mhc_head_compute_mix,
@@ -54,8 +54,8 @@ def mhc_pre(
     """`tile_mhc.functional.mhc_pre`; the same bits with and without a gradient.
 
     Args:
-        residual: (..., n, H) bfloat16, float16 or float32, contiguous; n in 2, 4, 8; H up to
-            16384.
+        residual: (..., n, H) bfloat16, float16 or float32; n in 2, 4, 8; H up to 16384. One that is
+            not contiguous is copied.
         fn: (n*(n+2), n*H) float32 or bfloat16.
         scale: (3,) float32 or bfloat16.
         base: (n*(n+2),) float32 or bfloat16.
@@ -78,9 +78,10 @@ def mhc_pre(
 
     Source: DeepSeek TileKernels `modeling/mhc/functional.py`.
     """
-    _check_mult("mhc_pre", residual, mhc_mult)
+    op = "mhc_pre"
+    residual = _copies.contiguous(op, "residual", residual)
+    _check_mult(op, residual, mhc_mult)
     if _gradients.any_needs_grad(residual, fn, scale, base, norm_weight):
-        op = "mhc_pre"
         residual = _gradients.residual_input(op, residual, release=True)
         fn = _gradients.parameter_input(op, "fn", fn)
         scale = _gradients.parameter_input(op, "scale", scale)
@@ -101,7 +102,9 @@ def mhc_pre(
         num_splits=n_splits,
         tf32=True,
     )
-    return layer_input, (post_mix.unsqueeze(-1), comb_mix)
+    post_mix = post_mix.unsqueeze(-1)
+    _copies.count_gradients(op, layer_input=layer_input, post_mix=post_mix, comb_mix=comb_mix)
+    return layer_input, (post_mix, comb_mix)
 
 
 def mhc_head(
@@ -119,8 +122,8 @@ def mhc_head(
     """`tile_mhc.contract`, the learned readout of the streams.
 
     Args:
-        residual: (..., n, H) bfloat16, float16 or float32, contiguous; n in 2, 4, 8; H up to
-            16384.
+        residual: (..., n, H) bfloat16, float16 or float32; n in 2, 4, 8; H up to 16384. One that is
+            not contiguous is copied.
         fn: (n, n*H) float32 or bfloat16; of more rows, up to n*(n+2), the first n count.
         scale: (1,) or () float32 or bfloat16.
         base: (n,) float32 or bfloat16.
@@ -139,6 +142,7 @@ def mhc_head(
 
     Source: DeepSeek TileKernels `modeling/mhc/functional.py`.
     """
+    residual = _copies.contiguous("mhc_head", "residual", residual)
     _check_mult("mhc_head", residual, mhc_mult)
     rows = mhc_mult * (mhc_mult + 2)
     errors.require_tensor("mhc_head", "fn", fn)

@@ -2,7 +2,7 @@
 
 import torch
 
-from tile_mhc.compat.tile_kernels import _gradients
+from tile_mhc.compat.tile_kernels import _copies, _gradients
 from tile_mhc.compat.tile_kernels.mhc.expand_kernel import (
     expand_to_mhc_bwd_tl,
     expand_to_mhc_fwd_tl,
@@ -15,12 +15,18 @@ __all__ = ["ExpandToMHCFn", "expand_to_mhc", "expand_to_mhc_bwd_tl", "expand_to_
 def expand_to_mhc(
     hidden: torch.Tensor, mhc_mult: int, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`tile_mhc.expand`; `out` may also be given when a gradient is needed."""
+    """`tile_mhc.expand`; one that is not contiguous is copied, and `out` may also be given when a
+    gradient is needed."""
+    op = "expand_to_mhc"
+    hidden = _copies.contiguous(op, "hidden", hidden)
     if out is None or not _gradients.any_needs_grad(hidden):
-        return expand(hidden, mhc_mult, out=out)
-    shape = (*hidden.shape[:-1], mhc_mult, *hidden.shape[-1:])
-    _gradients.check_out("expand_to_mhc", out, shape, [("hidden", hidden)])
-    return _gradients.into_out(expand(hidden, mhc_mult), out)
+        result = expand(hidden, mhc_mult, out=out)
+    else:
+        shape = (*hidden.shape[:-1], mhc_mult, *hidden.shape[-1:])
+        _gradients.check_out(op, out, shape, [("hidden", hidden)])
+        result = _gradients.into_out(expand(hidden, mhc_mult), out)
+    _copies.count_gradients(op, out=result)
+    return result
 
 
 class ExpandToMHCFn:

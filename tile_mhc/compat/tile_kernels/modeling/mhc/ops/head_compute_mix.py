@@ -3,7 +3,7 @@
 import torch
 
 from tile_mhc import errors
-from tile_mhc.compat.tile_kernels import _gradients
+from tile_mhc.compat.tile_kernels import _copies, _gradients
 from tile_mhc.ops.head_mix import head_mix
 
 
@@ -19,7 +19,10 @@ def mhc_head_compute_mix(
     scale = _gradients.parameter_input(op, "mhc_scale", mhc_scale)
     base = _gradients.parameter_input(op, "mhc_base", mhc_base)
     scale = scale.reshape(1) if scale.ndim == 0 else scale
-    return head_mix(input_mix, scale, base, pre_eps=mhc_pre_eps)
+    input_mix = _copies.contiguous(op, "input_mix", input_mix)
+    out = head_mix(input_mix, scale, base, pre_eps=mhc_pre_eps)
+    _copies.count_gradients(op, out=out)
+    return out
 
 
 class MHCHeadComputeMix:

@@ -2,7 +2,7 @@
 
 import torch
 
-from tile_mhc.compat.tile_kernels import _gradients
+from tile_mhc.compat.tile_kernels import _copies, _gradients
 from tile_mhc.compat.tile_kernels.mhc.norm_fn_kernel import round_to_tf32
 from tile_mhc.ops.projection import projection
 
@@ -20,13 +20,14 @@ def mhc_pre_norm_fn(
     """`tile_mhc.projection`; with `fuse_grad_acc`, backward adds the residual's gradient to one
     posted on the residual's storage, if any, and takes that off the storage."""
     op = "mhc_pre_norm_fn"
+    residual = _copies.contiguous(op, "residual", residual)
     if fuse_grad_acc:
         residual = _gradients.residual_input(op, residual, release=True)
     weight = _gradients.parameter_input(op, "mhc_fn", mhc_fn)
     norm_weight = mhc_norm_weight
     if norm_weight is not None:
         norm_weight = _gradients.parameter_input(op, "mhc_norm_weight", norm_weight)
-    return projection(
+    out = projection(
         residual,
         weight,
         norm_weight=norm_weight,
@@ -34,6 +35,8 @@ def mhc_pre_norm_fn(
         num_splits=n_splits,
         tf32=True,
     )
+    _copies.count_gradients(op, out=out)
+    return out
 
 
 class MHCPreNormFn:

@@ -2,6 +2,7 @@
 
 import torch
 
+from tile_mhc.compat.tile_kernels import _copies
 from tile_mhc.compat.tile_kernels.mhc.norm_fn_kernel import round_to_tf32
 from tile_mhc.ops.fused_pre import fused_pre
 
@@ -24,6 +25,7 @@ def mhc_pre_big_fuse(
 
     Outside any graph, as TileKernels' is, also when an input requires grad.
     """
+    residual = _copies.contiguous("mhc_pre_big_fuse", "residual", residual)
     with torch.no_grad():
         layer_input, post_mix, comb_mix = fused_pre(
             residual,

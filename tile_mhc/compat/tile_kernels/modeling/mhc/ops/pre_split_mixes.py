@@ -2,7 +2,7 @@
 
 import torch
 
-from tile_mhc.compat.tile_kernels import _gradients
+from tile_mhc.compat.tile_kernels import _copies, _gradients
 from tile_mhc.ops.mixes import split_mixes
 
 
@@ -16,6 +16,7 @@ def mhc_pre_split_mixes(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`tile_mhc.split_mixes`, with pre and post of shape (..., n, 1)."""
     op = "mhc_pre_split_mixes"
+    input_mixes = _copies.contiguous(op, "input_mixes", input_mixes)
     pre_mix, post_mix, comb_mix = split_mixes(
         input_mixes,
         _gradients.parameter_input(op, "mhc_scale", mhc_scale),
@@ -24,7 +25,9 @@ def mhc_pre_split_mixes(
         post_mult=mhc_post_mult_value,
         pre_eps=mhc_pre_eps,
     )
-    return pre_mix.unsqueeze(-1), post_mix.unsqueeze(-1), comb_mix
+    pre_mix, post_mix = pre_mix.unsqueeze(-1), post_mix.unsqueeze(-1)
+    _copies.count_gradients(op, pre_mix=pre_mix, post_mix=post_mix, comb_mix=comb_mix)
+    return pre_mix, post_mix, comb_mix
 
 
 class MHCPreSplitMixes:

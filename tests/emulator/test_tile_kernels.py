@@ -1,0 +1,88 @@
+"""The plain functions of compat.tile_kernels.mhc, run by the kernels on the CPU: float64, bits."""
+
+from unittest import mock
+
+import pytest
+import torch
+
+from emulator import launch
+from emulator.ops import emulated
+from emulator.suite import VARIED
+from parity import calls, plain
+from tile_mhc import selection
+from tile_mhc.compat.tile_kernels import mhc
+
+SEED = 1
+# Two rows of blocks, and a ragged block; one token.
+TOKENS = (7 * 32 * 2 + 13, 1)
+
+
+@pytest.fixture(autouse=True)
+def emulator():
+    with emulated(seed=SEED):
+        yield
+
+
+@pytest.mark.parametrize("pair", VARIED, ids=str)
+@pytest.mark.parametrize("num_tokens", TOKENS)
+@pytest.mark.parametrize("call", plain.PLAIN.values(), ids=str)
+def test_function(call, num_tokens, pair):
+    n, hidden_size = pair
+    make = plain.Maker(call.name, num_tokens, hidden_size, "cpu", n)
+    inputs = call.inputs(make)
+    found = plain.evaluate(mhc, call, inputs)
+    truth = plain.evaluate_exactly(call, inputs)
+    assert found.keys() == truth.keys()
+    for name, exact in truth.items():
+        error = calls.relative_error(found[name].view(exact.shape), exact)
+        assert error <= call.bound(name), f"{name}: {error:.3e}"
+
+
+@pytest.mark.parametrize("many_splits", [False, True])
+def test_the_fused_pre_has_the_bits_of_its_parts(many_splits):
+    """TileKernels' own test asks for it."""
+    call = plain.PLAIN["pre_big_fuse_fwd"]
+    inputs = call.inputs(plain.Maker(call.name, 13, 192, "cpu"))
+    around = mock.patch.object(selection, "has_many_splits", return_value=many_splits)
+    with around:
+        fused = call.run(mhc, inputs)
+        parts = plain.big_fuse_by_parts(mhc, inputs)
+    for name, tensor in fused.items():
+        assert torch.equal(tensor, parts[name]), name
+
+
+def test_the_fused_pre_without_an_eps():
+    """Sinkhorn has kernels of its own then."""
+    call = plain.PLAIN["pre_big_fuse_fwd"]
+    inputs = call.inputs(plain.Maker(call.name, 13, 192, "cpu"))
+    with mock.patch.object(plain, "EPS", 0.0):
+        fused, parts = call.run(mhc, inputs), plain.big_fuse_by_parts(mhc, inputs)
+        truth = plain.evaluate_exactly(call, inputs)
+    for name, tensor in fused.items():
+        assert torch.equal(tensor, parts[name]), name
+        assert calls.relative_error(tensor, truth[name].flatten(1)) <= call.bound(name), name
+
+
+@pytest.mark.parametrize("name", ["head_compute_mix_bwd", "reduce_partials_of_groups_fwd"])
+def test_same_bits_in_every_order_of_threads(name):
+    call = plain.PLAIN[name]
+    inputs = call.inputs(plain.Maker(name, 130, 192, "cpu"))
+    runs = []
+    for seed in (0, 1, 2):
+        with launch.settings(seed=seed):
+            runs.append(call.run(mhc, inputs))
+    for run in runs[1:]:
+        for key, tensor in run.items():
+            assert torch.equal(tensor, runs[0][key]), key
+
+
+def test_no_token():
+    """Nothing is launched; sums over no token are zero."""
+    with launch.settings(watch=lambda kernel, given: pytest.fail(f"{kernel} was launched")):
+        for call in plain.PLAIN.values():
+            if call.name.startswith("fn_normw"):
+                continue
+            found = plain.evaluate(mhc, call, call.inputs(plain.Maker(call.name, 0, 64, "cpu")))
+            for name, tensor in found.items():
+                assert not tensor.any(), name
+                assert not tensor.isnan().any(), name

@@ -1,0 +1,215 @@
+"""Ops whose own form returns new tensors, into memory of the caller's."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from tile_mhc import errors, jit, reference
+from tile_mhc.ops import _flops
+from tile_mhc.ops import expand as expand_op
+from tile_mhc.ops import head_mix as head_mix_op
+from tile_mhc.ops import mixes as mixes_op
+from tile_mhc.ops import sinkhorn as sinkhorn_op
+from tile_mhc.ops._library import dtypes, register
+
+
+def copy(outs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+    """What a reference returns, to where it is wanted."""
+    for out, result in zip(outs, results, strict=True):
+        out.copy_(result.reshape(out.shape))
+
+
+def _split_mixes_cuda(
+    mixes: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    post_mult: float,
+    pre_eps: float,
+    pre_mix: Tensor,
+    post_mix: Tensor,
+    logits: Tensor,
+) -> None:
+    if mixes.numel():
+        n = pre_mix.shape[-1]
+        mixes_op.launch_rows(
+            mixes.contiguous().view(-1, n * (n + 2)),
+            scale,
+            bias,
+            pre_mix.view(-1, n),
+            post_mix.view(-1, n),
+            logits.view(-1, n * n),
+            post_mult,
+            pre_eps,
+        )
+
+
+def _split_mixes_cpu(
+    mixes: Tensor, scale: Tensor, bias: Tensor, post_mult: float, pre_eps: float, *outs: Tensor
+) -> None:
+    n = outs[0].shape[-1]
+    results = reference.split_mixes(
+        mixes, scale, bias, num_streams=n, post_mult=post_mult, pre_eps=pre_eps
+    )
+    copy(outs, results)
+
+
+def _split_mixes_backward_cuda(
+    grad_pre: Tensor,
+    grad_post: Tensor,
+    grad_comb: Tensor,
+    mixes: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    post_mult: float,
+    grad_mixes: Tensor,
+    grad_scale: Tensor,
+    grad_bias: Tensor,
+) -> None:
+    num_mixes, n = mixes.shape[-1], grad_pre.shape[-1]
+    num_tokens = mixes.numel() // num_mixes
+    if num_tokens == 0:
+        grad_scale.zero_()
+        grad_bias.zero_()
+        return
+    partials = mixes.new_empty(mixes_op.partial_shape(num_tokens, num_mixes))
+    mixes_op.launch_backward_rows(
+        grad_pre.contiguous().view(-1, n),
+        grad_post.contiguous().view(-1, n),
+        grad_comb.contiguous().view(-1, n * n),
+        mixes.contiguous().view(-1, num_mixes),
+        scale,
+        bias,
+        grad_mixes.view(-1, num_mixes),
+        partials,
+        post_mult,
+    )
+    mixes_op.launch_sums(partials, grad_scale, grad_bias)
+
+
+def _split_mixes_backward_cpu(
+    grad_pre: Tensor,
+    grad_post: Tensor,
+    grad_comb: Tensor,
+    mixes: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    post_mult: float,
+    *outs: Tensor,
+) -> None:
+    n = grad_pre.shape[-1]
+    grads = reference.split_mixes_backward(
+        grad_pre,
+        grad_post,
+        grad_comb.reshape(*mixes.shape[:-1], n, n),
+        mixes,
+        scale,
+        bias,
+        n,
+        post_mult,
+    )
+    copy(outs, grads)
+
+
+def _norm_weight_cuda(
+    weight: Tensor,
+    norm_weight: Tensor,
+    grad: Tensor,
+    grad_weight: Tensor,
+    grad_norm_weight: Tensor,
+) -> None:
+    if weight.numel():
+        given = dtypes(
+            weight=weight.dtype,
+            norm_weight=norm_weight.dtype,
+            into_weight=grad_weight.dtype,
+            into_norm_weight=grad_norm_weight.dtype,
+        )
+        num_mixes, size = weight.shape
+        # One slice: the gradient of the product of the two.
+        jit.kernel("projection_weight_bwd", num_mixes, size, *given)(
+            grad.contiguous().unsqueeze(0),
+            weight.contiguous(),
+            norm_weight.contiguous(),
+            grad_weight,
+            grad_norm_weight,
+            True,
+            True,
+        )
+
+
+def _norm_weight_cpu(
+    weight: Tensor,
+    norm_weight: Tensor,
+    grad: Tensor,
+    grad_weight: Tensor,
+    grad_norm_weight: Tensor,
+) -> None:
+    grad_weight.add_(grad * norm_weight)
+    grad_norm_weight.add_((grad * weight).sum(0))
+
+
+expand_backward = register(
+    "expand_backward_out(Tensor grad, Tensor(a!) out) -> ()",
+    cuda=expand_op.launch_backward,
+    cpu=lambda grad, out: copy((out,), (reference.expand_backward(grad),)),
+    fake=lambda *_: None,
+    flops=_flops.pointwise,
+)
+sinkhorn = register(
+    "sinkhorn_out(Tensor logits, int repeat, float eps, Tensor(a!) out) -> ()",
+    cuda=sinkhorn_op.launch,
+    cpu=lambda logits, repeat, eps, out: copy(
+        (out,), (reference.sinkhorn(logits, repeat=repeat, eps=eps),)
+    ),
+    fake=lambda *_: None,
+    flops=_flops.pointwise,
+    out_alignment=errors.ALIGNMENT,
+)
+sinkhorn_backward = register(
+    "sinkhorn_backward_out(Tensor grad, Tensor logits, int repeat, float eps, Tensor(a!) out) "
+    "-> ()",
+    cuda=sinkhorn_op.launch_backward,
+    cpu=lambda grad, logits, repeat, eps, out: copy(
+        (out,), (reference.sinkhorn_backward(grad, logits, repeat=repeat, eps=eps),)
+    ),
+    fake=lambda *_: None,
+    flops=_flops.pointwise,
+    out_alignment=errors.ALIGNMENT,
+)
+split_mixes = register(
+    "split_mixes_out(Tensor mixes, Tensor scale, Tensor bias, float post_mult, float pre_eps, "
+    "Tensor(a!) pre_mix, Tensor(b!) post_mix, Tensor(c!) logits) -> ()",
+    cuda=_split_mixes_cuda,
+    cpu=_split_mixes_cpu,
+    fake=lambda *_: None,
+    flops=_flops.pointwise,
+    out_alignment=errors.ALIGNMENT,
+)
+split_mixes_backward = register(
+    "split_mixes_backward_out(Tensor grad_pre, Tensor grad_post, Tensor grad_comb, Tensor mixes, "
+    "Tensor scale, Tensor bias, float post_mult, Tensor(a!) grad_mixes, Tensor(b!) grad_scale, "
+    "Tensor(c!) grad_bias) -> ()",
+    cuda=_split_mixes_backward_cuda,
+    cpu=_split_mixes_backward_cpu,
+    fake=lambda *_: None,
+    flops=_flops.pointwise,
+    out_alignment=errors.ALIGNMENT,
+)
+head_mix = register(
+    "head_mix_out(Tensor mixes, Tensor scale, Tensor bias, float pre_eps, Tensor(a!) out) -> ()",
+    cuda=head_mix_op.launch_into,
+    cpu=lambda mixes, scale, bias, pre_eps, out: copy(
+        (out,), (reference.head_mix(mixes, scale, bias, pre_eps=pre_eps),)
+    ),
+    fake=lambda *_: None,
+    flops=_flops.pointwise,
+    out_alignment=errors.ALIGNMENT,
+)
+norm_weight_backward = register(
+    "norm_weight_backward_add(Tensor weight, Tensor norm_weight, Tensor grad, "
+    "Tensor(a!) grad_weight, Tensor(b!) grad_norm_weight) -> ()",
+    cuda=_norm_weight_cuda,
+    cpu=_norm_weight_cpu,
+    fake=lambda *_: None,
+    flops=_flops.pointwise,
+)
