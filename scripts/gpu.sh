@@ -6,7 +6,9 @@
 # tests/gpu and tests/parity, the own tests of TileKernels and TransformerEngine where those are
 # checkouts of them, the first step of a fresh process with an empty and with a filled cache, what
 # accumulators save, what recompute groups save and cost, then `tile-mhc bench`, alone on the GPU,
-# beside TileKernels where it is installed. BENCH_ARGS goes to it. Exits non-zero if anything failed.
+# beside TileKernels where it is installed. BENCH_ARGS goes to it. TILE_KERNELS_2, a folder with
+# release 2.1.0 unpacked, is for the parity of its plain functions and a bench beside it. Exits
+# non-zero if anything failed.
 set -uo pipefail
 [ $# -ge 1 ] || { echo "usage: scripts/gpu.sh OUT [TILEKERNELS [TRANSFORMERENGINE]]" >&2; exit 2; }
 mkdir -p "$1" || exit 1
@@ -57,4 +59,10 @@ vs=()
 # shellcheck disable=SC2086
 "$PYTHON" -m tile_mhc.cli bench ${vs[@]+"${vs[@]}"} --record "$OUT/bench.jsonl" ${BENCH_ARGS:-} |
     tee "$OUT/bench.log" || failed+=(bench)
+# shellcheck disable=SC2086
+[ -z "${TILE_KERNELS_2:-}" ] ||
+    PYTHONPATH="$TILE_KERNELS_2${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m tile_mhc.cli bench \
+        expand split_mixes sinkhorn aggregate post head_mix partials_pre recompute \
+        --vs tile_kernels --record "$OUT/bench2.jsonl" ${BENCH_ARGS:-} | tee "$OUT/bench2.log" ||
+    failed+=(bench2)
 [ ${#failed[@]} -eq 0 ] || die "failed: ${failed[*]}"

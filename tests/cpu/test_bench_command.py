@@ -78,7 +78,7 @@ def measured(monkeypatch):
         records, "make_setting", lambda clock, *_: replace(SETTING, flush=clock.flush_by)
     )
     fake = object.__new__(peer.TileKernels)
-    fake.calls = {}
+    fake.calls, fake.release = {}, "1.0.0"
     monkeypatch.setattr(peer, "find", lambda: fake)
     return given
 

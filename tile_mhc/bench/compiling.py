@@ -16,7 +16,7 @@ from tile_mhc import jit, specs
 from tile_mhc.bench.inputs import make_inputs
 from tile_mhc.bench.measuring import Shape, describe
 from tile_mhc.bench.ops import SINKHORN_STEPS, Op
-from tile_mhc.bench.peer import NAME, STREAMS, TileKernels
+from tile_mhc.bench.peer import NAME, STREAMS, Peer
 from tile_mhc.kernels._arch import DEFAULT
 
 PEER_SECONDS = 120
@@ -24,6 +24,7 @@ PEER_SECONDS = 120
 PARTS = {
     "sub_layer": ("fused_pre", "post"),
     "delayed_pre": ("fused_pre",),
+    "partials_pre": ("tile_kernels",),
     "post_pre_delayed": ("post_pre",),
     **dict.fromkeys(("stack", "stack_delayed"), ("post_pre",)),
     **dict.fromkeys(("stack_separate", "stack_delayed_separate"), ("fused_pre", "post")),
@@ -48,9 +49,7 @@ def kernels(
     return list(dict.fromkeys(wanted))
 
 
-def peer_commands(
-    ops: Sequence[Op], shapes: Sequence[Shape], peer: TileKernels
-) -> dict[str, list[str]]:
+def peer_commands(ops: Sequence[Op], shapes: Sequence[Shape], peer: Peer) -> dict[str, list[str]]:
     """The commands that run the peer's side of `ops` once, by stem.
 
     Its kernels are for one hidden size and any number of tokens, so the fewest will do. A stem
@@ -93,7 +92,7 @@ def compile_all(
 
 
 def warm_peer(
-    ops: Sequence[Op], shapes: Sequence[Shape], peer: TileKernels, device: torch.device
+    ops: Sequence[Op], shapes: Sequence[Shape], peer: Peer, device: torch.device
 ) -> Iterator[str]:
     """Run the peer's side of `ops` once, for what that leaves in the cache; what failed."""
     for shape in shapes:

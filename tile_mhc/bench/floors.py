@@ -88,6 +88,13 @@ def fused_pre_fwd(T: int, H: int, n: int) -> int:
     return BF16 * T * H * (n + 1) + FP32 * (T * n * (n + 1) + mixes * n * H + mixes + 3)
 
 
+def partials_pre_fwd(T: int, H: int, n: int) -> int:
+    """As `fused_pre`, from partial sums of 16 slices of K in place of the weight."""
+    mixes = n * (n + 2)
+    sums = T * 16 * (mixes + 1)
+    return BF16 * T * H * (n + 1) + FP32 * (sums + T * n * (n + 1) + mixes + 3)
+
+
 def fused_pre_bwd(T: int, H: int, n: int) -> int:
     """Reads x, the mixes, 1 / rms and three gradients, writes that of x; the parameters in and
     out."""

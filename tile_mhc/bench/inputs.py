@@ -9,6 +9,7 @@ from torch import Tensor
 from tile_mhc import reference
 
 LAYERS = 10  # of the recompute
+SPLITS = 16  # of K, in the partial sums of another's matmul
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class Inputs:
     grad_pre: Tensor
     grad_post: Tensor
     grad_comb: Tensor
+    # Partial sums of a projection: (SPLITS, T, ...).
+    split_products: Tensor
+    split_squares: Tensor
     # Parameters.
     weight: Tensor
     scale: Tensor
@@ -121,6 +125,8 @@ def make_inputs(T: int, H: int, n: int, device: torch.device) -> Inputs:
         grad_pre=normal(1, T, n, 1),
         grad_post=normal(1, T, n, 1),
         grad_comb=normal(1, T, n, n),
+        split_products=normal(SPLITS, T, mixes) * (n * H / SPLITS) ** 0.5,
+        split_squares=(1 + 0.1 * normal(SPLITS, T)) * (n * H / SPLITS),
         weight=normal(mixes, n * H) / (n * H) ** 0.5,
         scale=1 + 0.1 * normal(3),
         bias=normal(mixes),

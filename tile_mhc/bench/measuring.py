@@ -9,7 +9,7 @@ from tile_mhc.bench.checking import check, poisoned_memory
 from tile_mhc.bench.inputs import Inputs, make_inputs
 from tile_mhc.bench.ops import Adding, Call, Op
 from tile_mhc.bench.peer import STREAMS as PEER_STREAMS
-from tile_mhc.bench.peer import TileKernels
+from tile_mhc.bench.peer import Peer
 from tile_mhc.bench.timing import Clock, Graph, Times
 
 WARM_CALLS = 2
@@ -78,7 +78,7 @@ def measure_all(
     shapes: Sequence[Shape],
     clock: Clock,
     bandwidth: float,
-    peer: TileKernels | None,
+    peer: Peer | None,
 ) -> Iterator[Result]:
     """Every op at every shape, shape by shape; `bandwidth` is in bytes per microsecond."""
     for shape in shapes:
@@ -93,9 +93,7 @@ def measure_all(
         torch.cuda.empty_cache()
 
 
-def measure(
-    op: Op, x: Inputs, clock: Clock, peer: TileKernels | None = None
-) -> tuple[Side, Side | None]:
+def measure(op: Op, x: Inputs, clock: Clock, peer: Peer | None = None) -> tuple[Side, Side | None]:
     """Ours and the peer's. What is wrong with one costs the other nothing."""
     x = x.with_layers() if op.layers else x
     prepare: list[Callable[[Inputs], Call]] = [op.ours]

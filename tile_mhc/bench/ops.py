@@ -16,6 +16,8 @@ import tile_mhc
 from tile_mhc import functional, reference
 from tile_mhc.bench import floors, stacks
 from tile_mhc.bench.inputs import LAYERS, Inputs
+from tile_mhc.ops.tile_kernels import partials
+from tile_mhc.ops.tile_kernels import reference as partials_reference
 
 Outputs = Sequence[Tensor]
 Call = Callable[[], Outputs]
@@ -240,6 +242,34 @@ def recompute_outputs(x: Inputs) -> tuple[list[Tensor], list[Tensor]]:
     )
 
 
+def _partials_pre(x: Inputs) -> Call:
+    def call() -> Outputs:
+        outs = [torch.empty_like(t) for t in (x.post_mix, x.comb_mix, x.hidden)]
+        partials.partials_pre(
+            x.split_products,
+            x.split_squares,
+            x.scale,
+            x.bias,
+            x.residual[0],
+            EPS,
+            *PRE_OPTIONS,
+            outs[0].view(-1, x.n),
+            outs[1].view(-1, x.n * x.n),
+            outs[2][0],
+        )
+        return [outs[2], *outs[:2]]
+
+    return call
+
+
+def _partials_pre_truth(x: Inputs) -> Outputs:
+    sums = (x.split_products, x.split_squares)
+    post_mix, comb_mix, layer_input = partials_reference.partials_pre(
+        *sums, x.scale, x.bias, x.residual[0], EPS, *PRE_OPTIONS
+    )
+    return [out.unsqueeze(0) for out in (layer_input, post_mix, comb_mix)]
+
+
 def _recompute(x: Inputs) -> Call:
     layer_inputs, residuals = recompute_outputs(x)
 
@@ -430,6 +460,7 @@ def make_ops() -> list[Op]:
             lambda x: lambda: tile_mhc.fused_pre(*x.gates, **PRE),
             lambda x: reference.fused_pre(*x.gates, **PRE),
         ),
+        Op("partials_pre.fwd", floors.partials_pre_fwd, _partials_pre, _partials_pre_truth),
         Op(
             "fused_pre.bwd",
             floors.fused_pre_bwd,

@@ -1,5 +1,6 @@
-"""TileKernels 1.0.0 beside our ops: the call of each, with the outputs in our order.
+"""TileKernels beside our ops: the call of each, with the outputs in our order.
 
+`find` tells the releases apart by what they have. This is 1.0.0; `plain_peer` is 2.1.0.
 Its backwards add to a gradient of the residual that exists, where ours write one, `bwd_add` apart:
 that costs it a read of the streams, and is the only way it has. It has no working `contract`, and
 kernels for four streams alone.
@@ -7,11 +8,12 @@ kernels for four streams alone.
 
 import importlib
 import importlib.util
+import re
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ from tile_mhc.bench.ops import (
     recompute_outputs,
     sub_layer,
 )
+from tile_mhc.bench.plain_peer import PlainTileKernels
 
 NAME = "tile_kernels"
 STREAMS = 4
@@ -42,21 +45,46 @@ FUNCTIONS = {
 }
 
 
-def find() -> "TileKernels | None":
-    """TileKernels' mHC modules, where it is installed.
+class Peer(Protocol):
+    """A release: how to prepare each op's call, by the op's name, and which it is."""
 
-    Without the __init__ of its packages: they import the rest of it, which tilelang 0.1.15 does not
-    compile.
+    calls: dict[str, Callable[[Inputs], Call]]
+    release: str
+
+
+def find() -> Peer | None:
+    """TileKernels' mHC modules, of the release that is installed.
+
+    Without the __init__ of its packages: they import the rest of it, of which 1.0.0's does not
+    compile with tilelang 0.1.15.
     """
     spec = importlib.util.find_spec(NAME)
     if spec is None or not spec.submodule_search_locations:
         return None
     root = Path(next(iter(spec.submodule_search_locations)))
-    for name in (NAME, f"{NAME}.modeling"):
+    release = _release(root)
+    # Later ones have no autograd for mHC.
+    if not (root / "modeling" / "mhc").is_dir():
+        _stand_in(root, [NAME])
+        return PlainTileKernels(release)
+    _stand_in(root, [NAME, f"{NAME}.modeling"])
+    return TileKernels(release)
+
+
+def _release(root: Path) -> str:
+    """Of a package, read without importing it."""
+    file = root / "_version.py"
+    text = file.read_text() if file.exists() else ""
+    found = re.search(r"__version__ = [^\n]*'([\d.]+)'", text)
+    return found[1] if found else "of unknown version"
+
+
+def _stand_in(root: Path, names: Sequence[str]) -> None:
+    """Packages by these names whose modules are found, and whose __init__ does not run."""
+    for name in names:
         package = types.ModuleType(name)
         package.__path__ = [str(root.joinpath(*name.split(".")[1:]))]
         sys.modules[name] = package
-    return TileKernels()
 
 
 def accumulating(
@@ -85,7 +113,8 @@ class _Context:
 class TileKernels:
     """Its functions, and `calls`: how to prepare each op's call, by the op's name."""
 
-    def __init__(self) -> None:
+    def __init__(self, release: str) -> None:
+        self.release = release
         ops = f"{NAME}.modeling.mhc.ops"
         self.ops = importlib.import_module(ops)
         self.functional = importlib.import_module(f"{NAME}.modeling.mhc.functional")

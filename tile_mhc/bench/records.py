@@ -35,6 +35,8 @@ class Setting:
     empty_us: float | None = None  # an empty kernel by the same clock
     flush: str = "overwrite"
     events: str = "around"
+    # What ours is beside; lines before this field have TileKernels 1.0.0's times.
+    peer: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +106,9 @@ def make_record(setting: Setting, result: Result) -> Record | None:
     )
 
 
-def make_setting(clock: Clock, bandwidth: float, empty: Times, commit: str | None) -> Setting:
+def make_setting(
+    clock: Clock, bandwidth: float, empty: Times, commit: str | None, peer: str | None = None
+) -> Setting:
     """Of this machine, now; `commit` where the checkout does not know, or is none."""
     return Setting(
         date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
@@ -117,6 +121,7 @@ def make_setting(clock: Clock, bandwidth: float, empty: Times, commit: str | Non
         empty_us=round(empty.median, 2),
         flush=clock.flush_by,
         events=clock.events,
+        peer=peer,
     )
 
 

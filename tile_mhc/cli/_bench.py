@@ -15,7 +15,7 @@ from tile_mhc import jit, specs
 from tile_mhc.bench import cliffs, compiling, measuring, peer, records
 from tile_mhc.bench.measuring import Result, Shape, Side
 from tile_mhc.bench.ops import Op, make_ops
-from tile_mhc.bench.peer import TileKernels
+from tile_mhc.bench.peer import Peer
 from tile_mhc.bench.records import Setting
 from tile_mhc.bench.timing import COPY_BYTES, Clock, Events, Flush, Times
 from tile_mhc.cli._options import (
@@ -81,7 +81,11 @@ class TokensByHidden(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 @click.option(
     "--streams", type=STREAMS, default=(4,), show_default="4", help="Numbers of streams n."
 )
-@click.option("--vs", type=click.Choice([peer.NAME]), help="Time it too, in turns with ours.")
+@click.option(
+    "--vs",
+    type=click.Choice([peer.NAME]),
+    help="Time it too, in turns with ours: the release that is found, 1.0.0 or 2.1.0.",
+)
 @click.option(
     "--events",
     type=click.Choice(["inside", "around"]),
@@ -165,7 +169,8 @@ def bench_command(
     clock = Clock(device, events, flush_by)
     bandwidth = clock.copy_bandwidth()
     empty = clock.empty_kernel()
-    setting = records.make_setting(clock, bandwidth, empty, commit)
+    title = f"{peer.NAME} {tile_kernels.release}" if tile_kernels else None
+    setting = records.make_setting(clock, bandwidth, empty, commit, title)
     if not as_json:
         print_setting(setting, empty)
     results: list[Result] = []
@@ -207,7 +212,7 @@ def choose_pairs(
     return DEFAULT_SHAPES
 
 
-def find_peer() -> TileKernels:
+def find_peer() -> Peer:
     try:
         found = peer.find()
     except Exception as error:
@@ -227,7 +232,7 @@ def check_appendable(file: Path) -> None:
 
 
 def compile_before(
-    ops: list[Op], shapes: list[Shape], tile_kernels: TileKernels | None, jobs: int
+    ops: list[Op], shapes: list[Shape], tile_kernels: Peer | None, jobs: int
 ) -> None:
     kernels = compiling.kernels(ops, shapes, jit.device_arch(torch.cuda.current_device()))
     commands = compiling.peer_commands(ops, shapes, tile_kernels) if tile_kernels else {}
@@ -269,6 +274,8 @@ def print_setting(setting: Setting, empty: Times) -> None:
         f"empty kernel {empty.median:.2f} us {spread(empty)}, by the same clock: "
         f"events {setting.events} the graph, L2 {setting.flush} before"
     )
+    if setting.peer:
+        click.echo(f"peer: {setting.peer}")
 
 
 def make_table(shape: Shape, results: Sequence[Result], with_peer: bool) -> Table:
