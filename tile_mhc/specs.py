@@ -410,17 +410,12 @@ def _padded_mixes(s: Sizes) -> list[Arguments]:
 
 def _partials_norms(s: Sizes) -> list[Arguments]:
     # Of one group, as DeepSeek's models have it.
-    return [(rows, 1, many_splits) for rows in (s.mixes, s.n) for many_splits in (False, True)]
-
-
-def _partials_norm_backwards(s: Sizes) -> list[Arguments]:
     return [(s.mixes, 1), (s.n, 1)]
 
 
 def _partials_pres(s: Sizes) -> list[Arguments]:
     return [
-        _kernel(s.n, s.hidden, many_splits, streams=s.dtype, scale=scale, bias=bias)
-        for many_splits in (False, True)
+        _kernel(s.n, s.hidden, streams=s.dtype, scale=scale, bias=bias)
         for scale, bias in itertools.product(s.parameters, repeat=2)
     ]
 
@@ -572,15 +567,10 @@ SPECS = (
     Spec("padded_projection_pack", "padded_projection", _TE, _MATMUL, _padded_projections),
     Spec("padded_mixes_fwd", "padded_mixes", _TE, _N, _padded_mixes),
     Spec("padded_mixes_bwd", "padded_mixes", _TE, _N, _padded_mixes),
-    Spec(
-        "partials_norm_fwd",
-        "partials",
-        _TK,
-        ("num_mixes", "groups", "many_splits"),
-        _partials_norms,
-    ),
-    Spec("partials_norm_bwd", "partials", _TK, ("num_mixes", "groups"), _partials_norm_backwards),
-    Spec("partials_pre", "partials", _TK, _PRE, _partials_pres),
+    Spec("partials_norm_fwd", "partials", _TK, ("num_mixes", "groups"), _partials_norms),
+    Spec("partials_norm_bwd", "partials", _TK, ("num_mixes", "groups"), _partials_norms),
+    Spec("partials_pre", "partials", _TK, _STREAMS, _partials_pres),
+    Spec("partials_last_pre", "partials", _TK, _STREAMS, _partials_pres),
     Spec("head_mix_rows_bwd", "head_mix_rows", _TK, _N, _n_gates),
     Spec("log_sinkhorn_fwd", "log_sinkhorn", ("sinkhorn", *_PRE_OPS, *_TE, *_TK), _N, _n),
     Spec("log_sinkhorn_bwd", "log_sinkhorn", ("sinkhorn", *_PRE_OPS, *_TE, *_TK), _STEPS, _steps),

@@ -107,7 +107,7 @@ def gated_aggregate(
                 out[t, h + v] = T.cast(total[v], out.dtype)
 
 
-def pre_pass_configs(
+def _pass_configs(
     _n: int, _hidden_size: int, many_splits: bool, *_dtypes: str
 ) -> dict[PassConfigKey, Any]:
     # Many splits stand for few tokens: L2 holds their streams for the post as well.
@@ -257,7 +257,7 @@ def pre_kernel(
     return fused_pre_kernel
 
 
-@builder(pre_pass_configs)
+@builder(_pass_configs)
 def fused_pre(
     n: int,
     hidden_size: int,

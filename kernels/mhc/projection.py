@@ -212,6 +212,7 @@ def split_sums(
     width: int,
     lane: T.int32,
     sharing: int,
+    any_splits: bool,
     out: T.Buffer,
 ):
     """out = (products m to m + width - 1 of token t, its sum of squares), summed over the splits.
@@ -219,12 +220,14 @@ def split_sums(
     Where there are more than SUM_LANES, which is where tokens are few, SUM_LANES neighbours share a
     mix, each with its own `lane`: the rounds of loads of one thread would be most of the time. The
     number of splits alone decides, so that every kernel adds in the same order. Alone, `lane` is 0.
+    `any_splits` is for another's, of which one thread takes any number, in their order.
     """
     for k in T.unroll(width + 1):
         out[k] = 0.0
     # All loads of a round come before its first sum; a loop over single splits would wait for each.
     at_once = SUM_LANES if sharing == 1 else AT_ONCE
-    rounds = 1 if sharing == 1 else T.ceildiv(splits, sharing * at_once)
+    one_round = sharing == 1 and not any_splits
+    rounds = 1 if one_round else T.ceildiv(splits, sharing * at_once)
     parts = T.alloc_local((at_once, width), T.float32)
     squared = T.alloc_local((at_once,), T.float32)
     for turn in T.unroll(rounds, unroll_factor=1):
@@ -281,8 +284,9 @@ def token_mix(
     sums = T.alloc_local((width + 1,), T.float32)
     exact = T.alloc_local((width + 1,), T.float64)
     value = T.alloc_local((1,), T.float32)
-    split_sums(products, squares, splits, t, m, width, lane, sharing, sums)
-    if weight.shape[0] == 1:
+    has_weight = weight.shape[0] > 1
+    split_sums(products, squares, splits, t, m, width, lane, sharing, not has_weight, sums)
+    if not has_weight:
         scale_sums(sums, width, size, eps, out)
     elif not sums[width] < LARGE_SQUARES:
         for k in T.unroll(width + 1):

@@ -182,6 +182,16 @@ def test_no_graph(device):
     assert not result.requires_grad
 
 
+@EVERY_CALL
+def test_one_graph_under_compile(device, name):
+    call, inputs = plain.PLAIN[name], inputs_of(name, device)
+    want = call.run(mhc, inputs)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: call.run(mhc, x), fullgraph=True, backend="aot_eager")
+    for key, tensor in compiled(inputs).items():
+        assert torch.equal(tensor, want[key]), key
+
+
 def test_post_bwd_leaves_nothing_behind(device):
     """2.1.0's does not post the gradient on the storage; 1.0.0's name in `modeling` does."""
     inputs = inputs_of("post_bwd", device, num_tokens=5)

@@ -215,8 +215,8 @@ def run_tile_kernels(case: Case, dtypes: Dtypes = DEFAULT_DTYPES) -> None:
             as_of_ops = {"base": "bias"}
             named = {as_of_ops.get(key, key): tensor for key, tensor in inputs.items()}
             given = dict(zip(inputs, dtypes.of(named).values(), strict=True))
-            for many_splits in (False, True):
-                with mock.patch.object(selection, "has_many_splits", return_value=many_splits):
+            for reads_last in (False, True):
+                with mock.patch.object(selection, "reads_last", return_value=reads_last):
                     call.run(tile_kernels_mhc, given)
 
 

@@ -38,13 +38,12 @@ def test_function(call, num_tokens, pair):
         assert error <= call.bound(name), f"{name}: {error:.3e}"
 
 
-@pytest.mark.parametrize("many_splits", [False, True])
-def test_the_fused_pre_has_the_bits_of_its_parts(many_splits):
+@pytest.mark.parametrize("reads_last", [False, True])
+def test_the_fused_pre_has_the_bits_of_its_parts(reads_last):
     """TileKernels' own test asks for it."""
     call = plain.PLAIN["pre_big_fuse_fwd"]
     inputs = call.inputs(plain.Maker(call.name, 13, 192, "cpu"))
-    around = mock.patch.object(selection, "has_many_splits", return_value=many_splits)
-    with around:
+    with mock.patch.object(selection, "reads_last", return_value=reads_last):
         fused = call.run(mhc, inputs)
         parts = plain.big_fuse_by_parts(mhc, inputs)
     for name, tensor in fused.items():

@@ -265,7 +265,7 @@ def _partials_pre(x: Inputs) -> Call:
 def _partials_pre_truth(x: Inputs) -> Outputs:
     sums = (x.split_products, x.split_squares)
     post_mix, comb_mix, layer_input = partials_reference.partials_pre(
-        *sums, x.scale, x.bias, x.residual[0], EPS, *PRE_OPTIONS
+        *sums, x.scale, x.bias, x.residual[0], EPS, *PRE_OPTIONS[:3], SINKHORN_STEPS
     )
     return [out.unsqueeze(0) for out in (layer_input, post_mix, comb_mix)]
 

@@ -9,23 +9,22 @@ again whose squares overflow: its mixes are 0 or NaN.
 """
 
 import math
+from typing import Any
 
 import tilelang.language as T
 
 from tile_mhc.kernels._arch import Architecture
-from tile_mhc.kernels._common import SIMT, builder, follow_previous
-from tile_mhc.kernels._shapes import SUM_LANES
-from tile_mhc.kernels.fused_pre import pre_kernel, pre_pass_configs
+from tile_mhc.kernels._common import READS_LAST, SIMT, builder, follow_previous
+from tile_mhc.kernels.fused_pre import pre_kernel
 from tile_mhc.kernels.projection import NORM_MIXES, THREADS, scale_sums, split_sums
 
 
 @builder(SIMT)
-def partials_norm_fwd(num_mixes: int, groups: int, many_splits: bool):
-    """The sums and the mixes; the bits of `projection_norm` where there is one group."""
+def partials_norm_fwd(num_mixes: int, groups: int):
+    """The sums and the mixes, by the splits and then the groups in their order."""
     tokens = T.dynamic("num_tokens")
     rows = T.dynamic("num_rows")
     splits = T.dynamic("num_splits")
-    sharing = SUM_LANES if many_splits else 1
     width = math.gcd(num_mixes, NORM_MIXES)
     parts = num_mixes // width
 
@@ -39,37 +38,32 @@ def partials_norm_fwd(num_mixes: int, groups: int, many_splits: bool):
         group_size: T.int32,
         eps: T.float32,
     ):
-        with T.Kernel(T.ceildiv(tokens * parts * sharing, THREADS), threads=THREADS) as block:
+        with T.Kernel(T.ceildiv(tokens * parts, THREADS), threads=THREADS) as block:
             follow_previous()
-            index = (block * THREADS + T.get_thread_binding()) // sharing
-            # As in `projection_norm`: a thread past the end does the last token again.
-            t = T.alloc_local((1,), T.int32)
-            t[0] = T.min(index // parts, tokens - 1)
+            index = block * THREADS + T.get_thread_binding()
+            t = index // parts
             m = index % parts * width
-            lane = T.get_thread_binding() % sharing
-            writes = (lane == 0) & (index < tokens * parts)
             sums = T.alloc_local((width + 1,), T.float32)
             scaled = T.alloc_local((width + 1,), T.float32)
             total = T.alloc_local((width,), T.float32)
             size = T.cast(group_size, T.float32)
-            for v in T.unroll(width):
-                total[v] = 0.0
-            for g in T.serial(groups):
-                row = t[0] * groups + g
-                split_sums(
-                    split_products, split_squares, splits, row, m, width, lane, sharing, sums
-                )
-                scale_sums(sums, width, size, eps, scaled)
+            if t < tokens:
                 for v in T.unroll(width):
-                    total[v] += scaled[v]
-                if writes:
+                    total[v] = 0.0
+                for g in T.serial(groups):
+                    row = t * groups + g
+                    split_sums(
+                        split_products, split_squares, splits, row, m, width, 0, 1, True, sums
+                    )
+                    scale_sums(sums, width, size, eps, scaled)
+                    for v in T.unroll(width):
+                        total[v] += scaled[v]
                     for v in T.vectorized(width):
                         products[row, m + v] = sums[v]
                     if m == 0:
                         squares[row] = sums[width]
-            if writes:
                 for v in T.vectorized(width):
-                    mixes[t[0], m + v] = total[v]
+                    mixes[t, m + v] = total[v]
 
     return partials_norm_fwd_kernel
 
@@ -119,22 +113,18 @@ def partials_norm_bwd(num_mixes: int, groups: int):
     return partials_norm_bwd_kernel
 
 
-@builder(pre_pass_configs)
-def partials_pre(
+def _pre(
     n: int,
     hidden_size: int,
-    many_splits: bool,
-    *,
     streams_dtype: str,
     scale_dtype: str,
     bias_dtype: str,
     limits: Architecture,
-):
-    """`fused_pre` behind sums of another's, without a weight to do a token again with."""
+) -> Any:
     return pre_kernel(
         n,
         hidden_size,
-        many_splits,
+        many_splits=False,
         weight_dtype="",
         norm_weight_dtype="",
         streams_dtype=streams_dtype,
@@ -143,3 +133,34 @@ def partials_pre(
         layer_norm_dtype="",
         limits=limits,
     )
+
+
+@builder(SIMT)
+def partials_pre(
+    n: int,
+    hidden_size: int,
+    *,
+    streams_dtype: str,
+    scale_dtype: str,
+    bias_dtype: str,
+    limits: Architecture,
+):
+    """`fused_pre` behind sums of another's, without a weight to do a token again with.
+
+    Any number of splits, and the bits of `partials_norm_fwd`.
+    """
+    return _pre(n, hidden_size, streams_dtype, scale_dtype, bias_dtype, limits)
+
+
+@builder(READS_LAST)
+def partials_last_pre(
+    n: int,
+    hidden_size: int,
+    *,
+    streams_dtype: str,
+    scale_dtype: str,
+    bias_dtype: str,
+    limits: Architecture,
+):
+    """The same kernel for streams of which L2 holds a good part: it gives up what has been read."""
+    return _pre(n, hidden_size, streams_dtype, scale_dtype, bias_dtype, limits)

@@ -24,8 +24,7 @@ def _norm_cuda(
 ) -> None:
     splits, _, groups, num_mixes = split_products.shape
     if mixes.numel():
-        many_splits = selection.has_many_splits(splits)
-        jit.kernel("partials_norm_fwd", num_mixes, groups, many_splits)(
+        jit.kernel("partials_norm_fwd", num_mixes, groups)(
             split_products.contiguous().view(splits, -1, num_mixes),
             split_squares.contiguous().view(splits, -1),
             products.view(-1, num_mixes),
@@ -88,12 +87,16 @@ def _pre_cuda(
     if residual.numel() == 0:
         return
     n, hidden_size = residual.shape[-2:]
-    splits, num_tokens, num_mixes = split_products.shape
+    _, num_tokens, num_mixes = split_products.shape
     # What `fused_pre` keeps for its backward.
     mixes = split_products.new_empty(num_tokens, num_mixes)
     inv_rms = split_products.new_empty(num_tokens)
     given = dtypes(streams=residual.dtype, scale=scale.dtype, bias=bias.dtype)
-    jit.kernel("partials_pre", n, hidden_size, selection.has_many_splits(splits), *given)(
+    if selection.reads_last(residual.nbytes):
+        kernel = jit.kernel("partials_last_pre", n, hidden_size, *given)
+    else:
+        kernel = jit.kernel("partials_pre", n, hidden_size, *given)
+    kernel(
         split_products.contiguous(),
         split_squares.contiguous(),
         scale.contiguous(),
