@@ -136,6 +136,26 @@ BUILDERS = {
         "expand_to_mhc_bwd_tl": "hidden, mhc_mult",
         "expand_to_mhc_fwd_tl": "hidden, mhc_mult",
     },
+    "head_compute_mix_kernel": {
+        "_mhc_head_compute_mix_bwd": "mhc_mult, token_block_size, num_sms",
+        "_mhc_head_compute_mix_fwd": "mhc_mult, mhc_pre_eps, token_block_size",
+    },
+    "post_kernel": {
+        "_mhc_post_bwd": "mhc, hidden, n_thr=128, h_blk=256",
+        "_mhc_post_fwd": "mhc, hidden, n_thr=128, h_blk=1024",
+    },
+    "pre_apply_mix_kernel": {
+        "_mhc_pre_apply_mix_bwd": "mhc_mult, hidden, n_thr=128, h_blk=1024",
+        "_mhc_pre_apply_mix_fwd": "mhc_mult, hidden, n_thr=128, h_blk=1024",
+    },
+    "pre_split_mixes_kernel": {
+        "_mhc_pre_split_mixes_bwd": (
+            "mhc_mult, mhc_post_mult_value, token_block_size, num_sms=148, dtype='float32'"
+        ),
+        "_mhc_pre_split_mixes_fwd": (
+            "mhc_mult, mhc_post_mult_value, mhc_pre_eps, token_block_size, dtype='float32'"
+        ),
+    },
     "norm_fn_kernel": {
         "_mhc_pre_norm_fn_fwd_norm": "mhc_mult3, n_rms_group, rms_group_size, rms_eps, n_splits",
         "round_to_tf32": "x",

@@ -10,8 +10,21 @@ from parity import calls, plain
 from tile_mhc import ShapeError, UnsupportedError, reference
 from tile_mhc.compat import tile_kernels
 from tile_mhc.compat.tile_kernels import config, mhc
+from tile_mhc.compat.tile_kernels.mhc.head_compute_mix_kernel import (
+    _mhc_head_compute_mix_bwd,
+    _mhc_head_compute_mix_fwd,
+)
 from tile_mhc.compat.tile_kernels.mhc.norm_fn_kernel import _mhc_pre_norm_fn_fwd_norm
+from tile_mhc.compat.tile_kernels.mhc.post_kernel import _mhc_post_bwd, _mhc_post_fwd
+from tile_mhc.compat.tile_kernels.mhc.pre_apply_mix_kernel import (
+    _mhc_pre_apply_mix_bwd,
+    _mhc_pre_apply_mix_fwd,
+)
 from tile_mhc.compat.tile_kernels.mhc.pre_big_fuse_kernel import _mhc_pre_big_fuse
+from tile_mhc.compat.tile_kernels.mhc.pre_split_mixes_kernel import (
+    _mhc_pre_split_mixes_bwd,
+    _mhc_pre_split_mixes_fwd,
+)
 from tile_mhc.compat.tile_kernels.mhc.sinkhorn_kernel import _mhc_sinkhorn_bwd, _mhc_sinkhorn_fwd
 from tile_mhc.compat.tile_kernels.modeling.mhc import ops
 from tile_mhc.compat.tile_kernels.torch.mhc import mhc_pre_norm_fn_partials_ref
@@ -275,6 +288,63 @@ def test_big_fuse_as_deepgemm_calls_it(device):
     check("pre_big_fuse_fwd", inputs, found)
 
 
+class Builders:
+    """The plain functions by 1.0.0's builders, called as XTuner calls them: flat, by keywords."""
+
+    def mhc_head_compute_mix_fwd(self, mix, scale, base, out, eps):
+        sizes = {"mhc_mult": mix.shape[1], "mhc_pre_eps": eps, "token_block_size": 64}
+        _mhc_head_compute_mix_fwd(**sizes)(mix, scale, base, out)
+
+    def mhc_head_compute_mix_bwd(self, grad, mix, scale, base, out, scales, bases, rows):
+        sizes = {"mhc_mult": mix.shape[1], "token_block_size": plain.BLOCK, "num_sms": rows}
+        _mhc_head_compute_mix_bwd(**sizes)(grad, mix, scale, base, out, scales, bases)
+
+    def mhc_post_fwd(self, x, residual, post_mix, comb_mix, out):
+        build = _mhc_post_fwd(mhc=residual.shape[2], hidden=residual.shape[3])
+        build(comb_mix[0], residual[0], post_mix[0, ..., 0], x[0], out[0])
+        return out
+
+    def mhc_post_bwd(self, x, residual, post_mix, comb_mix, grad):
+        build = _mhc_post_bwd(mhc=residual.shape[2], hidden=residual.shape[3])
+        grads = build(grad[0], comb_mix[0], residual[0], post_mix[0, ..., 0], x[0])
+        return grads[3], grads[1], grads[2], grads[0]
+
+    def mhc_pre_apply_mix_fwd(self, x, mix, o):
+        _mhc_pre_apply_mix_fwd(mhc_mult=x.shape[1], hidden=x.shape[2])(x, mix, o)
+
+    def mhc_pre_apply_mix_bwd(self, o_grad, x, mix, x_grad):
+        return _mhc_pre_apply_mix_bwd(mhc_mult=x.shape[1], hidden=x.shape[2])(
+            o_grad, x, mix, x_grad
+        )
+
+    def mhc_pre_split_mixes_fwd(self, mixes, scale, base, pre, post, comb, mult, eps):
+        sizes = {"mhc_post_mult_value": mult, "mhc_pre_eps": eps, "token_block_size": 64}
+        build = _mhc_pre_split_mixes_fwd(mhc_mult=pre.shape[1], **sizes)
+        build(mixes, scale, base, pre, post, comb)
+
+    def mhc_pre_split_mixes_bwd(self, *arguments):
+        *given, scale_grad, base_grad, mult = arguments
+        sizes = {"mhc_post_mult_value": mult, "token_block_size": 64, "num_sms": 5}
+        build = _mhc_pre_split_mixes_bwd(mhc_mult=given[0].shape[1], **sizes)
+        scales, bases = (plain.unwritten(g, 5, *g.shape) for g in (scale_grad, base_grad))
+        build(*given, scales, bases)
+        scale_grad.copy_(scales.sum(0))
+        base_grad.copy_(bases.sum(0))
+
+
+OF_XTUNER = [name for name in plain.PLAIN if hasattr(Builders, f"mhc_{name}")]
+
+
+@pytest.mark.parametrize("name", OF_XTUNER)
+def test_builders_as_xtuner_calls_them(device, name):
+    """The bits of the plain functions."""
+    call, inputs = plain.PLAIN[name], inputs_of(name, device)
+    want = call.run(mhc, inputs)
+    found = call.run(Builders(), inputs)
+    for key, tensor in want.items():
+        assert torch.equal(found[key].view(tensor.shape), tensor), key
+
+
 # Switches
 
 
@@ -464,6 +534,22 @@ def test_builders_check_what_they_are_built_with(device):
     with pytest.raises(ShapeError, match=r"out_mul_splitted must be \(3, 5, 1, 24\) float32"):
         _mhc_pre_norm_fn_fwd_norm(24, 1, 512, 1e-6, 3)(sums, sums, sums, sums, sums)
     streams = torch.randn(5, 4, HIDDEN, device=device).bfloat16()
+    for build, name, count in (
+        (_mhc_head_compute_mix_fwd(4, 1e-6, 32), "head_compute_mix_fwd: input_mix", 4),
+        (_mhc_head_compute_mix_bwd(4, 32, 132), "head_compute_mix_bwd: input_mix", 7),
+        (_mhc_pre_apply_mix_fwd(4, 64), "pre_apply_mix_fwd: x", 3),
+        (_mhc_pre_apply_mix_bwd(4, 64), "pre_apply_mix_bwd: x", 4),
+        (_mhc_pre_split_mixes_fwd(4, 2.0, 1e-6, 32), "pre_split_mixes_fwd: input_mixes", 6),
+        (_mhc_pre_split_mixes_bwd(4, 2.0, 32), "pre_split_mixes_bwd: input_mixes", 10),
+        (_mhc_post_fwd(4, 64), "post_fwd: b", 5),
+        (_mhc_post_bwd(4, 64), "post_bwd: b", 5),
+    ):
+        with pytest.raises(ShapeError, match=f"^_mhc_{name} must be"):
+            build(*[other] * count)
+    with pytest.raises(ShapeError, match="_mhc_post_fwd: n_thr must be an integer"):
+        _mhc_post_fwd(4, 64, n_thr=0)
+    with pytest.raises(UnsupportedError, match="_mhc_pre_split_mixes_fwd: dtype must be float32"):
+        _mhc_pre_split_mixes_fwd(4, 2.0, 1e-6, 32, dtype="bfloat16")
     build = _mhc_pre_big_fuse(64, 1e-6, 1e-6, 1e-6, 2.0, 20)
     with pytest.raises(ShapeError, match=r"_mhc_pre_big_fuse: residual must be \(5, 4, 64\)"):
         build(sums, sums, sums, sums, streams, sums, sums, sums)

@@ -40,6 +40,28 @@ def check_streams_output(
     check_output(op, name, value, [shape], like[1].dtype, like, alignment, apart)
 
 
+def check_rows(
+    op: str,
+    name: str,
+    value: object,
+    row: tuple[int, ...],
+    dtype: torch.dtype | tuple[torch.dtype, ...] = torch.float32,
+) -> None:
+    """(T, *row) of a builder's sizes, for any T."""
+    tensor = errors.require_tensor(op, name, value)
+    tokens = tensor.shape[0] if tensor.ndim else 0
+    errors.check_tensor(op, name, tensor, [(tokens, *row)], dtype)
+
+
+def check_sizes(op: str, num_streams: int, hidden_size: int | None = None, **counts: int) -> None:
+    """What a builder is built for. Threads and blocks are counts, which decide nothing here."""
+    errors.check_num_streams(op, num_streams)
+    if hidden_size is not None:
+        errors.check_hidden_size(op, hidden_size)
+    for name, count in counts.items():
+        errors.check_positive_int(op, name, count)
+
+
 def check_hidden(op: str, name: str, value: object) -> Tensor:
     """A stream (..., H), contiguous."""
     tensor = errors.require_tensor(op, name, value)

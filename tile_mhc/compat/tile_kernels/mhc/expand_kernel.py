@@ -25,10 +25,10 @@ def expand_to_mhc_bwd(o_grad: torch.Tensor, x_grad: torch.Tensor) -> None:
 def expand_to_mhc_fwd_tl(hidden: int, mhc_mult: int) -> Kernel:
     """A callable (x, o): copies x (T, hidden) into every stream of o (T, mhc_mult, hidden)."""
     op = "expand_to_mhc_fwd_tl"
-    _check_sizes(op, hidden, mhc_mult)
+    _checks.check_sizes(op, mhc_mult, hidden)
 
     def kernel(x: torch.Tensor, o: torch.Tensor) -> None:
-        _check_rows(op, "x", x, (hidden,))
+        _checks.check_rows(op, "x", x, (hidden,), torch.bfloat16)
         tokens = x.shape[0]
         errors.check_tensor(op, "o", o, [(tokens, mhc_mult, hidden)], torch.bfloat16, ("x", x))
         _fwd(op, x, o)
@@ -39,10 +39,10 @@ def expand_to_mhc_fwd_tl(hidden: int, mhc_mult: int) -> Kernel:
 def expand_to_mhc_bwd_tl(hidden: int, mhc_mult: int) -> Kernel:
     """A callable (o_grad, x_grad): writes the sum over the streams of o_grad into x_grad."""
     op = "expand_to_mhc_bwd_tl"
-    _check_sizes(op, hidden, mhc_mult)
+    _checks.check_sizes(op, mhc_mult, hidden)
 
     def kernel(o_grad: torch.Tensor, x_grad: torch.Tensor) -> None:
-        _check_rows(op, "o_grad", o_grad, (mhc_mult, hidden))
+        _checks.check_rows(op, "o_grad", o_grad, (mhc_mult, hidden), torch.bfloat16)
         _bwd(op, o_grad, x_grad)
 
     return kernel
@@ -65,14 +65,3 @@ def _bwd(op: str, o_grad: torch.Tensor, x_grad: torch.Tensor) -> None:
     _checks.check_streams_output(op, "x_grad", x_grad, shape, like, [like])
     with torch.no_grad():
         outputs.expand_backward(o_grad, x_grad)
-
-
-def _check_sizes(op: str, hidden: int, mhc_mult: int) -> None:
-    errors.check_num_streams(op, mhc_mult)
-    errors.check_hidden_size(op, hidden)
-
-
-def _check_rows(op: str, name: str, value: object, row: tuple[int, ...]) -> None:
-    tensor = errors.require_tensor(op, name, value)
-    tokens = tensor.shape[0] if tensor.ndim else 0
-    errors.check_tensor(op, name, tensor, [(tokens, *row)], torch.bfloat16)

@@ -1,5 +1,7 @@
 """The head's mixes -> its gate, and its gradients."""
 
+from collections.abc import Callable
+
 import torch
 
 from tile_mhc import errors
@@ -73,6 +75,58 @@ def mhc_head_compute_mix_bwd(
             mhc_scale_grad_partial,
             mhc_base_grad_partial,
         )
+
+
+def _mhc_head_compute_mix_fwd(
+    mhc_mult: int, mhc_pre_eps: float, token_block_size: int
+) -> Callable[..., None]:
+    """A callable with the first four arguments of `mhc_head_compute_mix_fwd`. Of release 1.0.0."""
+    op = "_mhc_head_compute_mix_fwd"
+    _checks.check_sizes(op, mhc_mult, token_block_size=token_block_size)
+    errors.check_number(op, "mhc_pre_eps", mhc_pre_eps)
+
+    def kernel(
+        input_mix: torch.Tensor,
+        mhc_scale: torch.Tensor,
+        mhc_base: torch.Tensor,
+        output_mix: torch.Tensor,
+    ) -> None:
+        _checks.check_rows(op, "input_mix", input_mix, (mhc_mult,))
+        mhc_head_compute_mix_fwd(input_mix, mhc_scale, mhc_base, output_mix, mhc_pre_eps)
+
+    return kernel
+
+
+def _mhc_head_compute_mix_bwd(
+    mhc_mult: int, token_block_size: int, num_sms: int
+) -> Callable[..., None]:
+    """A callable with the first seven arguments of `mhc_head_compute_mix_bwd`. Of 1.0.0."""
+    op = "_mhc_head_compute_mix_bwd"
+    _checks.check_sizes(op, mhc_mult, token_block_size=token_block_size, num_sms=num_sms)
+
+    def kernel(
+        output_mix_grad: torch.Tensor,
+        input_mix: torch.Tensor,
+        mhc_scale: torch.Tensor,
+        mhc_base: torch.Tensor,
+        input_mix_grad: torch.Tensor,
+        mhc_scale_grad_partial: torch.Tensor,
+        mhc_base_grad_partial: torch.Tensor,
+    ) -> None:
+        _checks.check_rows(op, "input_mix", input_mix, (mhc_mult,))
+        mhc_head_compute_mix_bwd(
+            output_mix_grad,
+            input_mix,
+            mhc_scale,
+            mhc_base,
+            input_mix_grad,
+            mhc_scale_grad_partial,
+            mhc_base_grad_partial,
+            num_sms,
+            token_block_size,
+        )
+
+    return kernel
 
 
 def _check_inputs(

@@ -1,5 +1,7 @@
 """The post and its gradients, without a graph."""
 
+from collections.abc import Callable
+
 import torch
 
 from tile_mhc import errors
@@ -65,6 +67,45 @@ def mhc_post_bwd(
         setattr(storage, POSTED, grads[1])
     d_x, d_residual, d_post_layer_mix, d_comb_res_mix = grads[:4]
     return d_x, d_residual, d_post_layer_mix, d_comb_res_mix
+
+
+def _mhc_post_fwd(
+    mhc: int, hidden: int, n_thr: int = 128, h_blk: int = 1024
+) -> Callable[..., None]:
+    """A callable (a, b, c, d, x): comb_res_mix, residual, post_layer_mix, layer output and output.
+
+    Of release 1.0.0, on flat tokens (T, ...).
+    """
+    op = "_mhc_post_fwd"
+    _checks.check_sizes(op, mhc, hidden, n_thr=n_thr, h_blk=h_blk)
+
+    def kernel(
+        a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor, x: torch.Tensor
+    ) -> None:
+        _checks.check_rows(op, "b", b, (mhc, hidden), errors.STREAMS)
+        mhc_post_fwd(d, b, c, a, out=x)
+
+    return kernel
+
+
+def _mhc_post_bwd(
+    mhc: int, hidden: int, n_thr: int = 128, h_blk: int = 256
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """A callable (dx, a, b, c, d), the gradient of the output and what `_mhc_post_fwd` read.
+
+    It returns the gradients of a, b, c and d. Of release 1.0.0.
+    """
+    op = "_mhc_post_bwd"
+    _checks.check_sizes(op, mhc, hidden, n_thr=n_thr, h_blk=h_blk)
+
+    def kernel(
+        dx: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        _checks.check_rows(op, "b", b, (mhc, hidden), errors.STREAMS)
+        d_x, d_residual, d_post_mix, d_comb_mix = mhc_post_bwd(d, b, c, a, dx)
+        return d_comb_mix, d_residual, d_post_mix, d_x
+
+    return kernel
 
 
 def _check_inputs(

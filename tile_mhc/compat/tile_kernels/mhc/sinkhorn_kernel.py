@@ -46,9 +46,10 @@ def _mhc_sinkhorn_fwd(
     the kernel chooses.
     """
     _check_builder("_mhc_sinkhorn_fwd", hidden_size, token_block_size, repeat, eps)
+    row = (hidden_size, hidden_size)
 
     def kernel(comb_res_mix: torch.Tensor, comb_res_mix_out: torch.Tensor) -> None:
-        _check_size("_mhc_sinkhorn_fwd", "comb_res_mix", comb_res_mix, hidden_size)
+        _checks.check_rows("_mhc_sinkhorn_fwd", "comb_res_mix", comb_res_mix, row)
         mhc_sinkhorn_fwd(comb_res_mix, comb_res_mix_out, repeat, eps)
 
     return kernel
@@ -59,9 +60,10 @@ def _mhc_sinkhorn_bwd(
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
     """A callable (grad_output, x, grad_input); see `_mhc_sinkhorn_fwd`."""
     _check_builder("_mhc_sinkhorn_bwd", hidden_size, token_block_size, repeat, eps)
+    row = (hidden_size, hidden_size)
 
     def kernel(grad_output: torch.Tensor, x: torch.Tensor, grad_input: torch.Tensor) -> None:
-        _check_size("_mhc_sinkhorn_bwd", "x", x, hidden_size)
+        _checks.check_rows("_mhc_sinkhorn_bwd", "x", x, row)
         mhc_sinkhorn_bwd(grad_output, x, grad_input, repeat, eps)
 
     return kernel
@@ -70,15 +72,8 @@ def _mhc_sinkhorn_bwd(
 def _check_builder(
     op: str, hidden_size: int, token_block_size: int, repeat: int, eps: float
 ) -> None:
-    errors.check_num_streams(op, hidden_size)
-    errors.check_positive_int(op, "token_block_size", token_block_size)
+    _checks.check_sizes(op, hidden_size, token_block_size=token_block_size)
     check_sinkhorn(op, repeat, eps)
-
-
-def _check_size(op: str, name: str, value: object, size: int) -> None:
-    tensor = errors.require_tensor(op, name, value)
-    tokens = tensor.shape[0] if tensor.ndim else 0
-    errors.check_tensor(op, name, tensor, [(tokens, size, size)], torch.float32)
 
 
 def _check_matrices(op: str, name: str, value: object) -> None:
