@@ -17,6 +17,9 @@ OPS_OF = {
     "contract": ("contract", "projection", "aggregate"),
     "contract_cluster": (),
     "reference": (),
+    "compat_plain": ("tile_kernels",),
+    "head_mix_rows": ("tile_kernels", "head_mix"),
+    "partials": ("tile_kernels", "fused_pre", "projection"),
     "nn": ("fused_pre", "post", "contract"),
     "recompute": ("recompute", "aggregate", "post"),
     "recompute_group": ("recompute", "fused_pre", "post_pre", "post"),
@@ -37,7 +40,7 @@ OTHERS_DIRECTED = [
     *(specs.Sizes(2, 33, dtype=dtype, grads=("float32",)) for dtype in ("float16", "float32")),
     specs.Sizes(4, 1280, parameters=("bfloat16",), grads=GRADS),
 ]
-COMPAT_PAIRS = ((2, 128), (4, 128))
+COMPAT_PAIRS = ((2, 128), (4, 128), (8, 128))
 TE_STEMS = {
     "compat_transformer_engine",
     "interleaved_aggregate",
@@ -74,7 +77,7 @@ def kernels_of(stems, arch=DEFAULT):
     kernels = transformer_engine_kernels(arch) if stems & TE_STEMS else []
     for stem in stems - TE_STEMS:
         ops.update(OPS_OF.get(stem, (stem,) if stem in specs.OPS else NATIVE))
-    if "compat" in stems:
+    if stems & {"compat", "compat_copies", "compat_plain", "partials"}:
         pairs.update(COMPAT_PAIRS)
     kernels += specs.select([specs.Sizes(*pair) for pair in sorted(pairs)], sorted(ops), arch)
     if stems & DIRECTED.keys():
