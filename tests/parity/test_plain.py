@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import fresh
 from parity import calls, golden, plain, real
 from tile_mhc.compat.tile_kernels import mhc
 from tile_mhc.compat.tile_kernels.torch import mhc_pre_norm_fn_partials_ref
@@ -251,6 +252,38 @@ def _run(name, **inputs):
     if name == "expand_fwd":
         inputs["n"] = torch.empty(4)
     return plain.PLAIN[name].run(mhc, inputs)
+
+
+ALIAS = """
+import importlib, sys
+sys.path.insert(0, sys.argv[1])
+import tile_kernels
+from tile_mhc.compat import tile_kernels as ours
+ours.install(force=True)
+import tile_kernels.config, tile_kernels.quant
+from tile_kernels.mhc import mhc_post_bwd
+from tile_kernels.mhc.sinkhorn_kernel import _mhc_sinkhorn_bwd, _mhc_sinkhorn_fwd
+from tile_kernels.modeling import engram
+from tile_kernels.modeling.mhc.ops import sinkhorn_normalize
+from tile_kernels.torch.mhc import mhc_pre_norm_fn_partials_ref
+assert mhc_post_bwd is ours.mhc.mhc_post_bwd
+assert mhc_pre_norm_fn_partials_ref is ours.torch.mhc_pre_norm_fn_partials_ref
+for module in (tile_kernels, tile_kernels.config, tile_kernels.quant, engram):
+    assert module.__file__.startswith(sys.argv[1]), module
+try:
+    importlib.import_module("tile_kernels.mhc.post_cuda")
+except ModuleNotFoundError:
+    ours.uninstall()
+import tile_kernels.mhc
+assert tile_kernels.mhc.__file__.startswith(sys.argv[1])
+"""
+
+
+@pytest.mark.cpu
+def test_install_beside_the_release(wheel):
+    """It loses its mHC modules alone, until they come back."""
+    status, _, err = fresh.run(ALIAS, wheel.parent, tilelang=True)
+    assert status == 0, err
 
 
 def test_the_release_that_is_tested():
