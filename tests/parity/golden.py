@@ -77,8 +77,6 @@ PLAIN_SIZES = {
     **dict.fromkeys(("reduce_partials_fwd", "reduce_partials_bwd"), (16, 64)),
     **dict.fromkeys(("reduce_partials_of_groups_fwd", "reduce_partials_of_groups_bwd"), (7, 64)),
 }
-# Why a test of them is skipped: to go, with what is skipped by it, once they are recorded.
-NOT_RECORDED = "not recorded yet: scripts/make_golden.py --add, on a GPU with TileKernels 2.1.0"
 PLAIN_CASES = tuple(PlainCase(name, *PLAIN_SIZES.get(name, (5, 128))) for name in plain.PLAIN)
 
 

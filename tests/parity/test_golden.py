@@ -46,9 +46,8 @@ def test_manifest():
         assert manifest[key] not in (None, "")
     assert manifest["tile_kernels"] == "1.0.0"
     assert manifest["seed"] == calls.SEED
-    # Of the plain functions those that are recorded: see `golden.NOT_RECORDED`.
-    plain = [case for case in golden.PLAIN_CASES if case.path.exists()]
-    assert manifest["files"].keys() == {case.path.name for case in (*golden.CASES, *plain)}
+    cases = (*golden.CASES, *golden.PLAIN_CASES)
+    assert manifest["files"].keys() == {case.path.name for case in cases}
     on_disk = {path.name: path for path in golden.FOLDER.glob("*.safetensors")}
     assert on_disk.keys() == manifest["files"].keys()
     for name, entry in manifest["files"].items():
