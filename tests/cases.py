@@ -358,6 +358,8 @@ def operator_calls(
     leaf_delayed = [tensor.clone().requires_grad_() for tensor in delayed]
     steps = (1e-6, 1e-6, 1e-6, 2.0, 5)
     delayed_outputs = torch.ops.tile_mhc.delayed_pre(*delayed, *steps, None, False)
+    normed = [tensor.detach() for tensor in leaf_delayed]
+    normed.append(norm_weight(hidden_size, device))
     boundary = POST_PRE_DELAYED.inputs(lead, n, hidden_size, device)[0]
     boundary["layer_bias"] = normal(hidden_size, device=device)
     names = ("layer_output", "residual", "post_mix", "comb_mix", *names[1:5], "layer_bias")
@@ -414,6 +416,7 @@ def operator_calls(
             True,
             wide,
         ),
+        "normed_pre": (*normed, *steps, 1e-6, None, False),
         "post_pre": (*leaf_ends, None, *steps, 1e-6, None, False),
         "post_pre_backward": (
             *ends_outputs[:5],

@@ -482,16 +482,24 @@ def fused_pre(
     sinkhorn_eps: float = 1e-6,
     post_mult: float = 1.0,
     sinkhorn_repeat: int = 10,
+    layer_norm_weight: Tensor | None = None,
+    layer_norm_eps: float = 1e-6,
     tf32: bool = False,
 ) -> tuple[Tensor, ...]:
     """(layer_input, post_mix, comb_mix): projection, split_mixes, sinkhorn and aggregate.
 
-    With a `pre_mix` (layer_input, next pre_mix, post_mix, comb_mix), the layer input by that.
+    With a `pre_mix` (layer_input, next pre_mix, post_mix, comb_mix), the layer input by that; with
+    a `layer_norm_weight` it is normed, by `input_norm`.
     """
     options = (norm_weight, norm_eps, pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat, tf32)
     if pre_mix is None:
-        return fused_pre_with_mixes(residual, weight, scale, bias, *options)[:3]
-    return delayed_pre_with_mixes(residual, weight, scale, bias, pre_mix, *options)[:4]
+        layer_input, *mixes = fused_pre_with_mixes(residual, weight, scale, bias, *options)[:3]
+    else:
+        given: list[Any] = [residual, weight, scale, bias, pre_mix, *options]
+        layer_input, *mixes = delayed_pre_with_mixes(*given)[:4]
+    if layer_norm_weight is not None:
+        layer_input = input_norm(layer_input, layer_norm_weight, eps=layer_norm_eps)
+    return layer_input, *mixes
 
 
 def fused_pre_backward(

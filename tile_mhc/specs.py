@@ -556,7 +556,7 @@ SPECS = (
         _pass_backwards,
         early=("weight", "norm_weight"),
     ),
-    Spec("input_norm", "post_pre", ("post_pre", "recompute"), ("hidden_size",), _input_norms),
+    Spec("input_norm", "post_pre", (*_PRE_OPS, "recompute"), ("hidden_size",), _input_norms),
     Spec("interleaved_aggregate_fwd", "interleaved_aggregate", _TE, _CHANNELS, _interleaved),
     Spec(
         "interleaved_aggregate_bwd", "interleaved_aggregate", _TE, _CHANNELS, _interleaved_backwards

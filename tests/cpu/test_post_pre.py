@@ -7,8 +7,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import oracle
-from cases import DELAYED_PRE, POST_PRE, POST_PRE_DELAYED, normal
-from tile_mhc import GradAccumulator, UnsupportedError, fused_pre, post, post_pre, reference
+from cases import DELAYED_PRE, FUSED_PRE, POST_PRE, POST_PRE_DELAYED, normal
+from tile_mhc import (
+    GradAccumulator,
+    ShapeError,
+    UnsupportedError,
+    fused_pre,
+    post,
+    post_pre,
+    reference,
+)
 
 BOTH = pytest.mark.parametrize("op", [POST_PRE, POST_PRE_DELAYED], ids=str)
 EVERY = pytest.mark.parametrize("op", [DELAYED_PRE, POST_PRE, POST_PRE_DELAYED], ids=str)
@@ -206,21 +214,43 @@ def test_compiled(op):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_norm_of_the_layer_input():
-    tensors, options = POST_PRE.inputs((3,), 4, 64, "cpu")
+@pytest.mark.parametrize("op", [FUSED_PRE, DELAYED_PRE, POST_PRE, POST_PRE_DELAYED], ids=str)
+def test_norm_of_the_layer_input(op):
+    tensors, options = op.inputs((3,), 4, 64, "cpu")
+    layer_input = op.outputs.index("layer_input")
     norm = torch.rand(64) + 0.5
-    plain = post_pre(**tensors, **options)
-    normed = post_pre(**tensors, **options, layer_norm_weight=norm)
-    assert torch.equal(normed[1], reference.input_norm(plain[1], norm))
-    assert torch.equal(normed[0], plain[0])
+    plain = op.run(**tensors, **options)
+    normed = op.run(**tensors, **options, layer_norm_weight=norm, layer_norm_eps=0.25)
+    for i, (a, b) in enumerate(zip(normed, plain, strict=True)):
+        expected = reference.input_norm(b, norm, eps=0.25) if i == layer_input else b
+        assert torch.equal(a, expected), op.outputs[i]
     tensors["scale"].requires_grad_()
     with torch.no_grad():
-        again = post_pre(**tensors, **options, layer_norm_weight=norm)
-    assert torch.equal(again[1], normed[1])
-    # The operator by itself refuses too.
-    inputs = [tensors.get(name) for name in INPUTS]
+        again = op.run(**tensors, **options, layer_norm_weight=norm, layer_norm_eps=0.25)
+    assert torch.equal(again[layer_input], normed[layer_input])
+
+
+@pytest.mark.parametrize("op", [FUSED_PRE, DELAYED_PRE], ids=str)
+def test_passed_residual_beside_a_norm_of_the_layer_input(op):
+    tensors, options = op.inputs((3,), 4, 64, "cpu")
+    options |= {"layer_norm_weight": torch.rand(64)}
+    *outputs, passed = op.run(**tensors, **options, passes_residual=True)
+    assert passed.data_ptr() == tensors["residual"].data_ptr()
+    assert all(map(torch.equal, outputs, op.run(**tensors, **options)))
+    with pytest.raises(ShapeError, match="fused_pre: passes_residual must be True or False"):
+        op.run(**tensors, **options, passes_residual=1)
+
+
+@pytest.mark.parametrize("name", ["post_pre", "normed_pre"])
+def test_operators_refuse_the_gradient_of_a_norm_by_themselves(name):
+    tensors, _ = POST_PRE.inputs((3,), 4, 64, "cpu")
+    tensors["scale"].requires_grad_()
+    norm = torch.rand(64)
+    names = INPUTS if name == "post_pre" else ("residual", "weight", "scale", "bias", "", "")
+    inputs = [tensors.get(name) for name in names]
+    operator = getattr(torch.ops.tile_mhc, name)
     with pytest.raises(UnsupportedError, match="layer_norm_weight must be None"):
-        torch.ops.tile_mhc.post_pre(*inputs, norm, *[1e-6] * 3, 1.0, 5, 1e-6, None, False)
+        operator(*inputs, norm, *[1e-6] * 3, 1.0, 5, 1e-6, None, False)
 
 
 @BOTH

@@ -154,8 +154,8 @@ def run_transformer_engine(case: Case) -> None:
 
 
 def run_input_norm(case: Case, dtypes: Dtypes = DEFAULT_DTYPES) -> None:
-    """Boundaries with a norm of the layer input, which has no gradient."""
-    for op in (POST_PRE, POST_PRE_DELAYED):
+    """A norm of the layer input, which has no gradient."""
+    for op, layer_input in ((FUSED_PRE, 0), (DELAYED_PRE, 0), (POST_PRE, 1), (POST_PRE_DELAYED, 1)):
         tensors, options = op.inputs(*case.shape, "cpu")
         for chosen in (tensors, with_norm(op, tensors)):
             given = dtypes.of(chosen)
@@ -163,10 +163,12 @@ def run_input_norm(case: Case, dtypes: Dtypes = DEFAULT_DTYPES) -> None:
             weight = layer_norm["norm_weight"]
             for many_splits in (False, True):
                 with mock.patch.object(selection, "has_many_splits", return_value=many_splits):
-                    plain = post_pre(**given, **options)[1]
-                    normed = post_pre(**given, **options, layer_norm_weight=weight)[1]
-                want = reference.input_norm(plain, weight)
-                torch.testing.assert_close(normed, want, rtol=2**-7, atol=1e-5)
+                    plain = op.run(**given, **options)
+                    normed = op.run(**given, **options, layer_norm_weight=weight)
+                want = reference.input_norm(plain[layer_input], weight)
+                torch.testing.assert_close(normed[layer_input], want, rtol=2**-7, atol=1e-5)
+                for i, (a, b) in enumerate(zip(normed, plain, strict=True)):
+                    assert i == layer_input or torch.equal(a, b)
 
 
 def run_group(case: Case, dtypes: Dtypes = DEFAULT_DTYPES) -> None:

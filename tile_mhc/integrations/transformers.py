@@ -66,7 +66,7 @@ from tile_mhc.ops.post_pre import post_pre
 from tile_mhc.ops.sinkhorn import check_sinkhorn
 
 if TYPE_CHECKING:
-    from tile_mhc.ops._options import PreOptions
+    from tile_mhc.ops._options import MixesOptions
 
 MODELING = "transformers.models.deepseek_v4.modeling_deepseek_v4"
 NORM = "DeepseekV4UnweightedRMSNorm"
@@ -437,7 +437,7 @@ def _parameters_of(connection: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _parameter(fn), _parameter(scale), _parameter(base)
 
 
-def _options_of(connection: Any) -> "PreOptions":
+def _options_of(connection: Any) -> "MixesOptions":
     return {
         "norm_eps": connection.input_norm.eps,
         "pre_eps": connection.hc_eps,

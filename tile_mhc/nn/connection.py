@@ -14,7 +14,7 @@ from tile_mhc.ops.post_pre import post_pre
 from tile_mhc.ops.sinkhorn import check_sinkhorn
 
 if TYPE_CHECKING:
-    from tile_mhc.ops._options import PreOptions
+    from tile_mhc.ops._options import MixesOptions
 
 
 class Connection(Projected):
@@ -71,7 +71,7 @@ class Connection(Projected):
             for observer in self._observers:
                 observer(seen)
 
-    def _options(self) -> "PreOptions":
+    def _options(self) -> "MixesOptions":
         return {
             "norm_weight": self.norm_weight,
             "norm_eps": self.norm_eps,

@@ -11,7 +11,7 @@ from torch import Tensor
 from tile_mhc.accumulator import GradAccumulator
 
 
-class PreOptions(TypedDict, total=False):
+class MixesOptions(TypedDict, total=False):
     norm_weight: Tensor | None
     norm_eps: float
     pre_eps: float
@@ -22,8 +22,11 @@ class PreOptions(TypedDict, total=False):
     tf32: bool
 
 
-class PostPreOptions(PreOptions, total=False):
-    layer_bias: Tensor | None
+class PreOptions(MixesOptions, total=False):
     layer_norm_weight: Tensor | None
     layer_norm_eps: float
+
+
+class PostPreOptions(PreOptions, total=False):
+    layer_bias: Tensor | None
     grad_accumulator: GradAccumulator | None

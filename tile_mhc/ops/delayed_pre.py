@@ -34,6 +34,8 @@ from tile_mhc.ops._library import (
 )
 from tile_mhc.ops._op import Op
 
+# The weight and eps of an RMS norm of the layer input.
+Norm = tuple[Tensor, float]
 # Of the operator's inputs: what has a gradient comes first.
 GRADIENTS = 6
 
@@ -57,20 +59,25 @@ def launch(
     sinkhorn_repeat: int,
     num_splits: int | None,
     tf32: bool,
+    layer_norm: Norm | None = None,
 ) -> tuple[Tensor, ...]:
     outputs = empty(residual)
     n, hidden_size = residual.shape[-2:]
     if residual.numel():
+        normed = None
         if selection.is_one_pass(residual.dtype, n, hidden_size, num_splits):
             products, squares = _launch_pass(
                 residual, weight, pre_mix, norm_weight, tf32, outputs[0]
             )
+            normed = None if layer_norm is None else (outputs[0], *layer_norm)
         else:
             products, squares = projection_op.split_products(
                 residual, weight, norm_weight, num_splits, tf32
             )
             # Right behind the projection, which has left the first tokens in L2.
             aggregate_op.launch(residual, pre_mix, outputs[0])
+            if layer_norm is not None:
+                _launch_norm(outputs[0], *layer_norm)
         launch_mixes(
             products,
             squares,
@@ -86,8 +93,18 @@ def launch(
             sinkhorn_repeat,
             tf32,
             outputs[1:],
+            normed,
         )
     return outputs
+
+
+def _launch_norm(layer_input: Tensor, weight: Tensor, eps: float) -> None:
+    """In place."""
+    hidden_size = layer_input.shape[-1]
+    given = dtypes(streams=layer_input.dtype, layer_norm=weight.dtype)
+    jit.kernel("input_norm", hidden_size, *given)(
+        layer_input.view(-1, hidden_size), weight.contiguous(), eps
+    )
 
 
 def _launch_pass(
@@ -213,6 +230,11 @@ def empty(residual: Tensor, *_: Any) -> tuple[Tensor, ...]:
     sizes = ((n,), (n,), (n, n), (n * (n + 2),), ())
     mixes = (residual.new_empty((*lead, *size), dtype=torch.float32) for size in sizes)
     return residual.new_empty((*lead, hidden_size)), *mixes
+
+
+def no_mix(like: Tensor) -> Tensor:
+    """What operators return as the next pre_mix where they were given none."""
+    return like.new_empty(0, dtype=torch.float32)
 
 
 def launch_backward(

@@ -29,9 +29,7 @@ from tile_mhc.ops._group import active
 from tile_mhc.ops._library import absent, dtype_of, dtypes, empty_gradients, filled, register
 from tile_mhc.ops._op import Op
 from tile_mhc.ops.aggregate import check_mix
-
-# The weight and eps of an RMS norm of the layer input.
-Norm = tuple[Tensor, float]
+from tile_mhc.ops.delayed_pre import Norm
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -115,6 +113,8 @@ def fused_pre(
     sinkhorn_eps: float = 1e-6,
     post_mult: float = 1.0,
     sinkhorn_repeat: int = 10,
+    layer_norm_weight: Tensor | None = None,
+    layer_norm_eps: float = 1e-6,
     num_splits: int | None = None,
     tf32: bool = False,
     passes_residual: bool = False,
@@ -139,6 +139,12 @@ def fused_pre(
     (`post_pre` takes it; behind the last one `aggregate` does). The first sub-layer takes one that
     is 1 for stream 0 and 0 for the others.
 
+    With a `layer_norm_weight`, for inference alone:
+
+    layer_input = layer_input * rsqrt(mean(layer_input**2) + layer_norm_eps) * layer_norm_weight
+
+    of the layer input as it was rounded, in the same launches.
+
     Gradients of parameters that carry `main_grad` go into that: see `tile_mhc.main_grad`.
 
     Args:
@@ -155,6 +161,9 @@ def fused_pre(
             takes two kernels more.
         post_mult: factor of post_mix (DeepSeek-V4 uses 2).
         sinkhorn_repeat: Sinkhorn steps, from 1 to 1024 (DeepSeek-V4 uses 20).
+        layer_norm_weight: optional (H,) float32 or bfloat16, of an RMS norm of the layer input;
+            not allowed when a gradient is needed.
+        layer_norm_eps: added to the mean square of that norm.
         num_splits: as in `projection`.
         tf32: as in `projection`.
         passes_residual: whether to return the residual, too.
@@ -166,7 +175,7 @@ def fused_pre(
 
     Raises:
         ShapeError: a shape, dtype, device or layout does not match.
-        UnsupportedError: n or H has no kernel.
+        UnsupportedError: n or H has no kernel, or a layer_norm_weight has no gradient.
 
     Source: mHC paper (arXiv 2512.24880), sec. 4.3.1; TileKernels `mhc_pre`, `mhc_pre_big_fuse`.
     """
@@ -181,6 +190,11 @@ def fused_pre(
         tf32,
     )
     passes = passes_residual is True
+    if layer_norm_weight is not None:
+        errors.check_bool("fused_pre", "passes_residual", passes_residual)
+        norm = (layer_norm_weight, layer_norm_eps)
+        outputs = _call_normed(residual, weight, scale, bias, pre_mix, *options, *norm)
+        return (*outputs, residual.view_as(residual)) if passes else outputs
     if pre_mix is None:
         inputs: tuple[Any, ...] = (residual, weight, scale, bias, *options)
         op, plain = (_PASSING_OP, _passed) if passes else (_OP, None)
@@ -192,6 +206,7 @@ def fused_pre(
         errors.check_streams("fused_pre", "residual", residual)
         check_pre("fused_pre", residual, weight, scale, bias, pre_mix, *options)
         errors.check_bool("fused_pre", "passes_residual", passes_residual)
+        errors.check_number("fused_pre", "layer_norm_eps", layer_norm_eps)
     outputs = op.call(inputs, known, plain=plain)
     return (*outputs[: op.visible], outputs[-1]) if passes else outputs[: op.visible]
 
@@ -224,6 +239,25 @@ def check_pre(
     sinkhorn_op.check_sinkhorn(op, sinkhorn_repeat, sinkhorn_eps, prefix="sinkhorn_")
     errors.check_number(op, "post_mult", post_mult)
     errors.check_number(op, "pre_eps", pre_eps)
+
+
+def check_layer_norm(
+    op: str, residual: Tensor, layer_norm_weight: object, inputs: Sequence[Any]
+) -> None:
+    """The weight of a norm of the layer input, and that none of `inputs` wants a gradient."""
+    shapes, like = [residual.shape[-1:]], ("residual", residual)
+    errors.check_tensor(op, "layer_norm_weight", layer_norm_weight, shapes, errors.PARAMETERS, like)
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        refuse_gradient(op, layer_norm_weight)
+
+
+def refuse_gradient(op: str, layer_norm_weight: object) -> None:
+    raise errors.UnsupportedError(
+        f"{op}: layer_norm_weight must be None when a gradient is needed; got "
+        f"{errors.describe(layer_norm_weight)}, whose norm is for inference (torch.no_grad() "
+        "allows it)"
+    )
 
 
 def launch(
@@ -535,4 +569,122 @@ _PASSING_OP = Op(
     visible=3,
     passes=True,
     parameters=_PARAMETERS,
+)
+
+
+def _call_normed(
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    pre_mix: Tensor | None,
+    norm_weight: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    """`fused_pre` with a norm of the layer input, whose weight and eps are the last options."""
+    *steps, num_splits, tf32, layer_norm_weight, layer_norm_eps = options
+    tensors = (residual, weight, scale, bias, pre_mix, norm_weight, layer_norm_weight)
+    inputs = (*tensors, *steps, layer_norm_eps, num_splits, tf32)
+    # A gradient is refused, which is looked at in each call that may have one.
+    known = None if torch.is_grad_enabled() else _NORMED_OP.find(inputs)
+    if known is None:
+        errors.check_streams("fused_pre", "residual", residual)
+        of_pre: tuple[Any, ...] = (*tensors[:6], *steps, num_splits, tf32)
+        check_pre("fused_pre", *of_pre)
+        errors.check_number("fused_pre", "layer_norm_eps", layer_norm_eps)
+        check_layer_norm("fused_pre", residual, layer_norm_weight, tensors)
+    layer_input, next_pre, *mixes = _NORMED_OP.call(inputs, known)
+    given = () if pre_mix is None else (next_pre,)
+    return layer_input, *given, *mixes
+
+
+def _launch_normed(
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    pre_mix: Tensor | None,
+    norm_weight: Tensor | None,
+    layer_norm_weight: Tensor,
+    norm_eps: float,
+    pre_eps: float,
+    sinkhorn_eps: float,
+    post_mult: float,
+    sinkhorn_repeat: int,
+    layer_norm_eps: float,
+    num_splits: int | None,
+    tf32: bool,
+) -> tuple[Tensor, ...]:
+    gates: list[Any] = [residual, weight, scale, bias]
+    options: list[Any] = [norm_weight, norm_eps, pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat]
+    options += [num_splits, tf32, (layer_norm_weight, layer_norm_eps)]
+    if pre_mix is None:
+        given = [*gates, *options]
+        layer_input, *mixes = launch(*given)
+        mixes.insert(0, delayed_op.no_mix(residual))
+    else:
+        given = [*gates, pre_mix, *options]
+        layer_input, *mixes = delayed_op.launch(*given)
+    return layer_input, *mixes[:3]
+
+
+def _normed_cpu(
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    pre_mix: Tensor | None,
+    norm_weight: Tensor | None,
+    layer_norm_weight: Tensor,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    names = ("norm_eps", "pre_eps", "sinkhorn_eps", "post_mult", "sinkhorn_repeat")
+    *steps, _, tf32 = options  # not num_splits: the reference sums K at once
+    layer_input, *mixes = reference.fused_pre(
+        residual,
+        weight,
+        scale,
+        bias,
+        pre_mix=pre_mix,
+        norm_weight=norm_weight,
+        layer_norm_weight=layer_norm_weight,
+        tf32=tf32,
+        **dict(zip((*names, "layer_norm_eps"), steps, strict=True)),
+    )
+    if pre_mix is None:
+        mixes.insert(0, delayed_op.no_mix(residual))
+    return tuple(out.contiguous() for out in (layer_input, *mixes))
+
+
+def _normed_fake(residual: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    layer_input, next_pre, *mixes = delayed_op.empty(residual)
+    if others[3] is None:
+        next_pre = delayed_op.no_mix(residual)
+    return layer_input, next_pre, *mixes[:2]
+
+
+def _refuse_normed(_: Any, inputs: Sequence[Any], *__: Any) -> None:
+    """The operator's `setup_context`: behind it nothing of a gradient is called."""
+    refuse_gradient("fused_pre", inputs[6])
+
+
+_NORMED_OP = Op(
+    name="fused_pre",
+    operator=register(
+        "normed_pre(Tensor residual, Tensor weight, Tensor scale, Tensor bias, Tensor? pre_mix, "
+        "Tensor? norm_weight, Tensor layer_norm_weight, float norm_eps, float pre_eps, "
+        "float sinkhorn_eps, float post_mult, int sinkhorn_repeat, float layer_norm_eps, "
+        "int? num_splits, bool tf32) -> (Tensor, Tensor, Tensor, Tensor)",
+        cuda=_launch_normed,
+        cpu=_normed_cpu,
+        fake=_normed_fake,
+        flops=_flops.projection_and_aggregate,
+        backward=_refuse_normed,
+        setup_context=_refuse_normed,
+    ),
+    save=_refuse_normed,
+    arguments=_refuse_normed,  # type: ignore[arg-type]
+    gradients=_fused_pre_backward,
+    tensors=7,
+    visible=4,
 )

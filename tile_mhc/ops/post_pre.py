@@ -203,21 +203,7 @@ def _check(inputs: tuple[Any, ...]) -> None:
     fused_op.check_pre(OP, *of_pre)
     errors.check_number(OP, "layer_norm_eps", layer_norm_eps)
     if layer_norm_weight is not None:
-        shapes, like = [residual.shape[-1:]], ("residual", residual)
-        errors.check_tensor(
-            OP, "layer_norm_weight", layer_norm_weight, shapes, errors.PARAMETERS, like
-        )
-        tensors = [value for value in inputs if isinstance(value, Tensor)]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            _refuse_gradient(layer_norm_weight)
-
-
-def _refuse_gradient(layer_norm_weight: Tensor) -> None:
-    raise errors.UnsupportedError(
-        f"{OP}: layer_norm_weight must be None when a gradient is needed; got "
-        f"{errors.describe(layer_norm_weight)}, whose norm is for inference (torch.no_grad() "
-        "allows it)"
-    )
+        fused_op.check_layer_norm(OP, residual, layer_norm_weight, inputs)
 
 
 def _cuda(
@@ -256,22 +242,19 @@ def _cuda(
         if pre_mix is None:
             given: list[Any] = [*sums, *gates, norm_weight, *steps, tf32, outputs, norm]
             fused_op.launch_from(*given)
-            mixes.insert(0, _no_mix(residual))
+            mixes.insert(0, delayed_op.no_mix(residual))
         else:
             normed = None if norm is None else (layer_input, *norm)
             given = [*sums, *gates, norm_weight, *steps, tf32, mixes, normed]
             delayed_op.launch_mixes(*given)
     else:
         post_op.launch(layer_output, residual, post_mix, comb_mix, layer_bias, streams)
-        given = [*gates, *own_mix, norm_weight, *steps, num_splits, tf32]
+        given = [*gates, *own_mix, norm_weight, *steps, num_splits, tf32, norm]
         if pre_mix is None:
-            given.append(norm)
             layer_input, *mixes = fused_op.launch(*given)
-            mixes.insert(0, _no_mix(residual))
+            mixes.insert(0, delayed_op.no_mix(residual))
         else:
             layer_input, *mixes = delayed_op.launch(*given)
-            if norm is not None and residual.numel():
-                _launch_norm(layer_input, *norm)
     return streams, layer_input, *mixes
 
 
@@ -321,33 +304,19 @@ def _launch_pass(
     return products, squares
 
 
-def _launch_norm(layer_input: Tensor, weight: Tensor, eps: float) -> None:
-    """In place."""
-    hidden_size = layer_input.shape[-1]
-    given = dtypes(streams=layer_input.dtype, layer_norm=weight.dtype)
-    jit.kernel("input_norm", hidden_size, *given)(
-        layer_input.view(-1, hidden_size), weight.contiguous(), eps
-    )
-
-
-def _no_mix(like: Tensor) -> Tensor:
-    """What the operator returns as the next pre_mix where it was given none."""
-    return like.new_empty(0, dtype=torch.float32)
-
-
 def _cpu(*args: Any) -> tuple[Tensor, ...]:
     arguments = list(args)
     del arguments[-2]  # num_splits: the reference sums K at once
     outputs = list(reference.post_pre_with_mixes(*arguments))
     if outputs[2] is None:
-        outputs[2] = _no_mix(args[1])
+        outputs[2] = delayed_op.no_mix(args[1])
     return tuple(out.contiguous() for out in outputs if out is not None)
 
 
 def _fake(layer_output: Tensor, residual: Tensor, *others: Any) -> tuple[Tensor, ...]:
     layer_input, next_pre, *mixes = delayed_op.empty(residual)
     if others[5] is None:
-        next_pre = _no_mix(residual)
+        next_pre = delayed_op.no_mix(residual)
     return residual.new_empty(residual.shape), layer_input, next_pre, *mixes
 
 
@@ -396,7 +365,7 @@ def _backward_cuda(
             tf32,
             into,
         )
-        return of_all if wants_pre else (*of_all[:7], _no_mix(residual), *of_all[8:])
+        return of_all if wants_pre else (*of_all[:7], delayed_op.no_mix(residual), *of_all[8:])
     gates = [streams, weight, scale, bias]
     steps = (pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat, tf32)
     of_mixes = [grad_post, grad_comb]
@@ -404,7 +373,7 @@ def _backward_cuda(
     if pre_mix is None:
         given = [grad_input, *of_mixes, *gates, *saved, grad_streams, for_part(into, OF_FUSED_PRE)]
         grad, *parameters, grad_norm = fused_op.launch_backward(*given)
-        grad_pre_mix = _no_mix(residual)
+        grad_pre_mix = delayed_op.no_mix(residual)
     else:
         saved += [wants_pre, grad_streams, for_part(into, OF_DELAYED_PRE)]
         given = [grad_input, grad_next, *of_mixes, *gates, pre_mix, *saved]
@@ -419,7 +388,7 @@ def _backward_cuda(
         into=for_part(into, OF_POST),
     )
     if norm_weight is None:
-        grad_norm = _no_mix(residual)
+        grad_norm = delayed_op.no_mix(residual)
     return *grads, *parameters, grad_pre_mix, grad_layer_bias, grad_norm
 
 
@@ -491,7 +460,7 @@ def _launch_pass_backward(
     if partials is not None:
         of_matmuls = (grad_residual, grad_weight, grads[9])
         projection_op.sum_partials(partials, weight, norm_weight, of_matmuls, to_matmuls)
-    no_mix = _no_mix(residual)
+    no_mix = delayed_op.no_mix(residual)
     of_pre = no_mix if pre_mix is None else grads[7]
     return *grads[:7], of_pre, no_mix, no_mix if norm_weight is None else grads[9]
 
@@ -501,7 +470,8 @@ def _backward_cpu(*args: Any) -> tuple[Tensor, ...]:
     grads = list(reference.post_pre_backward(*arguments))
     if not wants_pre:
         grads[7] = None
-    return tuple(_no_mix(args[6]) if grad is None else grad.contiguous() for grad in grads)
+    no_mix = delayed_op.no_mix(args[6])
+    return tuple(no_mix if grad is None else grad.contiguous() for grad in grads)
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
@@ -511,7 +481,7 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
     grads = list(empty_gradients(*tensors))
     for at in (7, 8, 9):
         if tensors[at] is None:
-            grads[at] = _no_mix(args[6])
+            grads[at] = delayed_op.no_mix(args[6])
     return tuple(grads)
 
 
@@ -524,7 +494,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     if inputs[GRADIENTS] is not None:
-        _refuse_gradient(inputs[GRADIENTS])
+        fused_op.refuse_gradient(OP, inputs[GRADIENTS])
     _, _, *options, _, _, tf32 = inputs[GRADIENTS:]
     pre_mix = inputs[7]
     saved = (*inputs[:GRADIENTS], output[0], *output[5:])
@@ -543,7 +513,7 @@ def _backward_arguments(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     residual, pre_mix = saved[1], saved[7]
     given = list(grads[1:5])
     if pre_mix is None:
-        given[1] = _no_mix(residual)
+        given[1] = delayed_op.no_mix(residual)
     return grads[0], *filled(given, delayed_op.empty, residual), *saved, *ctx.options
 
 
