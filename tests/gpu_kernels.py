@@ -1,12 +1,16 @@
 """The kernels that each file of tests/gpu runs, to compile them on all cores before the first."""
 
+from unittest import mock
+
 import readout
+import replaying
+import serving
 import te_cases
 from accumulation import GPU_SIZES
 from cases import STREAM_CASES, WIDTH_CASES
-from tile_mhc import specs
+from tile_mhc import _warm_up, config, specs
 from tile_mhc.errors import dtype_name
-from tile_mhc.kernels._arch import DEFAULT
+from tile_mhc.kernels._arch import ARCHITECTURES, DEFAULT
 
 # Which ops a test file runs with default dtypes; those not named run the op of their name, or all.
 OPS_OF = {
@@ -20,6 +24,7 @@ OPS_OF = {
     "compat_plain": ("tile_kernels",),
     "head_mix_rows": ("tile_kernels", "head_mix"),
     "partials": ("tile_kernels", "fused_pre", "projection"),
+    "compat_serving": (),
     "nn": ("fused_pre", "post", "contract"),
     "recompute": ("recompute", "aggregate", "post"),
     "recompute_group": ("recompute", "fused_pre", "post_pre", "post"),
@@ -88,7 +93,22 @@ def kernels_of(stems, arch=DEFAULT):
         kernels += readout_kernels(arch)
     if "dtypes" in stems:
         kernels += specs.select(DTYPES, NATIVE, arch)
+    if "compat_serving" in stems:
+        kernels += serving_kernels(arch)
     return list(dict.fromkeys(kernels))
+
+
+def serving_kernels(arch):
+    """Those of SGLang's and vLLM's functions, for as many SMs as an H200 has."""
+
+    def call(num_tokens, device):
+        tensors = serving.inputs(num_tokens, serving.HIDDEN, device)
+        for options in ({}, serving.norm_options(tensors)):
+            serving.run_all(tensors, options)
+
+    of_arch = replaying.on_architecture(ARCHITECTURES[arch])
+    with of_arch, mock.patch.object(config, "_num_sms", replaying.NUM_SMS):
+        return [k for count in serving.COUNTS for k in _warm_up._asked_for(call, count)]
 
 
 def readout_kernels(arch):

@@ -8,6 +8,7 @@ from tile_mhc import _checkout  # noqa: F401  (first: the others import tile_mhc
 from tile_mhc import config as config
 from tile_mhc import nn as nn
 from tile_mhc._recompute_group import RecomputeGroup, recompute_group
+from tile_mhc._warm_up import WarmUp, warm_up
 from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.errors import AccumulatorError, RecomputeError, ShapeError, UnsupportedError
 from tile_mhc.main_grad import without_main_grad
@@ -31,6 +32,7 @@ __all__ = [
     "RecomputeGroup",
     "ShapeError",
     "UnsupportedError",
+    "WarmUp",
     "aggregate",
     "contract",
     "expand",
@@ -43,5 +45,6 @@ __all__ = [
     "recompute_group",
     "sinkhorn",
     "split_mixes",
+    "warm_up",
     "without_main_grad",
 ]

@@ -1,7 +1,8 @@
-"""How launches are sized: for how many SMs, and whether for the batch at hand; and what becomes of
-an op on a GPU that there are no kernels for."""
+"""How launches are sized, for how many SMs and whether for the batch at hand; whether kernels may be
+compiled; and what becomes of an op on a GPU that there are no kernels for."""
 
 import functools
+import os
 
 import torch
 
@@ -10,6 +11,10 @@ from tile_mhc import errors
 _num_sms = 0
 _batch_invariant = False
 _require_kernels = False
+_jit: str | None = None
+_JIT_MODES = ("allow", "warn", "forbid")
+# What TILE_MHC_JIT may say instead; anything else allows.
+_JIT_WORDS = {**dict.fromkeys(("0", "false", "off", "no", "forbid"), "forbid"), "warn": "warn"}
 # What launches depend on, for who keeps them.
 settings = (_num_sms, _batch_invariant)
 
@@ -97,3 +102,34 @@ def set_require_kernels(enabled: bool) -> None:
         )
     global _require_kernels
     _require_kernels = enabled
+
+
+def get_jit() -> str:
+    """What happens when a kernel is neither in memory nor in the disk cache: as `set_jit` says, or
+    else the environment's TILE_MHC_JIT."""
+    if _jit is not None:
+        return _jit
+    return _JIT_WORDS.get(os.environ.get("TILE_MHC_JIT", "1").strip().lower(), "allow")
+
+
+def set_jit(mode: str | None) -> None:
+    """Choose what happens when an op needs a kernel that this process does not have yet.
+
+    For servers, once `tile_mhc.warm_up` is done: a compilation takes seconds.
+
+    Args:
+        mode: "allow" compiles it. "warn" does, too, and says so to the logger "tile_mhc", with the
+            time that it took; also where the kernel came from the disk cache. "forbid" raises
+            `tile_mhc.jit.NotCompiledError` where it would have to be compiled. None: as the
+            environment's TILE_MHC_JIT says, which is 1, warn or 0.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    if mode is not None and mode not in _JIT_MODES:
+        raise ValueError(
+            f"set_jit: mode must be one of {', '.join(_JIT_MODES)}, or None; "
+            f"got {errors.shown(mode)}"
+        )
+    global _jit
+    _jit = mode

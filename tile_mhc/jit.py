@@ -3,7 +3,9 @@
 The first use of a kernel compiles it and leaves it in the cache; `tile-mhc compile` fills the same
 cache ahead of time, also on a machine without a GPU. Environment:
 
-- ``TILE_MHC_JIT=0`` forbids building; a kernel that is not in the cache then raises.
+- ``TILE_MHC_JIT=0`` forbids building; a kernel that is not in the cache then raises. With
+  ``TILE_MHC_JIT=warn`` it is built, and the logger ``tile_mhc`` says so. `config.set_jit` overrides
+  it.
 - ``TILELANG_CACHE_DIR`` is the cache; not set, or empty (with a warning), ``~/.tilelang/cache``. A
   ``~`` at its start is the home folder. A relative one is of the working directory at first use,
   and stays that folder. TileLang, which would take the value as it stands, is told the outcome.
@@ -16,6 +18,7 @@ import contextlib
 import errno
 import importlib
 import importlib.metadata
+import logging
 import multiprocessing
 import os
 import platform
@@ -34,11 +37,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from tile_mhc import _device, specs
+from tile_mhc import _device, config, specs
 from tile_mhc.errors import UnsupportedError
 
 Launch = Callable[..., Any]
+Kernel = tuple[str, specs.Arguments]
 Result = TypeVar("Result")
+
+_log = logging.getLogger("tile_mhc")
 
 # What CPython says then; see `undisturbed`.
 _DISTURBED = "recursion depth mismatch"
@@ -123,11 +129,15 @@ def kernel(name: str, *args: int | str) -> Launch:
         A callable that launches on the current device and stream.
 
     Raises:
-        NotCompiledError: it would have to be built while TILE_MHC_JIT=0 forbids that, or it is
-            first used inside a CUDA graph capture.
+        NotCompiledError: it would have to be built while that is forbidden, or it is first used
+            inside a CUDA graph capture.
         CompileError: building it failed.
         UnsupportedError: there are no kernels for this GPU.
     """
+    asked_for = getattr(_thread, "asked_for", None)
+    if asked_for is not None:
+        asked_for[name, args] = None
+        return _no_launch
     launch = resident(name, args)
     note = getattr(_thread, "note", None)
     return launch if note is None else note(launch)
@@ -141,6 +151,27 @@ def noted(note: Callable[[Launch], Launch]) -> Iterator[None]:
         yield
     finally:
         _thread.note = None
+
+
+@contextlib.contextmanager
+def asking() -> Iterator[dict[Kernel, None]]:
+    """Within, in this thread, `kernel` takes down what it is asked for, and gives what launches
+    nothing. Operators then launch for tensors on any device, the meta device too."""
+    before = getattr(_thread, "asked_for", None)
+    asked_for: dict[Kernel, None] = {}
+    _thread.asked_for = asked_for
+    try:
+        yield asked_for
+    finally:
+        _thread.asked_for = before
+
+
+def is_asking() -> bool:
+    return getattr(_thread, "asked_for", None) is not None
+
+
+def _no_launch(*_: Any) -> None:
+    pass
 
 
 def resident(name: str, args: specs.Arguments) -> Launch:
@@ -164,6 +195,11 @@ def resident(name: str, args: specs.Arguments) -> Launch:
     return launch
 
 
+def is_compiled(name: str, args: specs.Arguments, arch: str) -> bool:
+    """Whether the kernel is in memory."""
+    return (name, args, arch) in _compiled
+
+
 def compile_kernel(name: str, args: specs.Arguments, arch: str) -> Compiled:
     """The kernel for `arch`, from memory, the disk cache or the compiler; needs no GPU.
 
@@ -176,7 +212,7 @@ def compile_kernel(name: str, args: specs.Arguments, arch: str) -> Compiled:
         The kernel and how it was obtained.
 
     Raises:
-        NotCompiledError: it is not in the cache and TILE_MHC_JIT=0 forbids building it.
+        NotCompiledError: it is not in the cache, and building it is forbidden.
         CompileError: building it failed.
     """
     key = (name, args, arch)
@@ -186,10 +222,32 @@ def compile_kernel(name: str, args: specs.Arguments, arch: str) -> Compiled:
             found = _compiled[key] = _load_or_build(name, args, arch)
             with _count_lock:
                 _counts["built" if found.built else "loaded"] += 1
+            if config.get_jit() == "warn" and not is_expected():
+                _log.warning(
+                    "%s: was %s now, which took %.2f s; tile_mhc.warm_up does it beforehand",
+                    _call(name, args),
+                    "compiled" if found.built else "loaded from the cache",
+                    found.seconds,
+                )
         return found
 
 
-def fill_cache(kernels: Iterable[tuple[str, specs.Arguments]], arch: str, jobs: int) -> list[str]:
+@contextlib.contextmanager
+def expected() -> Iterator[None]:
+    """Within, in this thread, a kernel that is built or loaded is nothing to warn of."""
+    before = is_expected()
+    _thread.expected = True
+    try:
+        yield
+    finally:
+        _thread.expected = before
+
+
+def is_expected() -> bool:
+    return getattr(_thread, "expected", False)
+
+
+def fill_cache(kernels: Iterable[Kernel], arch: str, jobs: int) -> list[str]:
     """Compile into the disk cache in `jobs` processes, as tracing holds the interpreter.
 
     Args:
@@ -227,7 +285,7 @@ def statistics() -> Statistics:
 
 
 def building_allowed() -> bool:
-    return os.environ.get("TILE_MHC_JIT", "1").strip().lower() not in ("0", "false", "off", "no")
+    return config.get_jit() != "forbid"
 
 
 def device_arch(device: int) -> str:
@@ -352,7 +410,7 @@ def _load_or_build(name: str, args: specs.Arguments, arch: str) -> Compiled:
             where, remedy = "while TileLang's cache is off", "unset TILELANG_DISABLE_CACHE"
         raise NotCompiledError(
             f"{_call(name, args)}: is not compiled for {arch} {where}, and "
-            f"TILE_MHC_JIT=0 forbids building it now; {remedy}"
+            f"{_forbidden_by()} forbids building it now; {remedy}"
         ) from None
     except Exception as error:
         problem = _nvcc_problem()
@@ -519,7 +577,11 @@ def _nvcc_problem() -> str | None:
 
 def _remedy(name: str, args: specs.Arguments, arch: str) -> str:
     command = specs.compile_command(name, args, arch)
-    return f"run `{command}`" if command else "unset TILE_MHC_JIT"
+    return f"run `{command}`" if command else "allow it"
+
+
+def _forbidden_by() -> str:
+    return "TILE_MHC_JIT=0" if config._jit is None else "config.set_jit('forbid')"
 
 
 def _call(name: str, args: specs.Arguments) -> str:

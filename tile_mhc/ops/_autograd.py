@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.utils import _pytree as pytree
 
-from tile_mhc import errors
+from tile_mhc import errors, jit
 from tile_mhc._guards import transforms_active
 from tile_mhc.ops._replay import Call, Replay
 
@@ -57,6 +57,7 @@ def attach(
     backward: Callable[..., Any] | None,
     setup_context: Callable[..., None] | None,
     replay: Replay | None,
+    launcher: Callable[..., Any],
 ) -> "Operator":
     """Give an operator its autograd and return the function that eager calls go through.
 
@@ -66,9 +67,10 @@ def attach(
             argument.
         setup_context: saves what the backward needs.
         replay: serves calls past the dispatcher.
+        launcher: what runs behind the dispatcher's CUDA key.
     """
     name = operator._schema.name.partition("::")[2]
-    ours = OPERATORS[name] = Operator(name, operator, replay)
+    ours = OPERATORS[name] = Operator(name, operator, replay, launcher)
     inside = None
     if backward is not None:
         ours.function, inside = _functions(name, operator, ours.launch, backward, setup_context)
@@ -85,8 +87,10 @@ class Operator:
         replay: serves calls past the dispatcher; None where none may go past it.
     """
 
-    def __init__(self, name: str, operator: Any, replay: Replay | None) -> None:
-        self._name, self._operator = name, operator
+    def __init__(
+        self, name: str, operator: Any, replay: Replay | None, launcher: Callable[..., Any]
+    ) -> None:
+        self._name, self._operator, self._launcher = name, operator, launcher
         self.function: Any = None
         self.replay = replay
 
@@ -109,6 +113,8 @@ class Operator:
 
     def launch(self, inputs: tuple[Any, ...]) -> Any:
         """Eager, without autograd."""
+        if jit.is_asking():
+            return self._launcher(*inputs)
         if self.replay is not None:
             call = self.replay.find(inputs) or self.replay.learn(inputs)
             if call is not None:

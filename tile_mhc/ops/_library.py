@@ -54,7 +54,7 @@ def register(
     # Not where a version has to be counted, nor for tensors in lists.
     if not _outs(types) and "Tensor[]" not in types:
         replay = Replay(types, cuda, hidden)
-    return attach(operator.default, backward, setup_context, replay)
+    return attach(operator.default, backward, setup_context, replay, cuda)
 
 
 def temporaries(like: Tensor, *shapes: tuple[int, int]) -> list[Tensor]:
