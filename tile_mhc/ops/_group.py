@@ -2,6 +2,8 @@
 
 An op tells it in the function that saves for its backward: what nothing is saved for needs no
 replay, and all ways of an op into autograd pass there, the known calls of `_replay` too.
+
+Compiled code tells it nothing, and must not look: torch 2.10 cannot guard on a group.
 """
 
 import threading

@@ -122,7 +122,7 @@ def _backward_fake(grad: Tensor, residual: Tensor, pre_mix: Tensor) -> tuple[Ten
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    if active.group is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or active.group is None:
         ctx.save_for_backward(*inputs)
     else:
         layer_input = output if isinstance(output, Tensor) else output[0]

@@ -402,7 +402,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     saved = (*inputs[:GRADIENTS], *output[4:6])
     ctx.options = (*options, tf32, inputs[4].requires_grad)
     ctx.set_materialize_grads(False)
-    if active.group is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or active.group is None:
         ctx.save_for_backward(*saved)
     else:
         active.group.after_delayed_pre(ctx, saved, output[0])

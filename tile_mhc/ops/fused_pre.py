@@ -449,7 +449,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     residual, weight, scale, bias, norm_weight, _, *options, _, tf32 = inputs
     saved = (residual, weight, scale, bias, norm_weight, *output[3:5])
     ctx.options = (*options, tf32)
-    if active.group is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or active.group is None:
         ctx.save_for_backward(*saved)
     else:
         active.group.after_fused_pre(ctx, saved, output[0], options[0])

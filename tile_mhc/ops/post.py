@@ -209,7 +209,7 @@ def _backward_fake(grad: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    if active.group is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or active.group is None:
         ctx.save_for_backward(*inputs)
     else:
         streams = output if isinstance(output, Tensor) else output[0]

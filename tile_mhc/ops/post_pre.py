@@ -501,7 +501,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.options = (*options, tf32, pre_mix is not None and pre_mix.requires_grad)
     # A gradient of the streams that is not there is not read.
     ctx.set_materialize_grads(False)
-    if active.group is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or active.group is None:
         ctx.save_for_backward(*saved)
     else:
         active.group.after_post_pre(ctx, saved, output[1], options[0])
