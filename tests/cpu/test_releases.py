@@ -23,7 +23,7 @@ def written(name, text):
 
 
 def test_the_workflow_has_the_matrix():
-    text = (ROOT / ".github" / "workflows" / "releases.yml").read_text()
+    text = (ROOT / ".github" / "workflows" / "scheduled.yml").read_text()
     assert written("python", text) == releases.PYTHONS
     assert written("torch", text) == releases.TORCHES
     excluded = re.findall(r'- \{ python: "([\d.]+)", torch: "([\d.]+)" \}', text)
