@@ -11,12 +11,15 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from tile_mhc import _device, _memory, config, jit
+from tile_mhc import _device, _memory, config, errors, jit
 from tile_mhc._descriptors import TYPES, DLTensor
 from tile_mhc.kernels._arch import HOPPER, Architecture
 from tile_mhc.ops import _replay
 
 NUM_SMS = 132
+# As `errors.FREED`, for addresses on a CPU: where the interpreter is not position-independent, such
+# as Debian's, its heap begins at a few MB.
+FREED = 1 << 20
 # What a CPU tensor's get_device() returns.
 DEVICE = -1
 _DTYPES = {code: dtype for dtype, code in TYPES.items()}
@@ -57,6 +60,7 @@ def replaying(kernel: Callable[[str, tuple[Any, ...]], jit.Launch]) -> Iterator[
         mock.patch.object(_replay, "is_on_gpu", lambda tensor: tensor.device.type == "cpu"),
         mock.patch.object(_replay, "empty", _memory.empty_on_cpu),
         mock.patch.object(jit, "resident", resident),
+        mock.patch.object(errors, "FREED", FREED),
         mock.patch.object(config, "get_num_sms", return_value=NUM_SMS),
         on_architecture(HOPPER),
     ):

@@ -1,5 +1,5 @@
-"""How launches are sized, for how many SMs and whether for the batch at hand; whether kernels may be
-compiled; and what becomes of an op on a GPU that there are no kernels for."""
+"""How launches are sized, for how many SMs and whether for the batch at hand; whether kernels may
+be compiled; and what becomes of an op on a GPU that there are no kernels for."""
 
 import functools
 import os
