@@ -12,6 +12,8 @@ from cases import (
     CONTRACT,
     FUSED_PRE,
     HEAD_MIX,
+    IDENTITY_POST,
+    IDENTITY_PRE,
     PARAMETERS,
     POST,
     PROJECTION,
@@ -28,6 +30,7 @@ READERS: dict[str, Op] = {
     "post": POST,
     "contract": CONTRACT,
     "second contract": CONTRACT,
+    "identity_post": IDENTITY_POST,
 }
 SUB_LAYER = ("projection", "aggregate", "post")
 ORDERS: tuple[tuple[str, ...], ...] = (
@@ -41,6 +44,9 @@ ORDERS: tuple[tuple[str, ...], ...] = (
     ("aggregate", "post", "projection"),
     ("contract", "second contract"),
     ("contract", *SUB_LAYER, "second contract"),
+    ("identity_post",),
+    ("identity_post", "aggregate"),
+    ("aggregate", "identity_post"),
 )
 # Tokens, streams, width, on a GPU: a real shape, ragged tiles, most streams, fewest.
 GPU_SIZES = ((4096, 4, 2560), (130, 4, 1280), (65, 8, 128), (64, 2, 64))
@@ -161,7 +167,9 @@ def check_parameters(case: Readers, plain: oracle.Named, found: oracle.Named) ->
     oracle.check_same_bits(*same, "with an accumulator:")
 
 
-WITH_PARAMETERS = {op.name: op for op in (PROJECTION, SPLIT_MIXES, HEAD_MIX, CONTRACT, FUSED_PRE)}
+WITH_PARAMETERS = {
+    op.name: op for op in (PROJECTION, SPLIT_MIXES, HEAD_MIX, CONTRACT, FUSED_PRE, IDENTITY_PRE)
+}
 PASSING = "fused_pre, passing the residual"
 
 

@@ -159,6 +159,28 @@ def delayed_pre_inputs(lead: Sequence[int], n: int, hidden_size: int, device: st
     return tensors | {"pre_mix": torch.rand(*lead, n, device=device)}, options
 
 
+def identity_pre_inputs(lead: Sequence[int], n: int, hidden_size: int, device: str) -> Inputs:
+    size = n * hidden_size
+    tensors = _residual(lead, n, hidden_size, device) | _weight(2 * n, size, device)
+    tensors |= {"norm_weight": norm_weight(size, device)}
+    return tensors | _gates(2, 2 * n, device), {"post_mult": 2.0, "post_eps": 1e-3}
+
+
+def identity_post_inputs(lead: Sequence[int], n: int, hidden_size: int, device: str) -> Inputs:
+    tensors, options = post_inputs(lead, n, hidden_size, device)
+    del tensors["comb_mix"]
+    return tensors, options
+
+
+def identity_post_bias_inputs(lead: Sequence[int], n: int, hidden_size: int, device: str) -> Inputs:
+    tensors, options = identity_post_inputs(lead, n, hidden_size, device)
+    return tensors | {"bias": normal(hidden_size, device=device)}, options
+
+
+def stream_mean_inputs(lead: Sequence[int], n: int, hidden_size: int, device: str) -> Inputs:
+    return _residual(lead, n, hidden_size, device), {}
+
+
 def post_pre_inputs(lead: Sequence[int], n: int, hidden_size: int, device: str) -> Inputs:
     tensors, _ = post_inputs(lead, n, hidden_size, device)
     pre, options = pre_inputs(lead, n, hidden_size, device)
@@ -246,6 +268,21 @@ POST_PRE_DELAYED = Op(
     ("streams", *DELAYED_OUTPUTS),
     rounds=True,
 )
+IDENTITY_OUTPUTS = ("layer_input", "post_mix")
+IDENTITY_PRE = Op(
+    "identity_pre",
+    tile_mhc.identity_pre,
+    reference.identity_pre,
+    identity_pre_inputs,
+    IDENTITY_OUTPUTS,
+)
+IDENTITY_POST = Op(
+    "identity_post", tile_mhc.identity_post, reference.identity_post, identity_post_inputs
+)
+IDENTITY_POST_BIAS = Op(
+    "identity_post_bias", tile_mhc.identity_post, reference.identity_post, identity_post_bias_inputs
+)
+STREAM_MEAN = Op("stream_mean", tile_mhc.stream_mean, reference.stream_mean, stream_mean_inputs)
 OPS = (
     EXPAND,
     PROJECTION,
@@ -260,6 +297,10 @@ OPS = (
     DELAYED_PRE,
     POST_PRE,
     POST_PRE_DELAYED,
+    IDENTITY_PRE,
+    IDENTITY_POST,
+    IDENTITY_POST_BIAS,
+    STREAM_MEAN,
 )
 
 # Arguments without a token axis: their gradient is a sum over tokens.
@@ -329,6 +370,7 @@ DESTINATIONS = {
     "fused_pre": (1, 2, 3, 4),
     "delayed_pre": (1, 2, 3, 5),
     "post_pre": (1, 4, 5, 6, 9),
+    "identity_pre": (0, 1, 2, 3, 4),
 }
 
 
@@ -366,6 +408,16 @@ def operator_calls(
     ends = [boundary[name] for name in (*names, "norm_weight")]
     leaf_ends = [tensor.clone().requires_grad_() for tensor in ends]
     ends_outputs = torch.ops.tile_mhc.post_pre(*ends, None, *steps, 1e-6, None, False)
+    names = ("residual", "weight", "scale", "bias", "norm_weight")
+    identity = [IDENTITY_PRE.inputs(lead, n, hidden_size, device)[0][name] for name in names]
+    leaf_identity = [tensor.clone().requires_grad_() for tensor in identity]
+    identity_outputs = torch.ops.tile_mhc.identity_pre(
+        *identity, 1e-6, 1e-6, 1e-3, 2.0, None, False
+    )
+    # The operator takes the residual last.
+    names = ("layer_output", "post_mix", "bias", "residual")
+    written = [IDENTITY_POST_BIAS.inputs(lead, n, hidden_size, device)[0][name] for name in names]
+    leaf_written = [tensor.clone().requires_grad_() for tensor in written]
     norm = norm_weight(n * hidden_size, device)
     head, leaf_head = [*tensors(CONTRACT), norm], [*leaves(CONTRACT), norm.clone()]
     head_outputs = torch.ops.tile_mhc.contract(*head, 1e-6, 1e-6, None, False)
@@ -427,6 +479,28 @@ def operator_calls(
             True,
             True,
         ),
+        "identity_pre": (*leaf_identity, 1e-6, 1e-6, 1e-3, 2.0, None, False),
+        "identity_pre_backward": (
+            *identity_outputs[:2],
+            *identity,
+            *identity_outputs[2:],
+            1e-6,
+            2.0,
+            True,
+            wide,
+        ),
+        "identity_post": tuple(leaf_written),
+        "identity_post_out": (*written[:2], None, wide, torch.zeros_like(wide)),
+        "identity_post_backward": (wide, *written[:3]),
+        "identity_post_backward_into": (
+            wide,
+            *written[:3],
+            torch.zeros_like(wide, dtype=torch.float32),
+            [True],
+        ),
+        "stream_mean": tuple(leaves(STREAM_MEAN)),
+        "stream_mean_out": (wide, torch.zeros_like(narrow)),
+        "stream_mean_backward": (narrow, n),
         "recompute": (
             initial,
             *lists,

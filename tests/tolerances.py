@@ -35,6 +35,7 @@ ATOL = {
     "projection_tf32": TF32_MIDPOINT,
     "fused_pre": SPLIT_WEIGHT,
     "contract": SPLIT_WEIGHT,
+    "identity_pre": SPLIT_WEIGHT,
     "delayed_pre": SPLIT_WEIGHT,
     "post_pre": SPLIT_WEIGHT,
     "post_pre_delayed": SPLIT_WEIGHT,
@@ -80,6 +81,9 @@ ATOL_OF = {
     ("post_bias", "grad_post_mix"): FLOAT32_SUM,
     ("post_bias", "grad_comb_mix"): FLOAT32_SUM,
     ("post_bias", "grad_bias"): FLOAT32_SUM,
+    ("identity_post", "grad_post_mix"): FLOAT32_SUM,
+    ("identity_post_bias", "grad_post_mix"): FLOAT32_SUM,
+    ("identity_post_bias", "grad_bias"): FLOAT32_SUM,
 }
 
 # A float32 result differs by 1e-6, so a few of its bfloat16 roundings go the other way: no more.
@@ -109,6 +113,10 @@ PROMISED = {
     ("post_pre_delayed", "grad_norm_weight"): 2e-5,
     ("contract", "out"): 1e-5,
     ("contract", "grad_residual"): 2e-5,
+    ("identity_pre", "layer_input"): 1e-5,
+    ("identity_pre", "grad_residual"): 2e-5,
+    ("identity_pre", "grad_weight"): 2e-5,
+    ("identity_pre", "grad_norm_weight"): 2e-5,
     # The mixes' error once more, through gates and Sinkhorn.
     ("fused_pre", "grad_weight"): 2e-5,
     ("fused_pre", "grad_norm_weight"): 2e-5,

@@ -17,12 +17,15 @@ from tile_mhc.ops.contract import contract
 from tile_mhc.ops.expand import expand
 from tile_mhc.ops.fused_pre import fused_pre
 from tile_mhc.ops.head_mix import head_mix
+from tile_mhc.ops.identity_post import identity_post
+from tile_mhc.ops.identity_pre import identity_pre
 from tile_mhc.ops.mixes import split_mixes
 from tile_mhc.ops.post import post
 from tile_mhc.ops.post_pre import post_pre
 from tile_mhc.ops.projection import projection
 from tile_mhc.ops.recompute import recompute
 from tile_mhc.ops.sinkhorn import sinkhorn
+from tile_mhc.ops.stream_mean import stream_mean
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,6 +41,8 @@ __all__ = [
     "expand",
     "fused_pre",
     "head_mix",
+    "identity_post",
+    "identity_pre",
     "post",
     "post_pre",
     "projection",
@@ -46,5 +51,6 @@ __all__ = [
     "sinkhorn",
     "split_mixes",
     "warm_up",
+    "stream_mean",
     "without_main_grad",
 ]

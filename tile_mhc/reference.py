@@ -36,6 +36,15 @@ def expand_backward(grad: Tensor) -> Tensor:
     return grad.to(_accumulate_dtype(grad)).sum(-2).to(grad.dtype)
 
 
+def stream_mean(residual: Tensor) -> Tensor:
+    """out[t, h] = sum_i residual[t, i, h] / n"""
+    return residual.to(_accumulate_dtype(residual)).mean(-2).to(residual.dtype)
+
+
+def stream_mean_backward(grad: Tensor, num_streams: int) -> Tensor:
+    return expand(grad / num_streams, num_streams)
+
+
 def merge_norm_weight(weight: Tensor, norm_weight: Tensor | None) -> Tensor:
     """Fold a weight of the RMS norm, (K,), into the projection weight (N, K)."""
     return weight if norm_weight is None else weight * norm_weight.to(weight.dtype)
@@ -155,14 +164,18 @@ def _sigmoid_slope(z: Tensor) -> Tensor:
 
 
 def _gate_logits(mixes: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """mixes * scale + bias, of all mixes and three scales or of those of a head and its one."""
+    """mixes * scale + bias: of all mixes and three scales, of those without comb and two, or of
+    those of a head and its one."""
     return mixes * _spread(scale, mixes.shape[-1]).to(mixes.dtype) + bias.to(mixes.dtype)
 
 
 def _spread(scale: Tensor, num_mixes: int) -> Tensor:
-    """(3,) to (N,): one scale for the n pre, the n post and the n*n comb mixes; (1,) as it is."""
+    """One scale for the n pre, the n post and the n*n comb mixes, (3,) to (N,); or for the first
+    two, (2,) to (2*n,); (1,) as it is."""
     if scale.shape[0] == 1:
         return scale
+    if scale.shape[0] == 2:
+        return scale.repeat_interleave(num_mixes // 2)
     n = math.isqrt(num_mixes + 1) - 1
     repeats = torch.tensor((n, n, n * n), device=scale.device)
     return scale.repeat_interleave(repeats, output_size=num_mixes)
@@ -584,6 +597,140 @@ def delayed_pre_backward(
         grad_mixes, residual, weight, norm_weight, mixes, inv_rms, tf32, added=added
     )
     return grad_residual, grad_weight, grad_scale, grad_bias, grad_pre_mix, grad_norm_weight
+
+
+def identity_mixes(
+    mixes: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    post_mult: float = 1.0,
+    pre_eps: float = 1e-6,
+    post_eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """pre = sigmoid(z_pre) + pre_eps, post = post_mult * sigmoid(z_post) + post_eps"""
+    pre, post = _gate_logits(mixes, scale, bias).chunk(2, dim=-1)
+    return _sigmoid(pre) + pre_eps, _sigmoid(post) * post_mult + post_eps
+
+
+def identity_mixes_backward(
+    grad_pre: Tensor,
+    grad_post: Tensor,
+    mixes: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    post_mult: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of mixes, scale and bias."""
+    num_mixes = mixes.shape[-1]
+    grad_gates = torch.cat((grad_pre, grad_post.reshape(grad_pre.shape) * post_mult), dim=-1)
+    grad_logits = grad_gates * _sigmoid_slope(_gate_logits(mixes, scale, bias))
+    by_mix = (grad_logits * mixes).reshape(-1, num_mixes).sum(0)
+    grad_scale = torch.stack([part.sum() for part in by_mix.chunk(2)])
+    grad_bias = grad_logits.reshape(-1, num_mixes).sum(0)
+    wide = _spread(scale, num_mixes).to(mixes.dtype)
+    return grad_logits * wide, grad_scale.to(scale.dtype), grad_bias.to(bias.dtype)
+
+
+def identity_pre_with_mixes(
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    pre_eps: float,
+    post_eps: float,
+    post_mult: float,
+    tf32: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(layer_input, post_mix, mixes, inv_rms)"""
+    mixes, inv_rms = projection_with_rms(residual, weight, norm_weight, norm_eps, tf32)
+    pre_mix, post_mix = identity_mixes(
+        mixes, scale, bias, post_mult=post_mult, pre_eps=pre_eps, post_eps=post_eps
+    )
+    return aggregate(residual, pre_mix), post_mix, mixes, inv_rms
+
+
+def identity_pre(
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    pre_eps: float = 1e-6,
+    post_eps: float = 1e-6,
+    post_mult: float = 1.0,
+    tf32: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(layer_input, post_mix): projection, identity_mixes and aggregate"""
+    options = (norm_weight, norm_eps, pre_eps, post_eps, post_mult, tf32)
+    return identity_pre_with_mixes(residual, weight, scale, bias, *options)[:2]
+
+
+def identity_pre_backward(
+    grad_input: Tensor,
+    grad_post: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor | None,
+    mixes: Tensor,
+    inv_rms: Tensor,
+    pre_eps: float,
+    post_mult: float,
+    tf32: bool = False,
+    accumulated: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of residual, weight, scale, bias and norm_weight.
+
+    That of the residual is for both its uses, on top of `accumulated`, and rounded once.
+    """
+    pre_mix, _ = identity_mixes(mixes, scale, bias, post_mult=post_mult, pre_eps=pre_eps)
+    wide = grad_input.to(mixes.dtype).unsqueeze(-2)
+    grad_pre = (wide * residual.to(mixes.dtype)).sum(-1)
+    grad_mixes, grad_scale, grad_bias = identity_mixes_backward(
+        grad_pre, grad_post, mixes, scale, bias, post_mult
+    )
+    added = pre_mix.unsqueeze(-1) * wide
+    if accumulated is not None:
+        added = added + accumulated.to(added.dtype)
+    grad_residual, grad_weight, grad_norm_weight = projection_backward(
+        grad_mixes, residual, weight, norm_weight, mixes, inv_rms, tf32, added=added
+    )
+    return grad_residual, grad_weight, grad_scale, grad_bias, grad_norm_weight
+
+
+def identity_post(
+    layer_output: Tensor, residual: Tensor, post_mix: Tensor, *, bias: Tensor | None = None
+) -> Tensor:
+    """out[t, j] = post_mix[t, j] * (layer_output[t] + bias) + residual[t, j]"""
+    dtype = _accumulate_dtype(residual, post_mix)
+    mix = post_mix.to(dtype).reshape(*residual.shape[:-1], 1)
+    added = mix * _biased(layer_output, bias, dtype).unsqueeze(-2)
+    return (added + residual.to(dtype)).to(residual.dtype)
+
+
+def identity_post_backward(
+    grad: Tensor, layer_output: Tensor, post_mix: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of layer_output, post_mix and bias; that of the residual is `grad`.
+
+    That of the bias is summed from what is not rounded yet.
+    """
+    dtype = _accumulate_dtype(grad, post_mix)
+    mix = post_mix.to(dtype).reshape(*grad.shape[:-1], 1)
+    wide = grad.to(dtype)
+    grad_output = (mix * wide).sum(-2)
+    output = _biased(layer_output, bias, dtype).unsqueeze(-2)
+    grad_post = (wide * output).sum(-1).view_as(post_mix)
+    grad_bias = None
+    if bias is not None:
+        grad_bias = grad_output.reshape(-1, bias.shape[0]).sum(0).to(bias.dtype)
+    return grad_output.to(layer_output.dtype), grad_post, grad_bias
 
 
 def input_norm(layer_input: Tensor, weight: Tensor, *, eps: float = 1e-6) -> Tensor:

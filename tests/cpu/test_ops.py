@@ -23,11 +23,15 @@ from cases import (
     DTYPES,
     EXPAND,
     FUSED_PRE,
+    IDENTITY_POST,
+    IDENTITY_POST_BIAS,
+    IDENTITY_PRE,
     OPS,
     PARAMETERS,
     POST,
     POST_PRE_DELAYED,
     PROJECTION,
+    STREAM_MEAN,
     Case,
     operator_calls,
     recompute_inputs,
@@ -244,7 +248,7 @@ def test_some_gradients_of_some_outputs_of_fused_pre(used, wanted):
     assert all(t.grad is None for name, t in tensors.items() if name not in wanted)
 
 
-TF32_OPS = pytest.mark.parametrize("op", [PROJECTION, CONTRACT, FUSED_PRE], ids=str)
+TF32_OPS = pytest.mark.parametrize("op", [PROJECTION, CONTRACT, FUSED_PRE, IDENTITY_PRE], ids=str)
 
 
 @TF32_OPS
@@ -361,7 +365,7 @@ def test_strided_streams_are_refused(op):
 
 
 def test_mix_of_a_last_axis_of_one():
-    for op, name in ((AGGREGATE, "pre_mix"), (POST, "post_mix")):
+    for op, name in ((AGGREGATE, "pre_mix"), (POST, "post_mix"), (IDENTITY_POST, "post_mix")):
         tensors, _ = op.inputs((3,), 4, 64, "cpu")
         expected = op.run(**tensors)
         tensors[name] = tensors[name].unsqueeze(-1).requires_grad_()
@@ -371,7 +375,10 @@ def test_mix_of_a_last_axis_of_one():
         assert tensors[name].grad.shape == (3, 4, 1)
 
 
-@pytest.mark.parametrize("op", [EXPAND, AGGREGATE, POST], ids=str)
+WITH_OUT = [EXPAND, AGGREGATE, POST, IDENTITY_POST, IDENTITY_POST_BIAS, STREAM_MEAN]
+
+
+@pytest.mark.parametrize("op", WITH_OUT, ids=str)
 def test_out(op):
     tensors, options = op.inputs((3,), 4, 64, "cpu")
     expected = op.run(**tensors, **options)

@@ -15,6 +15,9 @@ from cases import (
     CONTRACT,
     DTYPES,
     FUSED_PRE,
+    IDENTITY_POST,
+    IDENTITY_POST_BIAS,
+    IDENTITY_PRE,
     OPS,
     POST,
     POST_BIAS,
@@ -22,6 +25,7 @@ from cases import (
     POST_PRE_DELAYED,
     PROJECTION,
     SPLIT_MIXES,
+    STREAM_MEAN,
 )
 from tile_mhc import reference
 
@@ -61,6 +65,24 @@ def fused_pre_backward(grads, tensors, options, tf32=False):
         zip(("residual", "weight", "scale", "bias", "norm_weight"), results, strict=True)
     )
     return [by_name[name] for name in tensors]
+
+
+def identity_pre_backward(grads, tensors, options):
+    names = ("residual", "weight", "scale", "bias", "norm_weight")
+    inputs = [tensors[name] for name in names]
+    given = (1e-6, options["post_eps"], options["post_mult"])
+    saved = reference.identity_pre_with_mixes(*inputs, 1e-6, *given)[2:]
+    results = reference.identity_pre_backward(*grads, *inputs, *saved, given[0], given[2])
+    by_name = dict(zip(names, results, strict=True))
+    return [by_name[name] for name in tensors]
+
+
+def identity_post_backward(grads, tensors):
+    """That of the residual is the upstream one."""
+    inputs = [tensors.get(name) for name in ("layer_output", "post_mix", "bias")]
+    results = reference.identity_post_backward(*grads, *inputs)
+    by_name = dict(zip(("layer_output", "post_mix", "bias"), results, strict=True))
+    return [by_name.get(name, grads[0]) for name in tensors]
 
 
 def delayed_pre_backward(grads, tensors, options):
@@ -108,6 +130,12 @@ def backward_of(op, tensors, options):
         ours = fused_pre_backward(grads, tensors, options)
     elif op.name == "delayed_pre":
         ours = delayed_pre_backward(grads, tensors, options)
+    elif op is IDENTITY_PRE:
+        ours = identity_pre_backward(grads, tensors, options)
+    elif op in (IDENTITY_POST, IDENTITY_POST_BIAS):
+        ours = identity_post_backward(grads, tensors)
+    elif op is STREAM_MEAN:
+        ours = (reference.stream_mean_backward(*grads, tensors["residual"].shape[-2]),)
     elif op.rounds:
         ours = post_pre_backward(grads, tensors, options)
     elif op.name == "expand":

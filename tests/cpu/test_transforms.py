@@ -19,11 +19,14 @@ from cases import (
     EXPAND,
     FUSED_PRE,
     HEAD_MIX,
+    IDENTITY_POST,
+    IDENTITY_PRE,
     OPS,
     POST,
     PROJECTION,
     SINKHORN,
     SPLIT_MIXES,
+    STREAM_MEAN,
     operator_calls,
     recompute_inputs,
 )
@@ -401,6 +404,10 @@ def _matmul_post(layer_output, residual, post_mix, comb_mix):
     return post_mix.unsqueeze(-1) @ layer_output.unsqueeze(-2) + comb_mix.mT @ residual
 
 
+def _matmul_identity_post(layer_output, residual, post_mix):
+    return post_mix.unsqueeze(-1) @ layer_output.unsqueeze(-2) + residual
+
+
 def _matmul_contract(residual, weight, scale, bias):
     mix = torch.sigmoid(residual.flatten(-2) @ weight.mT * scale + bias)
     return _matmul_aggregate(residual, mix)
@@ -421,6 +428,9 @@ SAME_IN_MATMULS = {
     HEAD_MIX: lambda mixes, scale, bias: mixes * scale + bias,
     CONTRACT: _matmul_contract,
     FUSED_PRE: _matmul_pre,
+    IDENTITY_PRE: _matmul_pre,
+    IDENTITY_POST: _matmul_identity_post,
+    STREAM_MEAN: lambda residual: residual.mean(-2),
 }
 
 

@@ -1,4 +1,5 @@
-"""What `fused_pre` and `post_pre` return, by their flags, as a type checker and as Python see it.
+"""What `fused_pre`, `identity_pre` and `post_pre` return, by their flags, for a type checker and
+for Python.
 
 `scripts/check.sh types` checks this file, too: a wrong number of outputs is an error there, and an
 `ignore` that ignores nothing is one as well.
@@ -15,11 +16,12 @@ from typing_extensions import assert_type
 
 import tile_mhc
 from tile_mhc import functional
-from tile_mhc.ops._options import PostPreOptions, PreOptions
+from tile_mhc.ops._options import IdentityPreOptions, PostPreOptions, PreOptions
 
 N, H = 2, 64
 FLAGS = {"pre_mix", "passes_residual"}
 Gates = tuple[Tensor, Tensor, Tensor]
+Two = tuple[Tensor, Tensor]
 Three = tuple[Tensor, Tensor, Tensor]
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -50,6 +52,15 @@ def test_fused_pre() -> None:
     both = tile_mhc.fused_pre(*inputs, pre_mix=pre_mix(), passes_residual=True, tf32=True)
     assert_type(both, Five)
     assert [len(outputs) for outputs in (three, passed, delayed, both)] == [3, 4, 4, 5]
+
+
+def test_identity_pre() -> None:
+    inputs = (streams(), torch.randn(2 * N, N * H), torch.randn(2), torch.randn(2 * N))
+    two = tile_mhc.identity_pre(*inputs, post_eps=0.0)
+    assert_type(two, Two)
+    passed = tile_mhc.identity_pre(*inputs, passes_residual=True)
+    assert_type(passed, Three)
+    assert [len(outputs) for outputs in (two, passed)] == [2, 3]
 
 
 @pytest.mark.parametrize("flag", [False, True])
@@ -83,8 +94,12 @@ def test_too_few_names_are_an_error() -> None:
 
 @pytest.mark.parametrize(
     ("function", "options"),
-    [(tile_mhc.fused_pre, PreOptions), (tile_mhc.post_pre, PostPreOptions)],
-    ids=["fused_pre", "post_pre"],
+    [
+        (tile_mhc.fused_pre, PreOptions),
+        (tile_mhc.identity_pre, IdentityPreOptions),
+        (tile_mhc.post_pre, PostPreOptions),
+    ],
+    ids=["fused_pre", "identity_pre", "post_pre"],
 )
 def test_the_overloads_have_every_option(function: Callable[..., Any], options: type) -> None:
     parameters = inspect.signature(function).parameters.values()

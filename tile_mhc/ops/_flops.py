@@ -4,6 +4,7 @@ As torch counts its own: two per multiply-add of a contraction, and nothing for 
 a plain sum (gates, Sinkhorn, norms, copies). T tokens, n streams, H their width, N mixes:
 
     projection  2 T N n H    aggregate  2 T n H    post  2 T n (n + 1) H
+    identity_post  2 T n H
 
 and twice that for a backward. The numbers of a model are then those of the same model written in
 torch's matmuls.
@@ -93,6 +94,16 @@ def post_backward(_grad: Shape, layer_output: Shape, residual: Shape, *_: Any, *
     return 2 * post(layer_output, residual)
 
 
+def identity_post(
+    _output: Shape, _mix: Shape, _bias: Any, residual: Shape, *_: Any, **__: Any
+) -> int:
+    return 2 * math.prod(residual)
+
+
+def identity_post_backward(grad: Shape, *_: Any, **__: Any) -> int:
+    return 2 * 2 * math.prod(grad)
+
+
 def interleaved_post(_f: Shape, _bias: Any, x: Shape, *_: Any, **__: Any) -> int:
     return 2 * math.prod(x) * (x[-1] + 1)
 
@@ -119,6 +130,12 @@ def fused_pre_backward(
     weight: Shape,
     *_: Any,
     **__: Any,
+) -> int:
+    return 2 * projection_and_aggregate(residual, weight)
+
+
+def identity_pre_backward(
+    _grad_input: Shape, _grad_post: Shape, residual: Shape, weight: Shape, *_: Any, **__: Any
 ) -> int:
     return 2 * projection_and_aggregate(residual, weight)
 

@@ -45,6 +45,8 @@ class Op:
         passes: whether the op returns the streams, too, behind the others. The gradients of its
             outputs may then be None.
         residual: the position of the streams among the inputs.
+        untouched: whether the gradient of the streams is that of the output, which no backward
+            operator returns: they are the last of the inputs that are tensors.
         parameters: the inputs that may carry `main_grad`, by position.
     """
 
@@ -58,6 +60,7 @@ class Op:
     visible: int = 1
     passes: bool = False
     residual: int = 0
+    untouched: bool = False
     parameters: Mapping[int, str] = field(default_factory=dict)
 
     def find(self, inputs: tuple[Any, ...]) -> Call | None:
@@ -227,6 +230,8 @@ class _Eager(torch.autograd.Function):
         if collects:
             into[op.residual] = Destination(*ctx.state.target(op.name))
         results: list[Tensor | None] = list(op.backward(arguments, into))
+        if op.untouched:
+            results[op.residual :] = [grads[0]]
         if collects:
             ctx.state.written()
             results[op.residual] = None
@@ -263,6 +268,8 @@ def _by_autograd(ctx: Any, op: Op, grads: tuple[Tensor | None, ...]) -> tuple[Te
                 _as_tuple(op.gradients(*arguments)), ctx.needs_input_grad[1:], strict=False
             )
         ]
+    if op.untouched:
+        results = [*results, grads[0]]
     return None, *results, *[None] * (op.tensors - len(results))
 
 

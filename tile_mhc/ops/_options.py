@@ -1,6 +1,7 @@
-"""What `fused_pre` and `post_pre` take by keyword besides the flags that change what they return.
+"""What `fused_pre`, `identity_pre` and `post_pre` take by keyword, but for the flags that change
+what they return.
 
-Only for the overloads of the two, which only type checkers read: at run time there are none, and
+Only for the overloads of the three, which only type checkers read: at run time there are none, and
 the documentation shows the one signature with its defaults. A test compares it with these.
 """
 
@@ -29,4 +30,15 @@ class PreOptions(MixesOptions, total=False):
 
 class PostPreOptions(PreOptions, total=False):
     layer_bias: Tensor | None
+    grad_accumulator: GradAccumulator | None
+
+
+class IdentityPreOptions(TypedDict, total=False):
+    norm_weight: Tensor | None
+    norm_eps: float
+    pre_eps: float
+    post_eps: float
+    post_mult: float
+    num_splits: int | None
+    tf32: bool
     grad_accumulator: GradAccumulator | None
