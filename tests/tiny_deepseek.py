@@ -6,12 +6,14 @@ import itertools
 import pytest
 import torch
 
-from tile_mhc.integrations import transformers as integration
+from tile_mhc.integrations.transformers import _manifold
+from tile_mhc.integrations.transformers._models import FAMILIES
 
 transformers = pytest.importorskip("transformers")
-modeling = pytest.importorskip(integration.MODELING)
+modeling = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
 CLASSES = ("DeepseekV4HyperConnection", "DeepseekV4HyperHead", "DeepseekV4DecoderLayer")
 CPU = "reference (on cpu)"
+FAMILY = FAMILIES["deepseek_v4"]
 
 
 def one_step(**apart):
@@ -82,6 +84,11 @@ def make_head(num_streams=4, hidden_size=64):
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return head
+
+
+def mix(layer_output, streams, post_mix, comb_mix):
+    """What a decoder layer calls to write an output into the streams."""
+    return _manifold.post(FAMILY, layer_output, streams, post_mix, comb_mix)
 
 
 def cast_parameters(module, dtype):

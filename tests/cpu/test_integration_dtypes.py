@@ -7,13 +7,14 @@ import torch
 
 from tile_mhc.integrations import transformers as integration
 
-pytest.importorskip(integration.MODELING)
+pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
 from tiny_deepseek import (
     ONE_STEP,
     cast_parameters,
     distance,
     make_connection,
     make_model,
+    mix,
     one_step,
     step,
 )
@@ -32,7 +33,7 @@ def test_float32_layer_output_widens_the_streams():
     streams = torch.randn(1, 7, 4, 64).bfloat16()
     layer_output = torch.randn(1, 7, 64)
     post_mix, comb_mix = torch.rand(1, 7, 4), torch.rand(1, 7, 4, 4)
-    mixed = integration._post(layer_output, streams, post_mix, comb_mix)
+    mixed = mix(layer_output, streams, post_mix, comb_mix)
     assert mixed.dtype == torch.float32
     expected = post_mix[..., None] * layer_output[..., None, :]
     expected = expected + torch.einsum("btij,btih->btjh", comb_mix, streams.float())

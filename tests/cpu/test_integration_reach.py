@@ -8,11 +8,13 @@ import torch
 
 from tile_mhc import UnsupportedError
 from tile_mhc.integrations import transformers as integration
+from tile_mhc.integrations.transformers import _manifold
 
-pytest.importorskip(integration.MODELING)
+pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
 from tiny_deepseek import (
     CLASSES,
     CPU,
+    FAMILY,
     ONE_STEP,
     distance,
     make_connection,
@@ -182,7 +184,7 @@ def test_compiled(when, monkeypatch):
     module = Around(make_connection())
     streams = torch.randn(2, 5, 4, 64)
     original = module(streams)
-    monkeypatch.setattr(integration, "POST_MULT", 6.0)  # tells ours from transformers'
+    monkeypatch.setattr(_manifold, "POST_MULT", 6.0)  # tells ours from transformers'
     expected = 3 * (original - 1) + 1
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     if when == "before":
@@ -307,7 +309,7 @@ def test_forward_that_is_not_transformers_own(monkeypatch):
     code = forward.__code__
     monkeypatch.setattr(modeling.DeepseekV4HyperConnection, "forward", forward)
     message = (
-        rf"patch: DeepseekV4HyperConnection.forward must be the one of {integration.MODELING}; "
+        rf"patch: DeepseekV4HyperConnection.forward must be the one of {modeling.__name__}; "
         rf"got <function .*forward at .*> of {__name__}. Undo the other patch first"
     )
     with pytest.raises(UnsupportedError, match=message):
@@ -317,6 +319,6 @@ def test_forward_that_is_not_transformers_own(monkeypatch):
     monkeypatch.undo()
     # Nor one whose code another copy of this module has taken.
     function = modeling.DeepseekV4HyperHead.forward
-    monkeypatch.setattr(function, "__code__", integration._stand_in_head.__code__)
+    monkeypatch.setattr(function, "__code__", FAMILY.code_of(FAMILY.forwards["head"]))
     with pytest.raises(UnsupportedError, match=r"DeepseekV4HyperHead\.forward must be the one of"):
         integration.patch()

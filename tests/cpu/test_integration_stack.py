@@ -7,11 +7,12 @@ import threading
 import pytest
 import torch
 
-from tile_mhc.integrations import _decoder_stack
 from tile_mhc.integrations import transformers as integration
+from tile_mhc.integrations.transformers import _decoder_stack, _stand_ins
 
-pytest.importorskip(integration.MODELING)
+pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
 from tiny_deepseek import (
+    CLASSES,
     CPU,
     ONE_STEP,
     beside,
@@ -224,7 +225,7 @@ def test_a_models_forward_that_is_not_transformers_own(monkeypatch):
 def test_the_models_signature_stays():
     function = inspect.unwrap(modeling.DeepseekV4Model.forward)
     before, code = inspect.signature(function), function.__code__
-    names = [list(inspect.signature(f).parameters) for f in _decoder_stack.MODEL_STAND_INS]
+    names = [list(inspect.signature(f).parameters) for f in _stand_ins.MODEL]
     assert list(before.parameters) in names
     with integration.patch():
         assert function.__code__ is not code
@@ -238,7 +239,8 @@ def test_the_models_signature_stays():
 def test_undone_while_a_model_runs(again):
     """A model that has handed on runs to its end; then transformers has its code back."""
     model = make_model().eval()
-    codes = {name: f.__code__ for name, f in integration._functions.items()} or None
+    functions = [inspect.unwrap(getattr(modeling, name).forward) for name in CLASSES]
+    codes = [function.__code__ for function in functions]
     expected = logits_of(model)
     inside, undone = threading.Event(), threading.Event()
     found = []
@@ -249,7 +251,7 @@ def test_undone_while_a_model_runs(again):
 
     handle = model.model.layers[0].mlp.register_forward_hook(wait)
     integration.patch()
-    swapped = [function.__code__ for function in integration._functions.values()]
+    swapped = [function.__code__ for function in functions]
     with torch.no_grad():
         thread = threading.Thread(target=lambda: found.append(logits_of(model)))
         thread.start()
@@ -263,9 +265,7 @@ def test_undone_while_a_model_runs(again):
     handle.remove()
     assert distance(found[0], expected) <= 1e-5
     assert integration.is_patched() is again
-    now = {name: function.__code__ for name, function in integration._functions.items()}
-    assert (list(now.values()) == swapped) is again
-    assert codes is None or again or now == codes
+    assert [function.__code__ for function in functions] == (swapped if again else codes)
     assert report_of(lambda: logits_of(model))[0] == ONE_STEP
     assert torch.equal(logits_of(model), expected)
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from tile_mhc.integrations import transformers as integration
+from tile_mhc.integrations.transformers import _state
 
-pytest.importorskip(integration.MODELING)
-from tiny_deepseek import CLASSES, make_connection, modeling
+pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
+from tiny_deepseek import CLASSES, FAMILY, make_connection, modeling
 
 STREAMS = torch.ones(1, 3, 4, 64)
 
@@ -152,16 +153,15 @@ def test_one_handle_in_two_threads():
 def test_patching_from_two_threads_at_once(monkeypatch):
     """Both find nothing patched; the second must not take our code for the original."""
     before = codes()
-    look = integration._function_to_patch
+    find = FAMILY.find
     first_looked, second_called = threading.Event(), threading.Event()
 
-    def slow(modeling, name):
-        function = look(modeling, name)
+    def slow(op):
+        find(op)
         first_looked.set()
         second_called.wait(0.5)
-        return function
 
-    monkeypatch.setattr(integration, "_function_to_patch", slow)
+    monkeypatch.setattr(FAMILY, "find", slow)
     handles = []
 
     def first():
@@ -214,7 +214,7 @@ class Slow(Counter):
 
 def test_counts_of_several_threads_add_up(monkeypatch):
     connection = make_connection()
-    monkeypatch.setattr(integration, "_calls", Slow())
+    monkeypatch.setattr(_state, "_calls", Slow())
     integration.patch()
 
     def work():

@@ -11,8 +11,10 @@ import torch
 
 from tile_mhc import UnsupportedError, functional
 from tile_mhc.integrations import transformers as integration
+from tile_mhc.integrations.transformers import _manifold
+from tile_mhc.integrations.transformers._models import FAMILIES
 
-pytest.importorskip(integration.MODELING)
+pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
 from tiny_deepseek import (
     CPU,
     ONE_STEP,
@@ -23,6 +25,7 @@ from tiny_deepseek import (
     make_connection,
     make_head,
     make_model,
+    mix,
     modeling,
     one_step,
     step,
@@ -171,7 +174,7 @@ def test_streams_without_a_kernel_are_left_to_transformers(num_streams, hidden_s
     assert all(torch.equal(a, b) for a, b in zip(ours, original, strict=True))
     assert torch.equal(head(streams), hidden)
     assert layer_input.dtype == hidden.dtype == dtype
-    mixed = integration._post(layer_output, streams, post_mix, comb_mix)
+    mixed = mix(layer_output, streams, post_mix, comb_mix)
     assert mixed.dtype == dtype
     expected = post_mix[..., None] * layer_output[..., None, :].float()
     expected = expected + torch.einsum("btij,btih->btjh", comb_mix, streams.float())
@@ -391,7 +394,7 @@ def test_compiled_connection_and_mixing():
 
         def forward(self, streams):
             post_mix, comb_mix, layer_input = self.connection(streams)
-            return integration._post(layer_input, streams, post_mix, comb_mix)
+            return mix(layer_input, streams, post_mix, comb_mix)
 
     streams = torch.randn(2, 5, 4, 64).bfloat16().requires_grad_()
     integration.patch()
@@ -433,9 +436,13 @@ def test_parameters_and_hooks_stay():
 
 
 def test_missing_transformers(monkeypatch):
-    monkeypatch.setitem(sys.modules, integration.MODELING, None)
-    with pytest.raises(ImportError, match="patch: transformers must be installed and have"):
-        integration.patch()
+    with monkeypatch.context() as without:
+        for family in FAMILIES.values():
+            without.setitem(sys.modules, family.modeling_name, None)
+        message = "patch: transformers must be installed and have .*deepseek_v4 .5.17 to 5.24 have"
+        with pytest.raises(ImportError, match=message):
+            integration.patch()
+    assert not integration.is_patched()
 
 
 def test_missing_class(monkeypatch):
@@ -497,10 +504,10 @@ def test_table_of_the_script(capsys, text, monkeypatch):
 
 
 def test_script_finds_a_wrong_direction(capsys, text, monkeypatch):
-    def transposed(layer_output, streams, post_mix, comb_mix):
+    def transposed(family, layer_output, streams, post_mix, comb_mix):
         return functional.mhc_post(layer_output, streams, post_mix, comb_mix.mT.contiguous())
 
-    monkeypatch.setattr(integration, "_post", transposed)
+    monkeypatch.setattr(_manifold, "post", transposed)
     script = load_script()
     monkeypatch.setattr(script, "MODELS", ("bfloat16",))
     arguments = ["--device", "cpu", "--text", str(text), "--length", "160", "--steps", "1"]

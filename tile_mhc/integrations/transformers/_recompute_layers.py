@@ -26,15 +26,14 @@ class _Waiting(threading.local):
 _waiting = _Waiting()
 
 
-def run(layers: int, layer: Any, forward: Callable[[], Any]) -> Any:
-    """The forward of a decoder layer, as a part of a group of so many layers."""
+def run(layers: int, index: int, config: Any, forward: Callable[[], Any]) -> Any:
+    """The forward of a model's decoder layer, as a part of a group of so many layers."""
     if torch.compiler.is_compiling():
         return forward()
     if not _is_grouped():
         if _backward.task() == _backward.NO_TASK:
             close()
         return forward()
-    index, config = layer.layer_idx, getattr(layer.self_attn, "config", None)
     group = _group_for(index, config)
     with group.part():
         result = forward()

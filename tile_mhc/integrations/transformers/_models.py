@@ -1,0 +1,15 @@
+"""The models of transformers that are served."""
+
+from typing import Any
+
+from tile_mhc.integrations.transformers._deepseek_v4 import DEEPSEEK_V4
+from tile_mhc.integrations.transformers._family import Family
+from tile_mhc.integrations.transformers._glm5_next import GLM5_NEXT
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (DEEPSEEK_V4, GLM5_NEXT)}
+
+
+def run(model_type: str, forward: str, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a stand-in calls."""
+    family = FAMILIES[model_type]
+    return family.forwards[forward].run(family, self, *args, **kwargs)
