@@ -52,7 +52,6 @@ same dtype"). Take 5.20 or later for those. `patch(streams_dtype=torch.bfloat16)
 streams in a model whose own are float32, as under autocast; the sub-layers keep their dtype.
 """
 
-
 import sys
 from collections.abc import Iterable
 from types import TracebackType
@@ -290,9 +289,7 @@ class ModelReport(TypedDict):
 def backend_report(*, by_model: Literal[False] = False) -> dict[str, dict[str, int]]: ...
 @overload
 def backend_report(*, by_model: Literal[True]) -> dict[str, ModelReport]: ...
-def backend_report(
-    *, by_model: bool = False
-) -> dict[str, dict[str, int]] | dict[str, ModelReport]:
+def backend_report(*, by_model: bool = False) -> dict[str, dict[str, int]] | dict[str, ModelReport]:
     """Count the calls since the patch began, by call and by the backend that served them.
 
     The calls are "pre", "boundary", "post" and "head". A backend is "TileLang", "reference (on

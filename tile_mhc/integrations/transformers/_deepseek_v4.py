@@ -53,8 +53,6 @@ DEEPSEEK_V4 = Family(
         ),
         Forward("head", "DeepseekV4HyperHead", _serving.learned_head, _stand_ins.HEAD),
         Forward("layer", "DeepseekV4DecoderLayer", _layer, _stand_ins.LAYER_WITH_IDS),
-        Forward(
-            "model", "DeepseekV4Model", _decoder_stack.model, _stand_ins.MODEL, optional=True
-        ),
+        Forward("model", "DeepseekV4Model", _decoder_stack.model, _stand_ins.MODEL, optional=True),
     ),
 )

@@ -17,6 +17,7 @@ from tile_mhc.integrations.transformers import (
 )
 from tile_mhc.integrations.transformers._decoder_stack import Pending
 from tile_mhc.integrations.transformers._family import Family, Forward
+from tile_mhc.ops.stream_mean import stream_mean
 
 # What a layer does not give to its linear attention.
 OF_FULL_ATTENTION = ("position_ids", "use_cache", "position_embeddings", "prev_topk_indices")
@@ -25,6 +26,16 @@ OF_FULL_ATTENTION = ("position_ids", "use_cache", "position_embeddings", "prev_t
 def _place(layer: Any) -> tuple[int, Any]:
     # Neither the layer nor its linear attention has the config that the model shares with them.
     return layer.self_attn.layer_idx, getattr(layer.mlp, "config", None)
+
+
+def _mean_head(family: Family, self: Any, hidden_streams: Tensor) -> Tensor:
+    streams = None
+    if family.serves(self):
+        dtype = _serving.streams_dtype(hidden_streams)
+        streams = _serving.taken(family, "head", hidden_streams, dtype)
+    if streams is None:
+        return family.original("head")(self, hidden_streams)  # type: ignore[no-any-return]
+    return stream_mean(streams).to(hidden_streams.dtype)
 
 
 def _layer(
@@ -70,6 +81,7 @@ GLM5_NEXT = Family(
         Forward(
             "connection", "Glm5NextTextHyperConnection", _manifold.connection, _stand_ins.STREAMS
         ),
+        Forward("head", "Glm5NextTextHyperHead", _mean_head, _stand_ins.STREAMS),
         Forward("layer", "Glm5NextTextDecoderLayer", _layer, _stand_ins.LAYER_WITH_INDICES),
         Forward(
             "model", "Glm5NextTextModel", _decoder_stack.model, _stand_ins.MODEL, optional=True

@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 POST_MULT = 2.0  # a literal in the original forward, not a field of its config
 
 
-def connection(
-    family: Family, self: Any, hidden_streams: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def connection(family: Family, self: Any, hidden_streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """post_mix, comb_mix and the layer input, in the order of the original."""
     original = family.original("connection")
     if not family.serves(self):
