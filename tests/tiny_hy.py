@@ -1,4 +1,4 @@
-"""HY-V4 models of Hugging Face transformers, with and without vision, small enough for every test."""
+"""HY-V4 of Hugging Face transformers, with and without vision, small enough for every test."""
 
 import importlib
 

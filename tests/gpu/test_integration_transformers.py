@@ -13,6 +13,7 @@ import torch
 import oracle
 from tile_mhc import reference
 from tile_mhc.integrations import transformers as integration
+from tiny_deepseek import mix
 
 transformers = pytest.importorskip("transformers")
 modeling = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")

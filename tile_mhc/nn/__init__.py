@@ -22,6 +22,9 @@ DeepSeek-V4.1 has `DelayedHyperConnection` and `run_delayed_sublayers`, and no h
     streams, pre_mix = run_delayed_sublayers(expand(embedding, 4), sublayers)
     hidden = aggregate(streams, pre_mix)
 
+GLM-5.3 has `HyperConnection` and `MeanHead`, HY-V4 `IdentityHyperConnection`, which leaves the
+streams unmixed and is called sub-layer by sub-layer, and `HyperHead`.
+
 `DeepSeekV41Decoder` is the whole of that model round the caller's attention and feed-forward, with
 the names of DeepSeek's checkpoints:
 
@@ -50,7 +53,8 @@ transformers keep them so. Streams are bfloat16, float16 or float32.
 from tile_mhc.nn._projected import INITS as INITS
 from tile_mhc.nn.connection import DelayedHyperConnection, HyperConnection
 from tile_mhc.nn.deepseek import DeepSeekV41Decoder, DeepSeekV41Layer
-from tile_mhc.nn.head import HyperHead
+from tile_mhc.nn.head import HyperHead, MeanHead
+from tile_mhc.nn.identity import IdentityHyperConnection
 from tile_mhc.nn.mixes import Mixes
 from tile_mhc.nn.observe import observe_mixes
 from tile_mhc.nn.sublayers import SubLayer, run_delayed_sublayers, run_sublayers
@@ -61,6 +65,8 @@ __all__ = [
     "DelayedHyperConnection",
     "HyperConnection",
     "HyperHead",
+    "IdentityHyperConnection",
+    "MeanHead",
     "Mixes",
     "SubLayer",
     "observe_mixes",

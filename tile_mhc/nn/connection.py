@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tile_mhc import errors, functional
-from tile_mhc.nn._projected import DEEPSEEK, MEGATRON, Names, Projected
+from tile_mhc.nn._projected import DEEPSEEK, MEGATRON, Names, OfMegatron
 from tile_mhc.nn.mixes import Mixes
 from tile_mhc.ops.post_pre import post_pre
 from tile_mhc.ops.sinkhorn import check_sinkhorn
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tile_mhc.ops._options import MixesOptions
 
 
-class Connection(Projected):
+class Connection(OfMegatron):
     """What the two kinds share: the parameters, the options, and what writes a layer output."""
 
     _MEGATRON_SCALE = 0.01

@@ -6,7 +6,6 @@ layer hands nothing on: the model's own forward is left as it is. The head is De
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tile_mhc.integrations.transformers import _decoder_stack, _serving, _stand_ins, _state

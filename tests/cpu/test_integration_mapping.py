@@ -1,0 +1,226 @@
+"""Classes for transformers' `register_patch_mapping`: who is built with them is served."""
+
+import copy
+import pickle
+import sys
+
+import pytest
+import torch
+
+from tile_mhc.integrations import transformers as integration
+
+pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
+from transformers import monkey_patching
+
+import tiny_deepseek
+import tiny_glm
+import tiny_hy
+from tiny_deepseek import CPU, beside, cast_parameters, distance, step
+from tiny_hy import make_ids
+
+KINDS = ("deepseek_v4", "glm5_next", *tiny_hy.KINDS)
+MAKERS = {
+    "deepseek_v4": tiny_deepseek.make_model,
+    "glm5_next": tiny_glm.make_model,
+    "hy_v4": lambda: tiny_hy.make_model("hy_v4"),
+    "hy_v4_vl": lambda: tiny_hy.make_model("hy_v4_vl"),
+}
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    yield
+    integration.unpatch()
+    monkey_patching.clear_patch_mapping()
+    integration.patch(models=["deepseek_v4"])  # forgets what was counted
+    integration.unpatch()
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    pytest.importorskip(f"transformers.models.{request.param}")
+    return request.param
+
+
+@pytest.fixture
+def model(kind):
+    """One of transformers', made first: what holds others makes them by from_config, too."""
+    return MAKERS[kind]()
+
+
+@pytest.fixture
+def registered(kind, model, monkeypatch):
+    """The mapping of one model, in force for what is built.
+
+    Before 5.21 transformers looks into its aliases for it, which import what is not installed here.
+    """
+    for name, module in list(sys.modules.items()):
+        if name.startswith("transformers.") and str(module.__doc__).startswith("Alias module"):
+            try:
+                dir(module)
+            except (ImportError, NameError):
+                monkeypatch.delitem(sys.modules, name)
+    monkey_patching.register_patch_mapping(integration.patch_mapping(models=[kind]))
+
+
+def build(model):
+    """One with its parameters, built as `AutoModel...from_config` builds it."""
+    built = type(model)._from_config(copy.deepcopy(model.config))
+    built.load_state_dict(model.state_dict())
+    for own, parameter in zip(model.parameters(), built.parameters(), strict=True):
+        parameter.data = parameter.data.to(own.dtype)
+    return built.train(model.training)
+
+
+def modules_of_ours(model):
+    return {
+        type(module).__name__
+        for module in model.modules()
+        if getattr(type(module), "built_by_tile_mhc", False)
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_built_model_has_the_bits_of_a_patched_one(model, kind, registered, dtype):
+    model, ids = cast_parameters(model, dtype), make_ids()
+    with integration.patch(models=[kind]):
+        expected = step(model, ids)
+        report = integration.backend_report()
+    integration.patch(models=["deepseek_v4"])
+    integration.unpatch()
+    built = build(model)
+    found = step(built, ids)
+    assert integration.backend_report() == report
+    assert torch.equal(found[0], expected[0])
+    assert found[1].keys() == expected[1].keys()
+    assert all(torch.equal(found[1][name], grad) for name, grad in expected[1].items())
+    assert modules_of_ours(built) == set(integration.patch_mapping(models=[kind]))
+    assert not modules_of_ours(model)
+
+
+def test_other_models_stay_as_they_are(model, kind, registered):
+    """Before and after, and where the mapping has been taken back."""
+    ids = make_ids()
+    expected = step(model, ids)
+    built = build(model)
+    monkey_patching.unregister_patch_mapping(list(integration.patch_mapping(models=[kind])))
+    later = build(model)
+    assert not modules_of_ours(later)
+    for other in (model, later):
+        logits, grads = step(other, ids)
+        assert torch.equal(logits, expected[0])
+        assert all(torch.equal(grads[name], grad) for name, grad in expected[1].items())
+    assert integration.backend_report() == {}
+    assert distance(step(built, ids)[0], expected[0]) <= 1e-5
+    assert integration.backend_report() != {}
+
+
+def test_hidden_states_are_recorded_of_models_with_and_without_it(model, kind, registered):
+    """transformers lists our class among what is recorded, and never takes it back."""
+    model, ids = model.eval(), make_ids()
+    built = build(model)
+    monkey_patching.clear_patch_mapping()
+    later = build(model)
+    found = [
+        each(ids, use_cache=False, output_hidden_states=True).hidden_states
+        for each in (model, built, later)
+    ]
+    assert len(found[0]) > 2
+    for states in found[1:]:
+        assert all(distance(*pair) <= 1e-5 for pair in zip(states, found[0], strict=True))
+
+
+def test_saved_and_loaded(model, kind, registered, tmp_path):
+    model, ids = model.eval(), make_ids()
+    expected = model(ids, use_cache=False).logits
+    build(model).save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert modules_of_ours(loaded)
+    assert distance(loaded(ids, use_cache=False).logits, expected) <= 1e-5
+    assert loaded.config.architectures == [type(model).__name__]
+    monkey_patching.clear_patch_mapping()
+    assert not modules_of_ours(type(model).from_pretrained(tmp_path))
+
+
+def test_initial_values_are_transformers_own(model, kind, registered):
+    built = type(model)._from_config(copy.deepcopy(model.config))
+    scales = [p for name, p in built.named_parameters() if "_hc" in name and name.endswith("scale")]
+    assert scales
+    value = 0.01 if kind.startswith("hy") else 1.0
+    assert all((scale == value).all() for scale in scales)
+
+
+def test_checkpointing(model, kind, registered):
+    ids = make_ids()
+    logits, grads = step(model, ids)
+    built = build(model)
+    built.gradient_checkpointing_enable({"use_reentrant": False})
+    ran = []
+    layers = [m for m in built.modules() if type(m).__name__.endswith("DecoderLayer")]
+    for layer in layers:
+        layer.mlp.register_forward_hook(lambda *call: ran.append(call[0]))
+    found = step(built, ids)
+    assert len(ran) == 2 * len(layers)
+    assert distance(found[0], logits) <= 1e-5
+    for name, grad in grads.items():
+        assert distance(found[1][name], grad, beside(name, grads)) <= 2e-4, name
+
+
+def test_beside_a_patch(model, kind, registered):
+    """Whose arguments hold for built models too, as long as it is in force."""
+    ids = make_ids()
+    built = build(model)
+    expected, _ = step(built, ids)
+    once = integration.backend_report()
+    for _ in range(2):
+        with integration.patch():
+            assert torch.equal(step(built, ids)[0], expected)
+            assert integration.backend_report() == once
+            assert torch.equal(step(model, ids)[0], expected)
+        with integration.patch(streams_dtype=torch.bfloat16):
+            assert distance(step(built, ids)[0], expected) > 0
+        assert torch.equal(step(built, ids)[0], expected)
+    assert integration.patch_mapping(models=[kind]).keys() <= integration.patch_mapping().keys()
+
+
+def test_made_while_a_patch_is_in_force(model, kind, registered):
+    with integration.patch():
+        monkey_patching.register_patch_mapping(integration.patch_mapping(), overwrite=True)
+        built = build(model)
+    ids = make_ids()
+    assert distance(step(built, ids)[0], step(model, ids)[0]) <= 1e-5
+
+
+def test_copied_and_pickled(model, kind, registered):
+    model, ids = model.eval(), make_ids()
+    built = build(model)
+    expected = built(ids, use_cache=False).logits
+    for other in (copy.deepcopy(built), pickle.loads(pickle.dumps(built))):
+        assert modules_of_ours(other) == modules_of_ours(built)
+        assert torch.equal(other(ids, use_cache=False).logits, expected)
+
+
+def test_a_bare_model_hands_nothing_on(model, kind, registered):
+    """transformers calls the class that it was given, and replaces those inside."""
+    inner = getattr(model.model, "language_model", model.model).eval()
+    ids = make_ids()
+    expected = inner(ids, use_cache=False).last_hidden_state
+    built = build(inner)
+    assert distance(built(ids, use_cache=False).last_hidden_state, expected) <= 1e-5
+    report = integration.backend_report()
+    if "boundary" in report:
+        why = "separate (not in a model with layers of transformers alone)"
+        assert report["boundary"][why] == len(built.layers) - 1
+    assert report["post"][CPU] >= len(built.layers)
+
+
+def test_names_and_signatures_are_the_originals(kind):
+    mapping = integration.patch_mapping(models=[kind])
+    modeling = sys.modules[f"transformers.models.{kind}.modeling_{kind}"]
+    assert mapping == integration.patch_mapping(models=[kind])
+    for name, cls in mapping.items():
+        original = getattr(modeling, name)
+        assert cls is not original
+        assert cls.__name__ == original.__name__ == name
+        assert issubclass(cls, original)
+        assert cls.forward is not original.forward
