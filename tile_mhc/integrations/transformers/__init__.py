@@ -203,15 +203,17 @@ def _chosen(op: str, models: Iterable[str] | None) -> list[Family]:
         chosen = list(FAMILIES.values())
     else:
         names = [models] if isinstance(models, str) else list(models)
-        for name in names:
-            if name not in FAMILIES:
-                raise ValueError(
-                    f"{op}: models must name some of {', '.join(FAMILIES)}; got {name!r}"
-                )
+        wrong = [repr(name) for name in names if name not in FAMILIES]
+        if wrong or not names:
+            raise ValueError(
+                f"{op}: models must name some of {', '.join(FAMILIES)}; "
+                f"got {', '.join(wrong) or 'none'}"
+            )
         chosen = [family for family in FAMILIES.values() if family.model_type in names]
     absent = {family: _absence(family) for family in chosen}
-    if models is None and not all(absent.values()):
-        return [family for family, why in absent.items() if not why]
+    there = [family for family, why in absent.items() if not why]
+    if there and models is None:
+        return there
     for family, why in absent.items():
         if why:
             raise ImportError(
