@@ -32,6 +32,7 @@ OPS_OF = {
     "main_grad": (),
     "dtypes": (),
     "errors": (),
+    "integration_models": (),
     "projection_any": (),
 }
 NATIVE = tuple(op for op in specs.OPS if op not in specs.COMPAT)

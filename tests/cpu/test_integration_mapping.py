@@ -15,6 +15,7 @@ from transformers import monkey_patching
 import tiny_deepseek
 import tiny_glm
 import tiny_hy
+from building import build, ours_of, register
 from tiny_deepseek import CPU, beside, cast_parameters, distance, step
 from tiny_hy import make_ids
 
@@ -50,34 +51,7 @@ def model(kind):
 
 @pytest.fixture
 def registered(kind, model, monkeypatch):
-    """The mapping of one model, in force for what is built.
-
-    Before 5.21 transformers looks into its aliases for it, which import what is not installed here.
-    """
-    for name, module in list(sys.modules.items()):
-        if name.startswith("transformers.") and str(module.__doc__).startswith("Alias module"):
-            try:
-                dir(module)
-            except (ImportError, NameError):
-                monkeypatch.delitem(sys.modules, name)
-    monkey_patching.register_patch_mapping(integration.patch_mapping(models=[kind]))
-
-
-def build(model):
-    """One with its parameters, built as `AutoModel...from_config` builds it."""
-    built = type(model)._from_config(copy.deepcopy(model.config))
-    built.load_state_dict(model.state_dict())
-    for own, parameter in zip(model.parameters(), built.parameters(), strict=True):
-        parameter.data = parameter.data.to(own.dtype)
-    return built.train(model.training)
-
-
-def modules_of_ours(model):
-    return {
-        type(module).__name__
-        for module in model.modules()
-        if getattr(type(module), "built_by_tile_mhc", False)
-    }
+    register(monkeypatch, kind)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -94,8 +68,8 @@ def test_a_built_model_has_the_bits_of_a_patched_one(model, kind, registered, dt
     assert torch.equal(found[0], expected[0])
     assert found[1].keys() == expected[1].keys()
     assert all(torch.equal(found[1][name], grad) for name, grad in expected[1].items())
-    assert modules_of_ours(built) == set(integration.patch_mapping(models=[kind]))
-    assert not modules_of_ours(model)
+    assert ours_of(built) == set(integration.patch_mapping(models=[kind]))
+    assert not ours_of(model)
 
 
 def test_other_models_stay_as_they_are(model, kind, registered):
@@ -105,7 +79,7 @@ def test_other_models_stay_as_they_are(model, kind, registered):
     built = build(model)
     monkey_patching.unregister_patch_mapping(list(integration.patch_mapping(models=[kind])))
     later = build(model)
-    assert not modules_of_ours(later)
+    assert not ours_of(later)
     for other in (model, later):
         logits, grads = step(other, ids)
         assert torch.equal(logits, expected[0])
@@ -135,11 +109,11 @@ def test_saved_and_loaded(model, kind, registered, tmp_path):
     expected = model(ids, use_cache=False).logits
     build(model).save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path).eval()
-    assert modules_of_ours(loaded)
+    assert ours_of(loaded)
     assert distance(loaded(ids, use_cache=False).logits, expected) <= 1e-5
     assert loaded.config.architectures == [type(model).__name__]
     monkey_patching.clear_patch_mapping()
-    assert not modules_of_ours(type(model).from_pretrained(tmp_path))
+    assert not ours_of(type(model).from_pretrained(tmp_path))
 
 
 def test_initial_values_are_transformers_own(model, kind, registered):
@@ -196,7 +170,7 @@ def test_copied_and_pickled(model, kind, registered):
     built = build(model)
     expected = built(ids, use_cache=False).logits
     for other in (copy.deepcopy(built), pickle.loads(pickle.dumps(built))):
-        assert modules_of_ours(other) == modules_of_ours(built)
+        assert ours_of(other) == ours_of(built)
         assert torch.equal(other(ids, use_cache=False).logits, expected)
 
 

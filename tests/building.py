@@ -1,0 +1,37 @@
+"""Models of transformers that are built with a mapping of classes, as `from_config` builds them."""
+
+import copy
+import sys
+
+from tile_mhc.integrations import transformers as integration
+
+
+def register(monkeypatch, kind):
+    """Put the mapping of one model in force for what is built.
+
+    Before 5.21 transformers looks into its aliases for it, which import what is not installed here.
+    """
+    from transformers import monkey_patching
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("transformers.") and str(module.__doc__).startswith("Alias module"):
+            try:
+                dir(module)
+            except (ImportError, NameError):
+                monkeypatch.delitem(sys.modules, name)
+    monkey_patching.register_patch_mapping(integration.patch_mapping(models=[kind]))
+
+
+def build(model):
+    """One with the parameters of another, in its dtypes and where it is."""
+    built = type(model)._from_config(copy.deepcopy(model.config)).to(model.device)
+    built.load_state_dict(model.state_dict())
+    for own, parameter in zip(model.parameters(), built.parameters(), strict=True):
+        parameter.data = parameter.data.to(own.dtype)
+    return built.train(model.training)
+
+
+def ours_of(model):
+    """The names of the classes of the mapping that a model is made of."""
+    kinds = {type(module) for module in model.modules()}
+    return {kind.__name__ for kind in kinds if getattr(kind, "built_by_tile_mhc", False)}
