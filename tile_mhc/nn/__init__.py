@@ -22,9 +22,6 @@ DeepSeek-V4.1 has `DelayedHyperConnection` and `run_delayed_sublayers`, and no h
     streams, pre_mix = run_delayed_sublayers(expand(embedding, 4), sublayers)
     hidden = aggregate(streams, pre_mix)
 
-GLM-5.3 has `HyperConnection` and `MeanHead`, HY-V4 `IdentityHyperConnection`, which leaves the
-streams unmixed and is called sub-layer by sub-layer, and `HyperHead`.
-
 `DeepSeekV41Decoder` is the whole of that model round the caller's attention and feed-forward, with
 the names of DeepSeek's checkpoints:
 
@@ -32,6 +29,9 @@ the names of DeepSeek's checkpoints:
     decoder = DeepSeekV41Decoder(layers, embed=embed, norm=norm, head=head)
     decoder.load_state_dict(checkpoint)
     logits = decoder(ids, positions=positions)  # attn(layer_input, positions=positions)
+
+GLM-5.3 has `HyperConnection` and `MeanHead`, HY-V4 `IdentityHyperConnection`, which leaves the
+streams unmixed and is called sub-layer by sub-layer, and `HyperHead`.
 
 To see what the mixes do while a model trains, for the log, without waiting for the device:
 

@@ -1,22 +1,25 @@
 """tile_mhc under models of Hugging Face transformers: `patch()`, `unpatch()`, `backend_report()`.
 
-======================  ==============  ====================================  =====
-model                   model type      hyper-connections                     from
-======================  ==============  ====================================  =====
-DeepSeek-V4             deepseek_v4     mHC, learned readout                  5.17
-GLM-5.3                 glm5_next       mHC, the mean of the streams          5.17
-======================  ==============  ====================================  =====
+===========  ===========  =================  ===================  ====
+model        model type   hyper-connections  head                 from
+===========  ===========  =================  ===================  ====
+DeepSeek-V4  deepseek_v4  mHC                learned              5.17
+GLM-5.3      glm5_next    mHC                mean of the streams  5.17
+HY-V4        hy_v4        streams not mixed  learned              5.17
+HY-V4        hy_v4_vl     streams not mixed  learned              5.24
+===========  ===========  =================  ===================  ====
 
-Of each model four forwards of transformers are replaced: those of its hyper-connection (read the
-layer input), its decoder layer (write the layer output back), its head, and the model, whose own
-code then runs the layers. The functions stay the objects that they were, and get other code. So
-whoever holds one of them is served, and given the original back, whenever it was taken: models
-built before and after; modules whose `forward` accelerate's hooks captured; the class that FSDP2
-makes of a layer's; the wrapper in which transformers 5.23 and later do activation checkpointing.
-What `torch.compile` has traced is traced again: `patch()` empties its caches, so that everything
-compiled so far, in the whole process, is compiled anew at its next call; `unpatch()` need not. Out
-of reach is only what no longer runs those functions: exported and ahead-of-time compiled programs,
-CUDA graphs captured by hand, and a subclass with a `forward` of its own, which is its author's.
+The forwards of four classes of each model are replaced: of its hyper-connection (read the layer
+input), its decoder layer (write the layer output back), its head and, where streams are mixed, the
+model, whose own code then runs the layers. The functions stay the objects that they were, and get
+other code. So whoever holds one of them is served, and given the original back, whenever it was
+taken: models built before and after; modules whose `forward` accelerate's hooks captured; the class
+that FSDP2 makes of a layer's; the wrapper in which transformers 5.23 and later do activation
+checkpointing. What `torch.compile` has traced is traced again: `patch()` empties its caches, so
+that everything compiled so far, in the whole process, is compiled anew at its next call;
+`unpatch()` need not. Out of reach is only what no longer runs those functions: exported and
+ahead-of-time compiled programs, CUDA graphs captured by hand, and a subclass with a `forward` of
+its own, which is its author's.
 
 Another way in is `patch_mapping()`, for transformers' own `register_patch_mapping`: then the models
 that `from_pretrained` and `from_config` build are served, and no others.
@@ -24,10 +27,11 @@ that `from_pretrained` and `from_config` build are served, and no others.
 Parameters, state dicts and hooks stay as they are. The copy of the embedding into the streams
 stays torch's: it is inlined in the model's forward, and has the bits of `tile_mhc.expand`.
 
-The boundary between two sub-layers is one op, `tile_mhc.post_pre`: always within a layer, and from
-layer to layer where nothing looks at the streams between them. Hidden states that are asked for,
-checkpointing, and hooks on a layer or on a hyper-connection (also FSDP2's and accelerate's) make it
-a post and a pre; `backend_report()` gives the reason.
+Of mHC the boundary between two sub-layers is one op, `tile_mhc.post_pre`: always within a layer,
+and from layer to layer where nothing looks at the streams between them. Hidden states that are
+asked for, checkpointing, and hooks on a layer or on a hyper-connection (also FSDP2's and
+accelerate's) make it a post and a pre; `backend_report()` gives the reason. HY-V4 has no such op:
+its boundaries are `identity_post` and `identity_pre`.
 
 Adapters of peft on the layers' linear maps change nothing of this, whether the hyper-connections
 are trained beside them or frozen. Hyper-connections that are in its `modules_to_save`, or have one
@@ -35,9 +39,11 @@ of its `target_parameters`, it wraps, and the boundaries before them are a post 
 them as they are, set `requires_grad` on their parameters.
 
 What differs from the original arithmetic:
-- The decoder layer keeps post_mix and comb_mix in float32 and rounds the new streams once; the
-  original rounds both mixes to the dtype of the streams, then both products and their sum.
-- Under autocast the mixing runs in float32; the original projects in the autocast dtype.
+- The decoder layer of DeepSeek-V4 and GLM-5.3 keeps post_mix and comb_mix in float32 and rounds
+  the new streams once; the original rounds both mixes to the dtype of the streams, then both
+  products and their sum. HY-V4's original adds in float32, too.
+- Under autocast the mixing runs in float32; the original of DeepSeek-V4 and GLM-5.3 projects in the
+  autocast dtype.
 
 What runs is decided call by call. Streams of bfloat16, float16 or float32, of a supported shape,
 go to the operators of tile_mhc: TileLang on a CUDA device, the reference on a CPU. What has no
@@ -120,7 +126,9 @@ def patch(
             `tile_mhc.recompute_group`: the streams and the inputs of their sub-layers are not kept
             for the backward, which makes those of a group again by one launch; the layers do not
             run again. Layers that transformers checkpoints (`gradient_checkpointing_enable`), or
-            that run inside of other hooks of saved tensors or inside torch.compile, are left out.
+            that run inside of other hooks of saved tensors or inside torch.compile, are left out,
+            as are HY-V4's, of which `recompute` makes nothing: the report counts them under
+            "recompute".
         models: the model types to patch, as the table above has them; None stands for all that the
             installed transformers has.
 
@@ -297,7 +305,8 @@ def backend_report(*, by_model: bool = False) -> dict[str, dict[str, int]] | dic
     The calls are "pre", "boundary", "post" and "head". A backend is "TileLang", "reference (on
     cpu)", on a GPU without kernels "reference (on cuda)", or "transformers (why)" for what was left
     to the original. A boundary, between two sub-layers, may also be "separate (why)": a post and a
-    pre, which are counted as such. A call inside torch.compile is counted when it is traced.
+    pre, which are counted as such. A call inside torch.compile is counted when it is traced. What
+    `recompute_layers` leaves out is counted as "recompute".
 
     Args:
         by_model: say of each model type which classes are patched, which are not and why, and its

@@ -37,7 +37,8 @@ def _layer(
     family: Family, self: Any, hidden_states: Tensor, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     if not family.serves(self):
-        return family.original("layer")(self, hidden_states, **kwargs)  # type: ignore[no-any-return]
+        original = family.original("layer")
+        return original(self, hidden_states, **kwargs)  # type: ignore[no-any-return]
     if _state.recompute_layers is not None:
         family.count("recompute", "none (streams that are not mixed are not made again)")
     dtype = _serving.embedded_dtype(hidden_states, kwargs.get("position_embeddings"))
