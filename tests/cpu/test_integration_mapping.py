@@ -1,5 +1,6 @@
 """Classes for transformers' `register_patch_mapping`: who is built with them is served."""
 
+import contextlib
 import copy
 import pickle
 import sys
@@ -155,6 +156,51 @@ def test_beside_a_patch(model, kind, registered):
             assert distance(step(built, ids)[0], expected) > 0
         assert torch.equal(step(built, ids)[0], expected)
     assert integration.patch_mapping(models=[kind]).keys() <= integration.patch_mapping().keys()
+
+
+@pytest.mark.parametrize("own_patch", [False, True])
+def test_boundaries_that_are_apart_are_counted_once(model, registered, own_patch):
+    model, ids = model.eval(), make_ids()
+    built = build(model)
+    layers = [m for m in built.modules() if type(m).__name__.endswith("DecoderLayer")]
+    layers[0].register_forward_hook(lambda *call: None)
+    with integration.patch() if own_patch else contextlib.nullcontext():
+        built(ids, use_cache=False)
+        boundaries = integration.backend_report().get("boundary", {})
+    assert boundaries in ({}, {CPU: 2 * len(layers) - 2, "separate (hooks on a layer)": 1})
+
+
+@pytest.mark.parametrize("part", ["HyperConnection", "HyperHead", "DecoderLayer", "Model"])
+def test_some_of_the_classes(model, kind, registered, part):
+    """Whoever takes some alone is served there, and nothing else is given what it does not know."""
+    mapping = integration.patch_mapping([kind])
+    chosen = [name for name in mapping if name.endswith(part)]
+    if not chosen:
+        pytest.skip(f"{kind} has no {part} to replace")
+    monkey_patching.unregister_patch_mapping([name for name in mapping if name not in chosen])
+    model, ids, seen = model.eval(), make_ids(), []
+    expected = model(ids, use_cache=False).logits
+    built = build(model)
+    assert ours_of(built) == set(chosen)
+    for module in built.modules():
+        if type(module).__name__.endswith("Attention"):
+            module.register_forward_pre_hook(
+                lambda module, args, kwargs: seen.extend(kwargs), with_kwargs=True
+            )
+    assert distance(built(ids, use_cache=False).logits, expected) <= 1e-5
+    assert seen
+    assert "tile_mhc_hands_on" not in seen
+
+
+def test_compiled(model, kind, registered):
+    built = build(model.eval())
+    built = getattr(built.model, "language_model", built.model)
+    ids = make_ids(1, 16)
+    with torch.no_grad():
+        eager = built(ids, use_cache=False).last_hidden_state
+        compiled = torch.compile(built, backend="aot_eager")
+        found = compiled(ids, use_cache=False).last_hidden_state
+    assert distance(found, eager) <= 1e-5
 
 
 def test_made_while_a_patch_is_in_force(model, kind, registered):

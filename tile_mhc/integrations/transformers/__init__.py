@@ -183,7 +183,9 @@ def patch_mapping(models: Iterable[str] | None = None) -> dict[str, type[torch.n
     in force then hold for all. transformers does not replace the class that is called itself:
     where that is the bare model, as with `AutoModel`, a layer hands nothing on to the next one.
 
-    The classes are subclasses, with the parameters, state dicts and names of the originals.
+    The classes are subclasses, with the parameters, state dicts and names of the originals. Before
+    5.21 `register_patch_mapping` needs torchvision, for whatever class
+    (findings/transformers-patch-mapping.sh).
 
     Args:
         models: as of `patch`.
