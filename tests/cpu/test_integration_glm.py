@@ -226,15 +226,16 @@ def test_without_a_kernel_it_has_the_bits_of_the_original():
 
 
 def test_compiled():
-    model, ids = make_model().eval(), make_ids(1, 16)
-    model = model.model.language_model
+    """With linear attention alone: transformers' sparse one breaks the graph, patched or not."""
+    linear = {"layer_types": ["linear_attention"] * 2, "indexer_types": ["full"] * 2}
+    model = make_model(num_hidden_layers=2, mlp_layer_types=["dense"] * 2, **linear).eval()
+    model, ids = model.model.language_model, make_ids(1, 8)
     with torch.no_grad():
         _, eager = report_of(lambda: model(ids, use_cache=False).last_hidden_state)
         compiled = torch.compile(copy.deepcopy(model), backend="aot_eager")
         report, found = report_of(lambda: compiled(ids, use_cache=False).last_hidden_state)
-    # The graph breaks, in the choice of experts, and what comes after is traced anew.
-    assert report.keys() == one_step().keys()
-    assert {backend for counts in report.values() for backend in counts} == {CPU}
+    once = {CPU: 1}
+    assert report == {"boundary": {CPU: 3}, "head": once, "post": once, "pre": once}
     assert distance(found, eager) <= 1e-5
 
 

@@ -193,6 +193,8 @@ def test_some_of_the_classes(model, kind, registered, part):
 
 
 def test_compiled(model, kind, registered):
+    if kind == "glm5_next":
+        pytest.skip("a minute of tracing, through linear attention; see test_integration_glm.py")
     built = build(model.eval())
     built = getattr(built.model, "language_model", built.model)
     ids = make_ids(1, 16)
