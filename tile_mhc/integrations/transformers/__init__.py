@@ -70,6 +70,8 @@ from tile_mhc.integrations.transformers import _built, _state
 from tile_mhc.integrations.transformers._family import Family, installed
 from tile_mhc.integrations.transformers._models import FAMILIES
 
+MODELING = FAMILIES["deepseek_v4"].modeling_name
+
 
 class Patch:
     """What `patch()` returns: leaving its `with` block undoes that call of `patch()`, once.
