@@ -50,7 +50,7 @@ __all__ = [
     "recompute_group",
     "sinkhorn",
     "split_mixes",
-    "warm_up",
     "stream_mean",
+    "warm_up",
     "without_main_grad",
 ]

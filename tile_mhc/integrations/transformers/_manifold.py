@@ -18,7 +18,7 @@ from tile_mhc.ops.post_pre import post_pre
 from tile_mhc.ops.sinkhorn import check_sinkhorn
 
 if TYPE_CHECKING:
-    from tile_mhc.ops._options import PreOptions
+    from tile_mhc.ops._options import MixesOptions
 
 POST_MULT = 2.0  # a literal in the original forward, not a field of its config
 
@@ -138,7 +138,7 @@ def _reason(family: Family, connection: Any) -> str:
     return ""
 
 
-def _options_of(connection: Any) -> "PreOptions":
+def _options_of(connection: Any) -> "MixesOptions":
     return {
         "norm_eps": connection.input_norm.eps,
         "pre_eps": connection.hc_eps,
