@@ -25,6 +25,7 @@ from tile_mhc.kernels._shapes import (
     SUM_LANES,
     TOKENS_PER_PARTIAL,
     cluster_size,
+    identity_cluster_size,
     is_no_eps,
 )
 
@@ -93,6 +94,16 @@ def reads_once(
     """contract: whether clusters of CTAs hold these streams; any number of tokens."""
     limits = limits or _device.limits()
     return dtype == torch.bfloat16 and cluster_size(n, hidden_size, backward, limits) > 0
+
+
+def identity_reads_once(
+    dtype: torch.dtype, n: int, hidden_size: int, backward: bool, held: bool = False
+) -> bool:
+    """identity_pre: whether clusters of CTAs hold these streams; any number of tokens.
+
+    With a gradient that the streams have from others, `held`, they may not fit.
+    """
+    return dtype == torch.bfloat16 and identity_cluster_size(n, hidden_size, backward, held) > 0
 
 
 def history_capacity(repeat: int) -> int:

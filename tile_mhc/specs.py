@@ -151,7 +151,7 @@ def _gates_at_once(s: Sizes) -> list[Arguments]:
 
 def _column_sums(s: Sizes) -> list[Arguments]:
     # One column a bias and a scale.
-    counts = ((s.mixes, 3), (s.n, 1))
+    counts = ((s.mixes, 3), (2 * s.n, 2), (s.n, 1))
     directed = [
         _kernel(*count, True, scale=grad, bias=grad) for count in counts for grad in _main_grads(s)
     ]
@@ -275,9 +275,37 @@ def _clusters(backward: bool) -> Callable[[Sizes], list[Arguments]]:
     return of
 
 
+def _identity_gates(s: Sizes) -> list[Arguments]:
+    # Where it makes two passes, as it does into an accumulator.
+    once = selection.identity_reads_once(getattr(torch, s.dtype), s.n, s.hidden, True, True)
+    return [] if once and not _accumulators(s) else _n_gates(s)
+
+
+def _identity_forwards(s: Sizes) -> list[Arguments]:
+    """Of streams that are not mixed in one pass, where it has a kernel."""
+    if not selection.identity_reads_once(getattr(torch, s.dtype), s.n, s.hidden, False):
+        return []
+    return [_kernel(s.hidden, **dtypes) for dtypes in _parameters(s)]
+
+
+def _identity_backwards(s: Sizes) -> list[Arguments]:
+    # Alone, and on top of a gradient that the streams have.
+    return [
+        _kernel(s.hidden, **dtypes, held=held)
+        for held in ("", s.dtype)
+        if selection.identity_reads_once(getattr(torch, s.dtype), s.n, s.hidden, True, held != "")
+        for dtypes in _parameters(s)
+    ]
+
+
 def _projections(s: Sizes) -> list[tuple[int, ...]]:
     # n(n+2) mixes before a sub-layer, and the n mixes of the readout.
     return [(s.mixes, s.n * s.hidden), (s.n, s.n * s.hidden)]
+
+
+def _all_projections(s: Sizes) -> list[tuple[int, ...]]:
+    # And the 2n mixes of streams that are not mixed, which are n(n+2) of no other n.
+    return [*_projections(s), (2 * s.n, s.n * s.hidden)]
 
 
 def _projection_norms(s: Sizes) -> list[Arguments]:
@@ -322,7 +350,7 @@ def _any(arguments: Callable[[Sizes], list[Arguments]]) -> Callable[[Sizes], lis
 
 
 def _projection_forwards(s: Sizes) -> list[Arguments]:
-    choices = itertools.product(_projections(s), _weights(s))
+    choices = itertools.product(_all_projections(s), _weights(s))
     return [_kernel(*numbers, streams=s.dtype, **weights) for numbers, weights in choices]
 
 
@@ -333,9 +361,17 @@ def _projection_backwards(s: Sizes) -> list[Arguments]:
     choices.append(((s.mixes, size, s.n), s.dtype, ""))
     if _has_te(s):
         choices.append(((s.mixes, size, 0), "float32", ""))
-    # Into an accumulator projection and contract: the first writes to it, others add.
+    # That of streams that are not mixed, alone and with what they have, where it makes two passes.
+    identity = (2 * s.n, size, s.n)
+    dtype = getattr(torch, s.dtype)
+    choices += [
+        (identity, held, "")
+        for held in ("", s.dtype)
+        if not selection.identity_reads_once(dtype, s.n, s.hidden, True, held != "")
+    ]
+    # Into an accumulator these two and projection: the first writes to it, others add.
     for into in _accumulators(s):
-        readers = ((s.mixes, size, 0), (s.n, size, s.n))
+        readers = ((s.mixes, size, 0), (s.n, size, s.n), identity)
         choices += [(numbers, held, into) for numbers in readers for held in ("", into)]
     return [
         _kernel(*numbers, streams=s.dtype, **weights, held=held, into=into)
@@ -346,7 +382,7 @@ def _projection_backwards(s: Sizes) -> list[Arguments]:
 
 def _projection_weight_backwards(s: Sizes) -> list[Arguments]:
     # To autograd, and into main_grad, also that of a norm weight.
-    choices = itertools.product(("", *_main_grads(s)), _projections(s), _weights(s))
+    choices = itertools.product(("", *_main_grads(s)), _all_projections(s), _weights(s))
     return [
         _kernel(
             *numbers,
@@ -358,7 +394,8 @@ def _projection_weight_backwards(s: Sizes) -> list[Arguments]:
     ]
 
 
-_PROJECTION = ("projection", "contract", "fused_pre", "post_pre")
+_GATED = ("projection", "contract", "fused_pre", "post_pre")
+_PROJECTION = (*_GATED, "identity_pre")
 
 
 def _of_te(arguments: Callable[[Sizes], list[Arguments]]) -> Callable[[Sizes], list[Arguments]]:
@@ -444,7 +481,7 @@ SPECS = (
         "projection_fwd", "projection", (*_PROJECTION, *_TE), _MATMUL, _fast(_projection_forwards)
     ),
     Spec("projection_norm", "projection", ("projection",), _NORM, _projection_norms),
-    Spec("projection_norm_bwd", "projection", _PROJECTION, _READER, _projection_norm_backwards),
+    Spec("projection_norm_bwd", "projection", _GATED, _READER, _projection_norm_backwards),
     Spec(
         "projection_bwd",
         "projection",
@@ -480,7 +517,7 @@ SPECS = (
     Spec(
         "column_sums",
         "mixes",
-        ("split_mixes", "contract", "head_mix", *_PRE_OPS, *_TE, *_TK),
+        ("split_mixes", "contract", "head_mix", *_PRE_OPS, "identity_pre", *_TE, *_TK),
         ("biases", "scales", "directed"),
         _column_sums,
     ),
@@ -509,13 +546,39 @@ SPECS = (
     Spec(
         "aggregate_mix_first_bwd",
         "aggregate",
-        ("fused_pre", "post_pre"),
+        ("fused_pre", "post_pre", "identity_pre"),
         _STREAMS,
-        _of_gates_at_once(_streams),
+        _streams,
     ),
     Spec("post_fwd", "post", ("post", "post_pre", *_TK), _STREAMS, _posts),
     Spec("post_bwd", "post", ("post", "post_pre", *_TK), _STREAMS, _post_backwards),
-    Spec("post_bias_bwd", "post", ("post", "post_pre", *_TE), ("hidden_size",), _post_biases),
+    Spec(
+        "post_bias_bwd",
+        "post",
+        ("post", "post_pre", "identity_post", *_TE),
+        ("hidden_size",),
+        _post_biases,
+    ),
+    Spec("identity_pre_fwd", "identity_pre", ("identity_pre",), _PRE, _pres),
+    Spec("identity_gates_bwd", "identity_pre", ("identity_pre",), _N, _identity_gates),
+    Spec(
+        "identity_cluster_fwd",
+        "identity_cluster",
+        ("identity_pre",),
+        ("hidden_size",),
+        _identity_forwards,
+    ),
+    Spec(
+        "identity_cluster_bwd",
+        "identity_cluster",
+        ("identity_pre",),
+        ("hidden_size",),
+        _identity_backwards,
+    ),
+    Spec("identity_post_fwd", "identity_post", ("identity_post",), _STREAMS, _posts),
+    Spec("identity_post_bwd", "identity_post", ("identity_post",), _STREAMS, _post_backwards),
+    Spec("stream_mean_fwd", "stream_mean", ("stream_mean",), _STREAMS, _streams),
+    Spec("stream_mean_bwd", "stream_mean", ("stream_mean",), _STREAMS, _streams),
     Spec("head_mix_fwd", "head_mix", ("head_mix", "contract", *_TK), _N, _n_gates),
     Spec("head_mix_bwd", "head_mix", ("head_mix", "contract"), _N, _n_gates),
     Spec("contract_fwd", "contract", ("contract",), _PRE, _pres),
@@ -655,7 +718,7 @@ def _sizes_of(spec: Spec, args: Arguments, arch: str) -> Iterator[Sizes]:
     counts = [
         n
         for n in SUPPORTED_STREAMS
-        if of.get("n", 0) in (0, n) and (rows is None or rows in (n, n * (n + 2)))
+        if of.get("n", 0) in (0, n) and (rows is None or rows in (n, 2 * n, n * (n + 2)))
     ]
     streams = [dtypes["streams"]] if "streams" in dtypes else [DTYPE, *STREAMS]
     parameters = [*((dtype,) for dtype in EVERY_PARAMETER), EVERY_PARAMETER]

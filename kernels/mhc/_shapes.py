@@ -111,3 +111,68 @@ def cluster_size(n: int, hidden_size: int, backward: bool, limits: Architecture)
         if n <= 4 and whole and cluster_stages(n, width, backward, limits) >= 3:
             return size
     return 0
+
+
+# identity_cluster: its streams and their mixes, whose weight in two parts fills an operand of a
+# tensor core. CLUSTER_TOKENS and CLUSTER_STAGES are those of contract_cluster.
+IDENTITY_STREAMS = 4
+IDENTITY_MIXES = 2 * IDENTITY_STREAMS
+# Slots of sums that CTAs of a cluster push to one another.
+CLUSTER_SLOTS = 4
+# Columns of H per warp, and at most per CTA: the weight, and in the backward its gradient too, lies
+# in registers, of which 14 warps and one for the sums have 136 a thread.
+IDENTITY_COLUMNS = CLUSTER_COLUMNS
+IDENTITY_BACKWARD_COLUMNS = 32
+IDENTITY_WARPS = 14
+# Of shared memory beside the rings and the sums: gates, mbarriers.
+IDENTITY_BYTES = 4096
+
+
+def identity_columns(backward: bool) -> int:
+    return IDENTITY_BACKWARD_COLUMNS if backward else IDENTITY_COLUMNS
+
+
+def identity_sums(backward: bool) -> int:
+    """identity_cluster: sums of a group of tokens that the CTAs of a cluster give one another.
+
+    Products of the mixes and squares; in the backward the gradients of pre_mix.
+    """
+    per_token = IDENTITY_STREAMS if backward else IDENTITY_MIXES + 1
+    return CLUSTER_TOKENS * per_token
+
+
+def identity_stages(
+    size: int,
+    width: int,
+    backward: bool,
+    held: bool,
+    limits: Architecture = ARCHITECTURES[DEFAULT],
+) -> int:
+    """identity_cluster: groups of tokens that fit a CTA of a cluster of `size`, beside the sums.
+
+    Of four streams; in the backward with the gradient of the layer input and, if `held`, another
+    one of the streams.
+    """
+    warps = width // identity_columns(backward)
+    sums = identity_sums(backward) * (2 * warps + CLUSTER_SLOTS * (size + 1)) * 4
+    if backward:
+        row = (IDENTITY_STREAMS * (2 if held else 1) + 1) * width
+    else:
+        row = cluster_row(IDENTITY_STREAMS, width)
+    room = limits.shared_bytes - IDENTITY_BYTES - sums
+    return min(room // (CLUSTER_TOKENS * row * 2), CLUSTER_STAGES)
+
+
+@functools.cache
+def identity_cluster_size(n: int, hidden_size: int, backward: bool, held: bool) -> int:
+    """identity_cluster: CTAs that share a token; 0 where there is no such kernel.
+
+    As few as leave room for three groups of tokens; see `cluster_size`.
+    """
+    columns = identity_columns(backward)
+    for size in (1, 2, 4, 8, 16):
+        width = hidden_size // size
+        whole = hidden_size % (size * columns) == 0 and width <= IDENTITY_WARPS * columns
+        if n == IDENTITY_STREAMS and whole and identity_stages(size, width, backward, held) >= 3:
+            return size
+    return 0

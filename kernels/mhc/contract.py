@@ -69,7 +69,7 @@ def contract_fwd(
                 hidden_size,
                 threads,
                 vector,
-                scale[0],
+                scale,
                 bias,
                 residual,
                 out,

@@ -23,31 +23,74 @@ from tile_mhc.kernels._common import (
 COPIES = 2
 
 
+def spreading_ctas(n: int, hidden_size: int, dtype: str) -> int:
+    """CTAs per token of a kernel that writes a row of H to n streams."""
+    vector = row_vector(hidden_size, dtype)
+    return n // COPIES * row_chunks(hidden_size, row_threads(hidden_size, vector), vector)
+
+
+@T.macro
+def spread(hidden: T.Tensor, out: T.Tensor, block: T.int32, threads: int, factor: float | None):
+    """out[t, i, h] = hidden[t, h], times a factor if there is one: the part of one CTA."""
+    _, n, hidden_size = out.shape
+    vector = row_vector(hidden_size, out.dtype)
+    chunks = row_chunks(hidden_size, threads, vector)
+    groups = n // COPIES
+    t = block // (groups * chunks)
+    i = block // chunks % groups * COPIES
+    h = (block % chunks * threads + T.get_thread_binding()) * vector
+    values = T.alloc_local((vector,), out.dtype)
+    if h < hidden_size:
+        for v in T.vectorized(vector):
+            values[v] = hidden[t, h + v]
+        if factor is not None:
+            for v in T.unroll(vector):
+                values[v] = T.cast(T.cast(values[v], T.float32) * factor, out.dtype)
+        for c in T.unroll(COPIES):
+            for v in T.vectorized(vector):
+                out[t, i + c, h + v] = values[v]
+
+
+@T.macro
+def sum_streams(
+    streams: T.Tensor, out: T.Tensor, block: T.int32, threads: int, factor: float | None
+):
+    """out[t, h] = sum_i streams[t, i, h] in fp32, i ascending, times a factor if there is one."""
+    _, n, hidden_size = streams.shape
+    vector = row_vector(hidden_size, out.dtype)
+    chunks = row_chunks(hidden_size, threads, vector)
+    t = block // chunks
+    h = (block % chunks * threads + T.get_thread_binding()) * vector
+    values = T.alloc_local((n, vector), out.dtype)
+    total = T.alloc_local((vector,), T.float32)
+    if h < hidden_size:
+        load_streams(streams, t, h, n, values)
+        for v in T.unroll(vector):
+            total[v] = 0.0
+        for i in T.unroll(n):
+            for v in T.unroll(vector):
+                total[v] += T.cast(values[i, v], T.float32)
+        if factor is not None:
+            for v in T.unroll(vector):
+                total[v] *= factor
+        for v in T.vectorized(vector):
+            out[t, h + v] = T.cast(total[v], out.dtype)
+
+
 @builder(SIMT)
 def expand_fwd(n: int, hidden_size: int, *, streams_dtype: str):
     tokens = T.dynamic("num_tokens")
-    vector = row_vector(hidden_size, streams_dtype)
-    threads = row_threads(hidden_size, vector)
-    chunks = row_chunks(hidden_size, threads, vector)
-    groups = n // COPIES
+    threads = row_threads(hidden_size, row_vector(hidden_size, streams_dtype))
+    ctas = spreading_ctas(n, hidden_size, streams_dtype)
 
     @T.prim_func
     def expand_fwd_kernel(
         hidden: T.Tensor[(tokens, hidden_size), streams_dtype],
         out: T.Tensor[(tokens, n, hidden_size), streams_dtype],
     ):
-        with T.Kernel(tokens * groups * chunks, threads=threads) as block:
+        with T.Kernel(tokens * ctas, threads=threads) as block:
             follow_previous()
-            t = block // (groups * chunks)
-            i = block // chunks % groups * COPIES
-            h = (block % chunks * threads + T.get_thread_binding()) * vector
-            values = T.alloc_local((vector,), streams_dtype)
-            if h < hidden_size:
-                for v in T.vectorized(vector):
-                    values[v] = hidden[t, h + v]
-                for c in T.unroll(COPIES):
-                    for v in T.vectorized(vector):
-                        out[t, i + c, h + v] = values[v]
+            spread(hidden, out, block, threads, None)
 
     return expand_fwd_kernel
 
@@ -66,18 +109,6 @@ def expand_bwd(n: int, hidden_size: int, *, streams_dtype: str):
     ):
         with T.Kernel(tokens * chunks, threads=threads) as block:
             follow_previous()
-            t = block // chunks
-            h = (block % chunks * threads + T.get_thread_binding()) * vector
-            streams = T.alloc_local((n, vector), streams_dtype)
-            total = T.alloc_local((vector,), T.float32)
-            if h < hidden_size:
-                load_streams(grad, t, h, n, streams)
-                for v in T.unroll(vector):
-                    total[v] = 0.0
-                for i in T.unroll(n):
-                    for v in T.unroll(vector):
-                        total[v] += T.cast(streams[i, v], T.float32)
-                for v in T.vectorized(vector):
-                    grad_hidden[t, h + v] = T.cast(total[v], streams_dtype)
+            sum_streams(grad, grad_hidden, block, threads, None)
 
     return expand_bwd_kernel

@@ -44,7 +44,7 @@ def gated_aggregate(
     hidden_size: int,
     threads: int,
     vector: int,
-    scale: T.PrimExpr,
+    scale: T.Tensor,
     bias: T.Tensor,
     residual: T.Tensor,
     out: T.Tensor,
@@ -53,9 +53,16 @@ def gated_aggregate(
     norm_eps: T.float32,
     pre_eps: T.float32,
     tf32: T.int32,
+    post_mix: T.Tensor = None,
+    post_eps: T.float32 = 0.0,
+    post_mult: T.float32 = 1.0,
 ):
-    """What one CTA does for token t: its first n mixes, their gate, and the streams it weighs."""
+    """What one CTA does for token t: its first n mixes, their gate, and the streams it weighs.
+
+    With a `post_mix` of the next n mixes too, and their gate, which goes there.
+    """
     tid = T.get_thread_binding()
+    count = n if post_mix is None else 2 * n
     mixed = T.alloc_local((2,), T.float32)
     z = T.alloc_local((1,), T.float32)
     gate = T.alloc_shared((n,), T.float32)
@@ -66,9 +73,9 @@ def gated_aggregate(
     if tid * vector < hidden_size:
         load_streams(residual, t, tid * vector, n, streams)
     # Whole warps where neighbours share a mix.
-    if tid < (max(32, n * sharing) if sharing > 1 else n):
+    if tid < (max(32, count * sharing) if sharing > 1 else count):
         size = n * hidden_size
-        m = T.min(tid // sharing, n - 1)
+        m = T.min(tid // sharing, count - 1)
         token_mix(
             products,
             squares,
@@ -87,13 +94,21 @@ def gated_aggregate(
             tf32,
             mixed,
         )
-        if tid % sharing == 0 and tid < n * sharing:
+        if tid % sharing == 0 and tid < count * sharing:
             mixes[t, m] = mixed[0]
             if tid == 0:
                 inv_rms[t] = mixed[1]
-            logit(mixed[0], scale, bias[m], z)
-            sigmoid(z[0], z)
-            gate[m] = z[0] + pre_eps
+            if post_mix is None:
+                logit(mixed[0], scale[0], bias[m], z)
+                sigmoid(z[0], z)
+                gate[m] = z[0] + pre_eps
+            else:
+                logit(mixed[0], scale[m // n], bias[m], z)
+                sigmoid(z[0], z)
+                if m < n:
+                    gate[m] = z[0] + pre_eps
+                else:
+                    post_mix[t, m - n] = z[0] * post_mult + post_eps
     T.sync_threads()
     for i in T.unroll(n):
         mix[i] = gate[i]
@@ -233,7 +248,7 @@ def pre_kernel(
                     hidden_size,
                     threads,
                     vector,
-                    scale[0],
+                    scale,
                     bias,
                     residual,
                     layer_input,

@@ -16,6 +16,7 @@ from tile_mhc import errors, jit, reference, selection
 from tile_mhc._guards import transforms_active
 from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.ops import _flops
+from tile_mhc.ops import identity_cluster as cluster_op
 from tile_mhc.ops import mixes as mixes_op
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops._autograd import records
@@ -201,6 +202,23 @@ def _launch(
     if residual.numel() == 0:
         return outputs
     n, hidden_size = residual.shape[-2:]
+    if num_splits is None and selection.identity_reads_once(
+        residual.dtype, n, hidden_size, backward=False
+    ):
+        cluster_op.forward(
+            residual,
+            weight,
+            scale,
+            bias,
+            norm_weight,
+            norm_eps,
+            pre_eps,
+            post_eps,
+            post_mult,
+            tf32,
+            outputs,
+        )
+        return outputs
     layer_input, post_mix, mixes, inv_rms = outputs
     x = residual.view(-1, n * hidden_size)
     products, squares = projection_op.split_products(
@@ -265,6 +283,25 @@ def _launch_backward(
     into: Destinations = NO_DESTINATIONS,
 ) -> tuple[Tensor, ...]:
     n, hidden_size = residual.shape[-2:]
+    held = accumulated is not None
+    once = selection.identity_reads_once(residual.dtype, n, hidden_size, True, held)
+    if once and residual.numel() and 0 not in into:
+        return cluster_op.backward(
+            grad_input,
+            grad_post,
+            residual,
+            weight,
+            scale,
+            bias,
+            norm_weight,
+            mixes,
+            inv_rms,
+            pre_eps,
+            post_mult,
+            tf32,
+            accumulated,
+            into,
+        )
     grads = gradient_buffers(into, residual, weight, scale, bias, norm_weight)
     grad_residual, grad_weight, grad_scale, grad_bias, grad_norm_weight = grads
     if residual.numel() == 0:
