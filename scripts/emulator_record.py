@@ -54,7 +54,7 @@ TENSOR_CORE = 2.0**-16
 BFLOAT16 = 2.0**-7
 COPYING = {"expand_fwd", "recompute_table"}
 MATMUL = {"projection_fwd", "projection_bwd"}
-MATMUL_OPS = {"projection", "contract", "fused_pre"}
+MATMUL_OPS = {"projection", "contract", "fused_pre", "identity_pre"}
 
 
 def bound(name: str, is_op: bool, dtype: torch.dtype) -> float:

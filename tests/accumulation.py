@@ -1,5 +1,6 @@
 """What the tests of accumulators and of main_grad run: ops, with and without them."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,15 @@ from cases import (
     Op,
     norm_weight,
 )
-from tile_mhc import GradAccumulator, aggregate, post, selection, without_main_grad
+from tile_mhc import (
+    GradAccumulator,
+    aggregate,
+    identity_pre,
+    post,
+    reference,
+    selection,
+    without_main_grad,
+)
 
 # Two of each kind where it matters: two heads may read one residual.
 READERS: dict[str, Op] = {
@@ -31,7 +40,14 @@ READERS: dict[str, Op] = {
     "contract": CONTRACT,
     "second contract": CONTRACT,
     "identity_post": IDENTITY_POST,
+    "identity_pre": dataclasses.replace(
+        IDENTITY_PRE,
+        run=lambda **given: identity_pre(**given)[0],
+        reference=lambda **given: reference.identity_pre(**given)[0],
+        outputs=("layer_input",),
+    ),
 }
+WITH_NORM = (PROJECTION, CONTRACT, READERS["identity_pre"])
 SUB_LAYER = ("projection", "aggregate", "post")
 ORDERS: tuple[tuple[str, ...], ...] = (
     ("projection",),
@@ -47,6 +63,9 @@ ORDERS: tuple[tuple[str, ...], ...] = (
     ("identity_post",),
     ("identity_post", "aggregate"),
     ("aggregate", "identity_post"),
+    ("identity_pre",),
+    ("identity_pre", "identity_post"),
+    ("identity_post", "identity_pre", "aggregate"),
 )
 # Tokens, streams, width, on a GPU: a real shape, ragged tiles, most streams, fewest.
 GPU_SIZES = ((4096, 4, 2560), (130, 4, 1280), (65, 8, 128), (64, 2, 64))
@@ -73,7 +92,7 @@ class Readers:
         shape = ((num_tokens,), n, hidden_size, device)
         self.inputs = {name: READERS[name].inputs(*shape)[0] for name in names}
         for name, tensors in self.inputs.items():
-            if has_norm is not None and READERS[name] in (PROJECTION, CONTRACT):
+            if has_norm is not None and READERS[name] in WITH_NORM:
                 tensors.pop("norm_weight", None)
                 if has_norm:
                     tensors["norm_weight"] = norm_weight(n * hidden_size, device)
@@ -151,13 +170,16 @@ def rounding_of(truth: Tensor, dtype: torch.dtype = torch.bfloat16) -> float:
 def check_parameters(case: Readers, plain: oracle.Named, found: oracle.Named) -> None:
     """All gradients but the residual's: the same bits with an accumulator and without.
 
-    But the kernels of the readout make two passes into an accumulator where otherwise they make
-    one, and sum in another order.
+    But the kernels of the readout and of identity_pre make two passes into an accumulator where
+    otherwise they make one, and sum in another order.
     """
     others = [name for name in plain if name != "residual"]
-    residual = case.residual
-    if selection.reads_once(residual.dtype, *residual.shape[-2:], backward=True):
-        for name in [name for name in others if "contract." in name]:
+    of = case.residual.dtype, *case.residual.shape[-2:]
+    for op, once in (
+        ("contract", selection.reads_once(*of, backward=True)),
+        ("identity_pre", selection.identity_reads_once(*of, backward=True)),
+    ):
+        for name in [name for name in others if once and f"{op}." in name]:
             others.remove(name)
             reader, key = name.split(".")
             terms = case.gate_terms(reader).get(f"grad_{key}")

@@ -6,6 +6,7 @@ import readout
 import replaying
 import serving
 import te_cases
+import unmixed
 from accumulation import GPU_SIZES
 from cases import STREAM_CASES, WIDTH_CASES
 from tile_mhc import _warm_up, config, specs
@@ -25,6 +26,8 @@ OPS_OF = {
     "head_mix_rows": ("tile_kernels", "head_mix"),
     "partials": ("tile_kernels", "fused_pre", "projection"),
     "compat_serving": (),
+    "identity_pre": ("identity_pre", "identity_post", "projection", "aggregate"),
+    "identity_cluster": (),
     "nn": ("fused_pre", "post", "contract"),
     "recompute": ("recompute", "aggregate", "post"),
     "recompute_group": ("recompute", "fused_pre", "post_pre", "post"),
@@ -36,10 +39,25 @@ OPS_OF = {
     "projection_any": (),
 }
 NATIVE = tuple(op for op in specs.OPS if op not in specs.COMPAT)
+IDENTITY = ("identity_pre",)
 # The files that also run kernels with destinations for gradients, at sizes of their own.
 DIRECTED = {
-    "accumulator": ("projection", "aggregate", "post", "contract"),
-    "main_grad": ("projection", "split_mixes", "head_mix", "contract", "fused_pre"),
+    "accumulator": (
+        "projection",
+        "aggregate",
+        "post",
+        "contract",
+        "identity_pre",
+        "identity_post",
+    ),
+    "main_grad": (
+        "projection",
+        "split_mixes",
+        "head_mix",
+        "contract",
+        "fused_pre",
+        "identity_pre",
+    ),
 }
 GRADS = ("float32", "bfloat16")
 OTHERS_DIRECTED = [
@@ -92,6 +110,9 @@ def kernels_of(stems, arch=DEFAULT):
         kernels += specs.select([*sizes, *OTHERS_DIRECTED], sorted(directed), arch)
     if "contract_cluster" in stems:
         kernels += readout_kernels(arch)
+    if "identity_cluster" in stems:
+        sizes = [(4, hidden) for hidden in unmixed.SIZES]
+        kernels += specs.select([specs.Sizes(*s) for s in (*sizes, *unmixed.NONE)], IDENTITY, arch)
     if "dtypes" in stems:
         kernels += specs.select(DTYPES, NATIVE, arch)
     if "compat_serving" in stems:

@@ -51,6 +51,15 @@ READS = {
     "post_pre_delayed.fwd": "hidden residual post_mix comb_mix weight scale bias pre_mix",
     "post_pre_delayed.bwd": "hidden residual post_mix comb_mix weight scale bias pre_mix mixes "
     "inv_rms grad_residual grad_hidden grad_pre grad_post grad_comb",
+    "identity_pre.fwd": "residual identity_weight identity_scale identity_bias",
+    "identity_pre.bwd": "residual identity_weight identity_scale identity_bias identity_mixes "
+    "inv_rms grad_hidden grad_post",
+    "identity_pre.bwd_add": "residual identity_weight identity_scale identity_bias identity_mixes "
+    "inv_rms grad_hidden grad_post grad_residual",
+    "identity_post.fwd": "hidden residual post_mix",
+    "identity_post.bwd": "hidden post_mix grad_residual",
+    "stream_mean.fwd": "residual",
+    "stream_mean.bwd": "grad_hidden",
     "recompute.fwd": "residual pre_mixes post_mixes comb_mixes layer_outputs",
     "post_pre_norm.fwd": "hidden residual post_mix comb_mix weight scale bias layer_norm",
     "post_pre_norm_delayed.fwd": "hidden residual post_mix comb_mix weight scale bias pre_mix "
@@ -154,6 +163,13 @@ def test_every_op_has_a_floor_of_its_own():
         ("post.bwd", lambda H: 28 * H + 160, lambda H: 0),
         ("contract.fwd", lambda H: 10 * H, lambda H: 64 * H + 20),
         ("fused_pre.fwd", lambda H: 10 * H + 80, lambda H: 384 * H + 108),
+        ("identity_pre.fwd", lambda H: 10 * H + 16, lambda H: 128 * H + 40),
+        ("identity_pre.bwd", lambda H: 18 * H + 52, lambda H: 256 * H + 80),
+        ("identity_pre.bwd_add", lambda H: 26 * H + 52, lambda H: 256 * H + 80),
+        ("identity_post.fwd", lambda H: 18 * H + 16, lambda H: 0),
+        ("identity_post.bwd", lambda H: 12 * H + 32, lambda H: 0),
+        ("stream_mean.fwd", lambda H: 10 * H, lambda H: 0),
+        ("stream_mean.bwd", lambda H: 10 * H, lambda H: 0),
         ("post_pre.fwd", lambda H: 20 * H + 160, lambda H: 384 * H + 108),
         ("post_pre.bwd", lambda H: 30 * H + 340, lambda H: 768 * H + 216),
         ("post_pre_delayed.fwd", lambda H: 20 * H + 192, lambda H: 384 * H + 108),

@@ -270,6 +270,7 @@ def test_select_takes_only_the_ops_asked_for():
 def test_the_gate_of_the_readout_is_an_op_of_its_own():
     assert specs.select([specs.Sizes(4, 64)], ["head_mix"]) == [
         ("column_sums", (24, 3, False)),
+        ("column_sums", (8, 2, False)),
         ("column_sums", (4, 1, False)),
         ("head_mix_fwd", (4,)),
         ("head_mix_bwd", (4,)),

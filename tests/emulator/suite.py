@@ -13,11 +13,13 @@ from torch import Tensor
 
 import oracle
 import te_cases
+import unmixed
 from cases import (
     CONTRACT,
     DEFAULT_DTYPES,
     DELAYED_PRE,
     FUSED_PRE,
+    IDENTITY_PRE,
     OPS,
     POST_PRE,
     POST_PRE_DELAYED,
@@ -34,6 +36,7 @@ from parity import plain
 from tile_mhc import (
     contract,
     fused_pre,
+    identity_pre,
     post,
     post_pre,
     recompute,
@@ -59,7 +62,7 @@ def some(sizes: Mapping[Any, Any], count: int = 1) -> dict[Any, Any]:
 
 # A row of more than one access a thread, for the ops without a matmul.
 WIDE = (4, 2560)
-WIDE_OPS = ("expand", "aggregate", "post", "recompute")
+WIDE_OPS = ("expand", "aggregate", "post", "recompute", "identity_post", "stream_mean")
 CASES = (
     *(Case(0, n, hidden, "no token") for n, hidden in PAIRS),
     *(Case(1, n, hidden, "one token") for n, hidden in PAIRS),
@@ -113,7 +116,20 @@ IN_STEPS = dataclasses.replace(
     run=functools.partial(fused_pre, sinkhorn_eps=0.0),
     reference=functools.partial(reference.fused_pre, sinkhorn_eps=0.0),
 )
-EVERY_OP = (*OPS, PASSING, DELAYED_PASSING, HEAD_PROJECTION, TWO_PASSES, WITHOUT_EPS, IN_STEPS)
+IDENTITY_TWO_PASSES = dataclasses.replace(
+    IDENTITY_PRE, run=functools.partial(identity_pre, num_splits=1000)
+)
+EVERY_OP = (
+    *OPS,
+    PASSING,
+    DELAYED_PASSING,
+    HEAD_PROJECTION,
+    TWO_PASSES,
+    WITHOUT_EPS,
+    IN_STEPS,
+    unmixed.PASSING,
+    IDENTITY_TWO_PASSES,
+)
 
 
 def run_recompute(

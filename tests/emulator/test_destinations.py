@@ -31,6 +31,8 @@ SIZES = {
 PAIRS = pytest.mark.parametrize("pair", some(SIZES), ids=str)
 # The first of them writes.
 READERS = ("contract", *SUB_LAYER, "second contract")
+# Of streams that are not mixed.
+UNMIXED = ("identity_pre", "identity_post")
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +51,8 @@ def directed_kernels(pair):
     plain = specs.Sizes(*pair, dtype=streams)
     with_grads = set(specs.select([plain._replace(grads=(grads,))]))
     dtypes = Dtypes(streams=streams, layer_bias="float32", into=grads)
-    biased = ("post_bwd", (*pair, *dtypes.words))
-    return with_grads - set(specs.select([plain])) - {biased}
+    biased = {(name, (*pair, *dtypes.words)) for name in ("post_bwd", "identity_post_bwd")}
+    return with_grads - set(specs.select([plain])) - biased
 
 
 def gradients(pair, num_tokens, names=READERS):
@@ -67,7 +69,8 @@ def test_every_kernel_runs(pair):
     """The table, no less and no more: in either order, with a norm weight and without."""
     ran = set()
     with launch.settings(watch=lambda kernel, given: ran.add(kernel.key)):
-        for names in (READERS, READERS[::-1], ("projection", "aggregate", "projection")):
+        orders = (READERS, READERS[::-1], ("projection", "aggregate", "projection"))
+        for names in (*orders, UNMIXED, UNMIXED[::-1]):
             streams, dtype = SIZES[pair]
             for has_norm in (True, False):
                 case = Readers(names, 130, *pair, "cpu", streams, has_norm)
@@ -84,10 +87,11 @@ def test_every_kernel_runs(pair):
 
 
 @PAIRS
+@pytest.mark.parametrize("names", [READERS, UNMIXED], ids="-".join)
 @pytest.mark.parametrize("num_tokens", [0, 1, 13, 130])
-def test_accumulator(pair, num_tokens):
+def test_accumulator(pair, num_tokens, names):
     """Rounded once; of other gradients see `check_parameters`."""
-    case, plain, found = gradients(pair, num_tokens)
+    case, plain, found = gradients(pair, num_tokens, names)
     residual, autograds = found["residual"], plain["residual"]
     check_parameters(case, plain, found)
     if num_tokens == 0:

@@ -10,15 +10,19 @@ import far_apart
 import oracle
 import replaying
 import saturation
+import unmixed
 from cases import (
     AGGREGATE,
     CONTRACT,
     EXPAND,
     FUSED_PRE,
+    IDENTITY_POST,
+    IDENTITY_PRE,
     OPS,
     POST,
     PROJECTION,
     SINKHORN,
+    STREAM_MEAN,
     Case,
     operator_calls,
 )
@@ -27,6 +31,7 @@ from emulator.ops import NUM_SMS, emulated, operators
 from emulator.suite import (
     CASES,
     DELAYED_PASSING,
+    IDENTITY_TWO_PASSES,
     PASSING,
     VARIED,
     WIDE_CASE,
@@ -67,12 +72,12 @@ def test_op(op, case):
     oracle.check(op, case, *op.inputs(*case.shape, "cpu"))
 
 
-@pytest.mark.parametrize("op", [EXPAND, AGGREGATE, POST], ids=str)
+@pytest.mark.parametrize("op", [EXPAND, AGGREGATE, POST, IDENTITY_POST, STREAM_MEAN], ids=str)
 def test_wide_streams(op):
     oracle.check(op, WIDE_CASE, *op.inputs(*WIDE_CASE.shape, "cpu"))
 
 
-@pytest.mark.parametrize("op", [PROJECTION, CONTRACT, FUSED_PRE], ids=str)
+@pytest.mark.parametrize("op", [PROJECTION, CONTRACT, FUSED_PRE, IDENTITY_PRE], ids=str)
 def test_other_norm_weight(op):
     case = Case(130, 4, 192, "with a weight of the norm where the inputs have none, and without")
     tensors, options = op.inputs(*case.shape, "cpu")
@@ -125,15 +130,23 @@ def test_same_bits_in_every_order_of_threads(op):
         oracle.check_same_bits(runs[0], run, f"{op.name}, in another order:")
 
 
-@pytest.mark.parametrize("op", [AGGREGATE, POST, PROJECTION, FUSED_PRE], ids=str)
+@pytest.mark.parametrize("op", [AGGREGATE, POST, PROJECTION, FUSED_PRE, IDENTITY_PRE], ids=str)
 def test_nonfinite_stays_in_its_token(op):
     oracle.check_isolation(op, *op.inputs((65,), 8, 128, "cpu"), "residual")
 
 
 @pytest.mark.parametrize("case", [*CASES, Case(300, 4, 192, "several tiles")], ids=str)
 def test_residual_passed_through(case):
-    for op in (PASSING, DELAYED_PASSING):
+    for op in (PASSING, DELAYED_PASSING, unmixed.PASSING):
         oracle.check(op, case, *op.inputs(*case.shape, "cpu"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_identity_pre_in_two_passes(case):
+    """As with a given number of splits."""
+    op = IDENTITY_TWO_PASSES
+    tensors, options = op.inputs(*case.shape, "cpu")
+    oracle.check(op, case, tensors, options)
 
 
 @pytest.mark.parametrize("op", [PROJECTION, FUSED_PRE, PASSING], ids=str)

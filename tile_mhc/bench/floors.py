@@ -108,6 +108,41 @@ def fused_pre_bwd_add(T: int, H: int, n: int) -> int:
     return fused_pre_bwd(T, H, n) + BF16 * T * n * H
 
 
+def identity_pre_fwd(T: int, H: int, n: int) -> int:
+    """As fused_pre's, of 2n mixes and without a comb_mix."""
+    mixes = 2 * n
+    return BF16 * T * H * (n + 1) + FP32 * (T * n + mixes * n * H + mixes + 2)
+
+
+def identity_pre_bwd(T: int, H: int, n: int) -> int:
+    """Reads x, the mixes, 1 / rms, two gradients, writes that of x; the parameters in and out."""
+    mixes = 2 * n
+    parameters = mixes * n * H + mixes + 2
+    return BF16 * T * H * (2 * n + 1) + FP32 * (T * (mixes + 1 + n) + 2 * parameters)
+
+
+def identity_pre_bwd_add(T: int, H: int, n: int) -> int:
+    """The same, and a gradient that x already has."""
+    return identity_pre_bwd(T, H, n) + BF16 * T * n * H
+
+
+def identity_post_fwd(T: int, H: int, n: int) -> int:
+    return BF16 * T * H * (2 * n + 1) + FP32 * T * n
+
+
+def identity_post_bwd(T: int, H: int, n: int) -> int:
+    """Reads a gradient, the layer's output and its mix; that of the streams is the one it reads."""
+    return BF16 * T * H * (n + 2) + FP32 * T * 2 * n
+
+
+def stream_mean_fwd(T: int, H: int, n: int) -> int:
+    return BF16 * T * H * (n + 1)
+
+
+def stream_mean_bwd(T: int, H: int, n: int) -> int:
+    return BF16 * T * H * (1 + n)
+
+
 def delayed_pre_fwd(T: int, H: int, n: int) -> int:
     """As fused_pre's, with a pre_mix in and one out."""
     return fused_pre_fwd(T, H, n) + FP32 * T * 2 * n

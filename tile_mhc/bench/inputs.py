@@ -25,6 +25,7 @@ class Inputs:
     grad_residual: Tensor
     mixes: Tensor
     head_mixes: Tensor
+    identity_mixes: Tensor
     pre_mix: Tensor
     post_mix: Tensor
     comb_mix: Tensor
@@ -44,6 +45,9 @@ class Inputs:
     head_weight: Tensor
     head_scale: Tensor
     head_bias: Tensor
+    identity_weight: Tensor
+    identity_scale: Tensor
+    identity_bias: Tensor
     # Of the layer behind a boundary, and of the norm before it: values of bfloat16.
     linear: Tensor
     layer_norm: Tensor
@@ -71,6 +75,11 @@ class Inputs:
         """What `contract` reads."""
         return self.residual, self.head_weight, self.head_scale, self.head_bias
 
+    @property
+    def identity(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `identity_pre` reads."""
+        return self.residual, self.identity_weight, self.identity_scale, self.identity_bias
+
     def with_layers(self) -> "Inputs":
         """A layer's own tensors for each of LAYERS, so that no two share what L2 holds."""
 
@@ -88,8 +97,8 @@ class Inputs:
     def double(self, tokens: slice) -> "Inputs":
         """Some of the tokens in float64, with all of the parameters: for the reference."""
         parameters = (
-            "weight", "scale", "bias", "head_weight", "head_scale", "head_bias", "linear",
-            "layer_norm",
+            "weight", "scale", "bias", "head_weight", "head_scale", "head_bias", "identity_weight",
+            "identity_scale", "identity_bias", "linear", "layer_norm",
         )  # fmt: skip
 
         def part(name: str, value: Any) -> Any:
@@ -116,6 +125,7 @@ def make_inputs(T: int, H: int, n: int, device: torch.device) -> Inputs:
         grad_residual=normal(1, T, n, H, dtype=torch.bfloat16),
         mixes=normal(1, T, mixes),
         head_mixes=normal(1, T, n),
+        identity_mixes=normal(1, T, 2 * n),
         pre_mix=normal(1, T, n, 1).sigmoid(),
         post_mix=2 * normal(1, T, n, 1).sigmoid(),
         comb_mix=reference.sinkhorn(logits),
@@ -133,6 +143,9 @@ def make_inputs(T: int, H: int, n: int, device: torch.device) -> Inputs:
         head_weight=normal(n, n * H) / (n * H) ** 0.5,
         head_scale=1 + 0.1 * normal(1),
         head_bias=normal(n),
+        identity_weight=normal(2 * n, n * H) / (n * H) ** 0.5,
+        identity_scale=1 + 0.1 * normal(2),
+        identity_bias=normal(2 * n),
         linear=(normal(H, H) / H**0.5).bfloat16(),
         layer_norm=(1 + 0.1 * normal(H)).bfloat16().float(),
     )

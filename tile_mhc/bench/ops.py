@@ -144,6 +144,22 @@ def _fused_pre_bwd_truth(x: Inputs, accumulated: Tensor | None = None) -> Output
     return reference.fused_pre_backward(*arguments)[:4]
 
 
+def _identity_pre_bwd(x: Inputs, accumulated: Tensor | None = None) -> Call:
+    op = torch.ops.tile_mhc
+    saved = op.identity_pre(*x.identity, None, EPS, EPS, EPS, POST_MULT, None, False)[2:]
+    grads = x.grad_hidden, x.grad_post.squeeze(-1)
+    options = (EPS, POST_MULT, False, accumulated)
+    arguments = (*grads, *x.identity, None, *saved, *options)
+    return lambda: op.identity_pre_backward(*arguments)[:4]
+
+
+def _identity_pre_bwd_truth(x: Inputs, accumulated: Tensor | None = None) -> Outputs:
+    saved = reference.identity_pre_with_mixes(*x.identity, None, EPS, EPS, EPS, POST_MULT)[2:]
+    grads = x.grad_hidden, x.grad_post.squeeze(-1)
+    options = (EPS, POST_MULT, False, accumulated)
+    return reference.identity_pre_backward(*grads, *x.identity, None, *saved, *options)[:4]
+
+
 def _delayed_pre(x: Inputs) -> tuple[Any, ...]:
     """The operator's inputs before its options."""
     return *x.gates, x.pre_mix, None
@@ -536,6 +552,7 @@ def make_ops() -> list[Op]:
             lambda x: _boundary(_boundary_truth, x, x.pre_mix)(),
             summed=(9, 10, 11),
         ),
+        *_identity_rows(),
         Op(
             "recompute.fwd",
             floors.recompute_fwd,
@@ -553,6 +570,59 @@ def make_ops() -> list[Op]:
         ),
         *_stack_rows(),
         *_norm_rows(),
+    ]
+
+
+def _identity_rows() -> list[Op]:
+    """Of streams that are not mixed, and of a head that is their mean."""
+    op = torch.ops.tile_mhc
+    return [
+        Op(
+            "identity_pre.fwd",
+            floors.identity_pre_fwd,
+            lambda x: lambda: tile_mhc.identity_pre(*x.identity, post_mult=POST_MULT),
+            lambda x: reference.identity_pre(*x.identity, post_mult=POST_MULT),
+        ),
+        Op(
+            "identity_pre.bwd",
+            floors.identity_pre_bwd,
+            _identity_pre_bwd,
+            _identity_pre_bwd_truth,
+            summed=(1, 2, 3),
+        ),
+        Op(
+            "identity_pre.bwd_add",
+            floors.identity_pre_bwd_add,
+            lambda x: _identity_pre_bwd(x, x.grad_residual),
+            lambda x: _identity_pre_bwd_truth(x, x.grad_residual),
+            summed=(1, 2, 3),
+        ),
+        Op(
+            "identity_post.fwd",
+            floors.identity_post_fwd,
+            lambda x: lambda: [tile_mhc.identity_post(x.hidden, x.residual, x.post_mix)],
+            lambda x: [reference.identity_post(x.hidden, x.residual, x.post_mix)],
+        ),
+        Op(
+            "identity_post.bwd",
+            floors.identity_post_bwd,
+            lambda x: (
+                lambda: op.identity_post_backward(x.grad_residual, x.hidden, x.post_mix, None)[:2]
+            ),
+            lambda x: reference.identity_post_backward(x.grad_residual, x.hidden, x.post_mix)[:2],
+        ),
+        Op(
+            "stream_mean.fwd",
+            floors.stream_mean_fwd,
+            lambda x: lambda: [tile_mhc.stream_mean(x.residual)],
+            lambda x: [reference.stream_mean(x.residual)],
+        ),
+        Op(
+            "stream_mean.bwd",
+            floors.stream_mean_bwd,
+            lambda x: lambda: [op.stream_mean_backward(x.grad_hidden, x.n)],
+            lambda x: [reference.stream_mean_backward(x.grad_hidden, x.n)],
+        ),
     ]
 
 
