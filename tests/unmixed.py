@@ -28,7 +28,7 @@ NONE = {
     (8, 256): "most streams",
     (4, 4160): "a width in 65 pieces",
     (4, 100): "no whole piece",
-    (4, 8192): "a width whose weight and its gradient do not fit the registers",
+    (4, 8192): "a width that does not fit the registers of as many CTAs",
 }
 
 

@@ -22,6 +22,7 @@ from tile_mhc.kernels._shapes import (
     DELAYED_TOKENS,
     FAST_HIDDEN,
     HISTORY_STEP,
+    PORTABLE_CLUSTER,
     SUM_LANES,
     TOKENS_PER_PARTIAL,
     cluster_size,
@@ -38,6 +39,8 @@ SPLIT_WEIGHT_TOKENS = 1024
 # 2026-11, 8192x7168, 112 CTAs at a time and six times 131: 779 and 717 us, 442 and 420.
 DELAYED_START = 2
 DELAYED_START_TILES = 0.5
+# SMs of a GPU that has at least one GPC of 16: of eight GPCs with 14 or fewer it would have 112.
+LARGE_CLUSTER_SMS = 113
 # Blocks of a split in the batch-invariant mode: more of them leave a GPU with few tokens idle,
 # fewer make more partial sums where there are many.
 INVARIANT_BLOCKS = 16
@@ -99,11 +102,29 @@ def reads_once(
 def identity_reads_once(
     dtype: torch.dtype, n: int, hidden_size: int, backward: bool, held: bool = False
 ) -> bool:
-    """identity_pre: whether clusters of CTAs hold these streams; any number of tokens.
+    """identity_pre: whether a kernel's clusters of CTAs hold these streams; any number of tokens.
 
     With a gradient that the streams have from others, `held`, they may not fit.
     """
     return dtype == torch.bfloat16 and identity_cluster_size(n, hidden_size, backward, held) > 0
+
+
+def identity_reads_twice(dtype: torch.dtype, n: int, hidden_size: int, held: bool) -> bool:
+    """identity_pre: whether some GPU, or mode, takes two passes in the backward."""
+    size = identity_cluster_size(n, hidden_size, True, held)
+    return not identity_reads_once(dtype, n, hidden_size, True, held) or size > PORTABLE_CLUSTER
+
+
+def has_clusters_of(size: int) -> bool:
+    """identity_pre: whether clusters of so many CTAs are launched.
+
+    Of more than PORTABLE_CLUSTER where a GPC of the GPU has enough SMs, and not in the
+    batch-invariant mode, whose bits are those of every GPU.
+    """
+    if size <= PORTABLE_CLUSTER:
+        return True
+    device = torch.cuda.current_device()
+    return not config.get_batch_invariant() and config._device_num_sms(device) >= LARGE_CLUSTER_SMS
 
 
 def history_capacity(repeat: int) -> int:

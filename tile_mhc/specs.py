@@ -277,8 +277,8 @@ def _clusters(backward: bool) -> Callable[[Sizes], list[Arguments]]:
 
 def _identity_gates(s: Sizes) -> list[Arguments]:
     # Where it makes two passes, as it does into an accumulator.
-    once = selection.identity_reads_once(getattr(torch, s.dtype), s.n, s.hidden, True, True)
-    return [] if once and not _accumulators(s) else _n_gates(s)
+    twice = selection.identity_reads_twice(getattr(torch, s.dtype), s.n, s.hidden, True)
+    return _n_gates(s) if twice or _accumulators(s) else []
 
 
 def _identity_forwards(s: Sizes) -> list[Arguments]:
@@ -367,7 +367,7 @@ def _projection_backwards(s: Sizes) -> list[Arguments]:
     choices += [
         (identity, held, "")
         for held in ("", s.dtype)
-        if not selection.identity_reads_once(dtype, s.n, s.hidden, True, held != "")
+        if selection.identity_reads_twice(dtype, s.n, s.hidden, held != "")
     ]
     # Into an accumulator these two and projection: the first writes to it, others add.
     for into in _accumulators(s):

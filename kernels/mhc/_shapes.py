@@ -126,6 +126,8 @@ IDENTITY_BACKWARD_COLUMNS = 32
 IDENTITY_WARPS = 14
 # Of shared memory beside the rings and the sums: gates, mbarriers.
 IDENTITY_BYTES = 4096
+# The most CTAs of a cluster that every GPU with clusters runs.
+PORTABLE_CLUSTER = 8
 
 
 def identity_columns(backward: bool) -> int:
@@ -167,10 +169,13 @@ def identity_stages(
 def identity_cluster_size(n: int, hidden_size: int, backward: bool, held: bool) -> int:
     """identity_cluster: CTAs that share a token; 0 where there is no such kernel.
 
-    As few as leave room for three groups of tokens; see `cluster_size`.
+    As few as leave room for three groups of tokens; see `cluster_size`. In the backward up to twice
+    PORTABLE_CLUSTER: who launches it asks the GPU.
     """
     columns = identity_columns(backward)
     for size in (1, 2, 4, 8, 16):
+        if size > PORTABLE_CLUSTER and not backward:
+            break
         width = hidden_size // size
         whole = hidden_size % (size * columns) == 0 and width <= IDENTITY_WARPS * columns
         if n == IDENTITY_STREAMS and whole and identity_stages(size, width, backward, held) >= 3:

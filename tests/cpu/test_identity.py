@@ -12,12 +12,26 @@ from cases import IDENTITY_POST, IDENTITY_POST_BIAS, IDENTITY_PRE, normal
 from tile_mhc import (
     GradAccumulator,
     aggregate,
+    config,
     expand,
     identity_post,
     identity_pre,
     post,
     reference,
+    selection,
     stream_mean,
+)
+from tile_mhc.kernels._arch import HOPPER
+from tile_mhc.kernels._shapes import (
+    CLUSTER_SLOTS,
+    CLUSTER_STAGES,
+    CLUSTER_TOKENS,
+    IDENTITY_WARPS,
+    PORTABLE_CLUSTER,
+    identity_cluster_size,
+    identity_columns,
+    identity_stages,
+    identity_sums,
 )
 from tile_mhc.ops.identity_pre import _IdentityPreAndResidual
 
@@ -294,3 +308,41 @@ def test_stream_mean_of_large_streams():
     """A sum in the dtype of the streams would be infinite."""
     residual = torch.full((1, 8, 64), 3e4, dtype=torch.float16)
     assert torch.equal(stream_mean(residual), residual[:, 0])
+
+
+def test_large_clusters_only_where_every_gpu_of_the_size_has_them(monkeypatch):
+    """And not where the bits are to be those of any GPU."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for sms, large in ((132, True), (114, True), (112, False), (78, False)):
+        monkeypatch.setattr(config, "_device_num_sms", lambda _, sms=sms: sms)
+        assert all(selection.has_clusters_of(size) for size in (1, 2, 4, PORTABLE_CLUSTER))
+        assert selection.has_clusters_of(16) == large
+    monkeypatch.setattr(config, "_device_num_sms", lambda _: 132)
+    config.set_batch_invariant(True)
+    try:
+        assert not selection.has_clusters_of(16)
+    finally:
+        config.set_batch_invariant(False)
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+def test_clusters_fit_an_sm(backward, held):
+    """Shared memory and registers; a width has clusters of the fewest CTAs that do."""
+    for hidden in range(64, 16385, 64):
+        size = identity_cluster_size(4, hidden, backward, held)
+        assert size <= (16 if backward else PORTABLE_CLUSTER)
+        if size == 0:
+            continue
+        width = hidden // size
+        warps = width // identity_columns(backward)
+        assert warps * identity_columns(backward) * size == hidden
+        assert warps <= IDENTITY_WARPS
+        stages = identity_stages(size, width, backward, held)
+        assert 3 <= stages <= CLUSTER_STAGES
+        rows = (4 * (1 + held) + 1) if backward else 4
+        ring = stages * CLUSTER_TOKENS * rows * width * 2
+        sums = 4 * identity_sums(backward) * (2 * warps + CLUSTER_SLOTS * (size + 1))
+        assert ring + sums < HOPPER.shared_bytes
+    assert identity_cluster_size(2, 256, backward, held) == 0
+    assert identity_cluster_size(8, 256, backward, held) == 0

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import replaying
 from emulator import launch
-from tile_mhc import config, jit
+from tile_mhc import config, jit, selection
 from tile_mhc.kernels._arch import ARCHITECTURES, DEFAULT
 
 # The H200's: splits and slices, and so the last bits, depend on it.
@@ -40,6 +40,7 @@ def emulated(seed: int = 0, num_sms: int = NUM_SMS, arch: str = DEFAULT) -> Iter
         mock.patch.object(jit, "kernel", functools.partial(launch.kernel, arch=arch)),
         mock.patch.object(config, "get_num_sms", return_value=num_sms),
         replaying.on_architecture(ARCHITECTURES[arch]),
+        mock.patch.object(selection, "has_clusters_of", return_value=True),
         launch.settings(seed=seed),
     ):
         yield

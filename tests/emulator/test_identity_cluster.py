@@ -21,6 +21,7 @@ from tile_mhc import identity_pre, reference
 from tile_mhc.kernels._shapes import identity_cluster_size
 
 SEED = 1
+FORWARD, BACKWARD = "identity_cluster_fwd", "identity_cluster_bwd"
 HIDDEN = pytest.mark.parametrize("hidden", some(unmixed.SIZES, 2))
 # With a build of its own for other dtypes.
 ONE = pytest.mark.parametrize("hidden", some(unmixed.SIZES))
@@ -47,7 +48,7 @@ def test_tokens(hidden, norm):
     with launch.settings(watch=lambda kernel, given: ran.add(kernel.key[0])):
         for num_tokens in (1, 7, 8, 9, 40):
             unmixed.check(hidden, num_tokens, "cpu", norm)
-    assert {"identity_cluster_fwd", "identity_cluster_bwd"} <= ran
+    assert {FORWARD, BACKWARD} <= ran
 
 
 @HIDDEN
@@ -125,12 +126,12 @@ def test_a_token_by_itself(hidden):
             assert torch.equal(some[name], every[name][rows]), name
 
 
-# Of the sources: what becomes of what, and the fault. "last" leaves all but the last of a kind.
+# What is taken out of the sources, and the fault.
 BROKEN = {
     "no wait": (r"full\[[^;]*\.wait\([^;]*;", "never written|under way"),
     "no barrier of the warp": (r"__syncwarp\(\);(?![\s\S]*__syncwarp)", "no barrier|never written"),
     "leaves at once": (r"tl::cluster_sync\(\);(?![\s\S]*cluster_sync)", "has left"),
-    "no wait for a copy": (r"tl::cp_async_wait<\d+>\(\);", "never written|under way|its wait"),
+    "no wait for a copy": (r"tl::cp_async_wait<\d+>\(\);", "that nothing waits for|under way"),
 }
 
 
@@ -151,8 +152,13 @@ def launches():
     return found
 
 
-@pytest.mark.parametrize("name", ["identity_cluster_fwd", "identity_cluster_bwd"])
-@pytest.mark.parametrize("what", BROKEN)
+# In none of 60 orders does a CTA of the backward leave while another has not waited for its push:
+# it still has a gradient of the weight to write.
+EITHER = [(name, what) for name in (FORWARD, BACKWARD) for what in BROKEN]
+EITHER.remove((BACKWARD, "leaves at once"))
+
+
+@pytest.mark.parametrize(("name", "what"), EITHER)
 def test_faults_within_a_cluster(launches, name, what):
     """In some order of threads: most of them hide that a CTA may be ahead."""
     kernel, given = launches[name]

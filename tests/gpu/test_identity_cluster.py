@@ -45,6 +45,24 @@ def test_which_kernels_run(n, hidden_size, passes):
     assert ("identity_gates_bwd" in names) == (not backward)
 
 
+def test_batch_invariant_clusters_are_those_of_every_gpu():
+    """Of 7168 columns the backward has clusters of 16, and in this mode two passes."""
+    tensors = unmixed.inputs(7168, 65, "cuda")
+    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+
+    def run():
+        identity_pre(**leaves)[0].sum().backward()
+
+    config.set_batch_invariant(True)
+    try:
+        names = launched(run)
+    finally:
+        config.set_batch_invariant(False)
+    assert "identity_cluster_fwd" in names
+    assert "identity_cluster_bwd" not in names
+    assert "identity_cluster_bwd" in launched(run)
+
+
 def test_a_number_of_splits_asks_for_two_passes():
     names = launched(lambda: identity_pre(**unmixed.inputs(1280, 65, "cuda"), num_splits=1))
     assert "identity_pre_fwd_kernel" in names

@@ -15,6 +15,7 @@ from torch import Tensor
 from tile_mhc import errors, jit, reference, selection
 from tile_mhc._guards import transforms_active
 from tile_mhc.accumulator import GradAccumulator
+from tile_mhc.kernels._shapes import identity_cluster_size
 from tile_mhc.ops import _flops
 from tile_mhc.ops import identity_cluster as cluster_op
 from tile_mhc.ops import mixes as mixes_op
@@ -106,8 +107,10 @@ def identity_pre(
 
     On CUDA products are near fp32, as in `projection`, and sums in a fixed order; the gradient of
     the residual is rounded once for both its uses. Where a cluster of CTAs can hold a token
-    (bfloat16, n = 4, the usual H) the streams are read once. Elsewhere, and with a `num_splits`,
-    they are read twice in the forward: the mixes are then the bits of `projection`.
+    (bfloat16, n = 4, the usual H up to 7168) the streams are read once, each way. Elsewhere, and
+    with a `num_splits`, they are read twice in the forward: the mixes are then the bits of
+    `projection`. The backward of wide H has clusters of 16 CTAs, and reads them twice where a GPU
+    has fewer than 113 SMs and in the batch-invariant mode.
 
     With `passes_residual` the residual is an output too, for `identity_post` to read. The gradient
     that comes back for it, that of the streams which `identity_post` wrote, is then added inside
@@ -284,8 +287,12 @@ def _launch_backward(
 ) -> tuple[Tensor, ...]:
     n, hidden_size = residual.shape[-2:]
     held = accumulated is not None
-    once = selection.identity_reads_once(residual.dtype, n, hidden_size, True, held)
-    if once and residual.numel() and 0 not in into:
+    if (
+        residual.numel()
+        and 0 not in into
+        and selection.identity_reads_once(residual.dtype, n, hidden_size, True, held)
+        and selection.has_clusters_of(identity_cluster_size(n, hidden_size, True, held))
+    ):
         return cluster_op.backward(
             grad_input,
             grad_post,
