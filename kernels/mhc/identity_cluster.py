@@ -309,21 +309,16 @@ def place(warp: T.int32, token: T.int32, piece: T.int32):
     return (warp * GROUP + token) * ROW + T.bitwise_xor(piece, reverse)
 
 
-def moved(start: T.int32, pieces: int, tokens: int = 0, width: int = VECTOR):
-    """The first element of what lies so many pieces and tokens on from a place.
-
-    Both are numbers whose bits are not in what the place was made of; tokens are even. With `width`
-    less than VECTOR, the place is in units of that.
+def moved(start: T.int32, pieces: int, tokens: int = 0, unit: int = 1):
+    """The place so many pieces and tokens on: numbers whose bits are not in what `start` was made
+    of; tokens are even. A place has `unit` to a vector.
     """
-    unit = VECTOR // width
     changed = pieces % 8 ^ (tokens // 2 % 2 * 2 + tokens // 4)
-    return (T.bitwise_xor(start, changed * unit) + (pieces // 8 * 8 + tokens * ROW) * unit) * width
+    return T.bitwise_xor(start, changed * unit) + (pieces // 8 * 8 + tokens * ROW) * unit
 
 
 @T.macro
-def load_rows(
-    source: T.Tensor, t0: T.Buffer, vector: T.int32, ring: T.Buffer, slot: T.int32, start: T.int32
-):
+def load_rows(source: T.Tensor, t0: T.Buffer, vector: T.int32, ring: T.Buffer, start: T.int32):
     """Start the loads of a warp's columns of all streams; zeros past the last token.
 
     `vector` is the index, within a token, of the vector that this lane loads, `start` the place of
@@ -332,16 +327,15 @@ def load_rows(
     lane = T.get_thread_binding() % 32
     for e in tuple(range(GROUP * ROW // 32)):
         g = e * (32 // ROW) + lane // ROW
-        at = moved(start, 0, e * (32 // ROW))
         if t0[0] + g < source.shape[0]:
             T.ptx_cp_async(
-                T.access_ptr(ring[slot, at], "w", VECTOR),
+                T.access_ptr(ring[moved(start, 0, e * (32 // ROW)) * VECTOR], "w", VECTOR),
                 T.access_ptr(source[t0[0] + g, vector * VECTOR], "r", VECTOR),
                 VECTOR,
             )
         else:
             for v in T.vectorized(VECTOR):
-                ring[slot, at + v] = T.cast(0, T.bfloat16)
+                ring[moved(start, 0, e * (32 // ROW)) * VECTOR + v] = T.cast(0, T.bfloat16)
 
 
 @T.macro
@@ -361,19 +355,6 @@ def load_inputs(
     else:
         for v in T.vectorized(VECTOR):
             ring[slot, warp, g, at + v] = T.cast(0, T.bfloat16)
-
-
-@T.macro
-def twice(operand: T.Buffer, at: int, a: T.Buffer):
-    """An operand of 16 rows whose eight columns come twice, for both parts of the other one.
-
-    A tensor core takes it from four neighbouring registers: one that is kept is better whole.
-    """
-    for half in tuple(range(2)):
-        for k in T.vectorized(2):
-            a[half * 4 + k] = operand[at + k]
-        for k in T.vectorized(2):
-            a[half * 4 + 2 + k] = operand[at + 2 + k]
 
 
 @builder(RING)
@@ -404,6 +385,8 @@ def identity_cluster_bwd(
     stages = identity_stages(cluster, width, True, has_held, limits)
     ahead = stages - 1
     count = identity_sums(True)
+    # Vectors of a group of tokens.
+    group = warps * GROUP * ROW
     has_norm = norm_weight_dtype != ""
 
     @T.prim_func
@@ -433,10 +416,11 @@ def identity_cluster_bwd(
             rank = cta % cluster
             first = cta // cluster
             h = rank * width + warp * IDENTITY_BACKWARD_COLUMNS
-            ring = T.alloc_shared((stages, warps * GROUP * ROW * VECTOR), T.bfloat16)
+            # Whole groups one after another; within one, warp by warp.
+            ring = T.alloc_shared((stages * group * VECTOR,), T.bfloat16)
             grad_ring = T.alloc_shared((stages, warps, GROUP, PIECES * VECTOR), T.bfloat16)
             if has_held:
-                held_ring = T.alloc_shared((stages, warps * GROUP * ROW * VECTOR), T.bfloat16)
+                held_ring = T.alloc_shared((stages * group * VECTOR,), T.bfloat16)
             warp_sums = T.alloc_shared((2, warps, count), T.float32)
             parts = T.alloc_shared((CLUSTER_SLOTS, cluster, count), T.float32)
             mine = T.alloc_shared((CLUSTER_SLOTS, count), T.float32)
@@ -450,6 +434,7 @@ def identity_cluster_bwd(
             t0 = T.alloc_local((1,), T.int32)
             vectors = T.alloc_local((3,), T.int32)
             places = T.alloc_local((4,), T.int32)
+            at = T.alloc_local((3,), T.int32)
             # Of the ring: where this step's group is, and where the one before was.
             slots = T.alloc_local((2,), T.int32)
             if warp < warps:
@@ -462,14 +447,13 @@ def identity_cluster_bwd(
                 a = T.alloc_local((VECTOR,), T.bfloat16)
                 of_tokens = T.alloc_local((8,), T.bfloat16)
                 of_mixes = T.alloc_local((4,), T.bfloat16)
-                turned = T.alloc_local((VECTOR,), T.bfloat16)
                 sums = T.alloc_local((2, 4), T.float32)
                 product = T.alloc_local((2, 4), T.float32)
-                factor = T.alloc_local((2,), T.float32)
+                factor = T.alloc_local((4,), T.float32)
                 pre = T.alloc_local((1,), T.float32)
                 lifted = T.alloc_local((1,), T.float32)
                 streams = T.alloc_local((4,), T.bfloat16)
-                outer = T.alloc_local((4,), T.bfloat16)
+                outer = T.alloc_local((8,), T.float32)
                 element = T.alloc_local((1,), T.float32)
                 total = T.alloc_local((4,), T.float32)
                 vectors[0] = (lane // PIECES % N * hidden_size + h) // VECTOR + lane % PIECES
@@ -480,26 +464,33 @@ def identity_cluster_bwd(
                 # transposed load; and four columns of a token, of which it finishes two.
                 places[0] = place(warp, lane // ROW, lane % ROW)
                 places[1] = place(warp, lane // 4, lane % 4)
-                places[2] = place(warp, lane % 8, lane // 8)
+                places[2] = place(warp, lane % 8, lane // 8 % 2)
                 places[3] = place(warp, lane % 4, lane // 8) * 2 + lane // 4 % 2
                 for s in T.unroll(ahead):
                     if s < steps[0]:
                         t0[0] = (first + s * clusters) * GROUP
-                        load_rows(x, t0, vectors[0], ring, s, places[0])
+                        load_rows(x, t0, vectors[0], ring, s * group + places[0])
                         load_inputs(grad, t0, vectors[1], grad_ring, s, warp)
                         if has_held:
-                            load_rows(held, t0, vectors[0], held_ring, s, places[0])
+                            load_rows(held, t0, vectors[0], held_ring, s * group + places[0])
                     T.ptx_commit_group()
                 # Which column a row of an operand stands for does not matter: here a lane has four
                 # neighbours of a stream, which it stores at once, and of each two mixes.
                 for i in T.unroll(N):
                     for e in T.unroll(2):
-                        k = (i * (hidden_size // 4) + vectors[2]) * 4
                         for v in T.vectorized(4):
-                            raw[e, v] = T.cast(weight[lane % 4 * 2 + e, k + v], T.float32)
+                            raw[e, v] = T.cast(
+                                weight[
+                                    lane % 4 * 2 + e, (i * (hidden_size // 4) + vectors[2]) * 4 + v
+                                ],
+                                T.float32,
+                            )
                         for v in T.unroll(4):
                             if has_norm:
-                                raw[e, v] *= T.cast(norm_weight[k + v], T.float32)
+                                raw[e, v] *= T.cast(
+                                    norm_weight[(i * (hidden_size // 4) + vectors[2]) * 4 + v],
+                                    T.float32,
+                                )
                             if tf32 != 0:
                                 raw[e, v] = rounded_to_tf32(raw[e, v])
                             w[(i * 4 + v) * 4 + e] = high_part(raw[e, v])
@@ -521,14 +512,16 @@ def identity_cluster_bwd(
                     if step < steps[0]:
                         T.ptx_wait_group(ahead - 1)
                         T.sync_warp()
+                        at[0] = slots[0] * group + places[1]
                         for v in T.vectorized(VECTOR):
                             grads[v] = grad_ring[slots[0], warp, lane // 4, lane % 4 * VECTOR + v]
                         # As in `contract_cluster_bwd`: the tokens of two streams by the gradient's.
                         for p in tuple(range(2)):
                             for i in tuple(range(2)):
-                                at = moved(places[1], (2 * p + i) * PIECES)
                                 for v in T.vectorized(VECTOR):
-                                    values[i * VECTOR + v] = ring[slots[0], at + v]
+                                    values[i * VECTOR + v] = ring[
+                                        moved(at[0], (2 * p + i) * PIECES) * VECTOR + v
+                                    ]
                             for half in (0, 4):
                                 stack(values, half, values, VECTOR + half, a)
                                 multiply(a, grads, half, sums, p)
@@ -557,64 +550,73 @@ def identity_cluster_bwd(
                                     step % 2, lane // 4, part * GROUP + lane % 4 * 2 + k
                                 ]
                         lifted[0] = given[step % 2, 0, N + 2]
+                        for k in tuple(range(2)):
+                            g = lane % 4 + k * 4
+                            for v in T.vectorized(2):
+                                factor[k * 2 + v] = given[step % 2, g, N + v]
+                            for v in T.vectorized(4):
+                                streams[v] = grad_ring[slots[1], warp, g, lane // 4 * 4 + v]
+                            for v in T.unroll(4):
+                                outer[k * 4 + v] = T.cast(streams[v], T.float32)
+                        at[0] = slots[1] * group + places[2]
+                        at[1] = slots[1] * (2 * group) + places[3]
+                        at[2] = moved(at[1], 0, 4, 2)
                         for i in tuple(range(N)):
                             # One stream after the other: what is loaded for all of them at once
                             # does not fit the registers.
                             T.sync_warp()
-                            T.evaluate(
-                                T.call_intrin(
-                                    "handle",
-                                    LOAD_MATRIX,
-                                    T.int32(1),
-                                    4,
-                                    T.access_ptr(
-                                        ring[slots[1], moved(places[2], i * PIECES)],
-                                        "r",
-                                        VECTOR,
-                                    ),
-                                    T.access_ptr(turned[0], "w", VECTOR),
-                                )
-                            )
                             for b in tuple(range(2)):
+                                # Its eight tokens twice, for both parts of the other one.
+                                T.evaluate(
+                                    T.call_intrin(
+                                        "handle",
+                                        LOAD_MATRIX,
+                                        T.int32(1),
+                                        4,
+                                        T.access_ptr(
+                                            ring[moved(at[0], i * PIECES + b * 2) * VECTOR],
+                                            "r",
+                                            VECTOR,
+                                        ),
+                                        T.access_ptr(a[0], "w", VECTOR),
+                                    )
+                                )
                                 for k in T.unroll(4):
                                     product[b, k] = 0.0
-                                twice(turned, b * 4, a)
                                 multiply(a, of_mixes, 0, product, b)
-                                # Tensor cores truncate their sums: no more than a group's.
+                                # Tensor cores truncate their sums: a group's, no more.
                                 for k in T.unroll(4):
                                     grad_w[i * 2 + b, k] += product[b, k] * lifted[0]
+                            # All but the weight's part, to which tensor cores add that.
+                            for k in tuple(range(2)):
+                                for v in T.vectorized(4):
+                                    streams[v] = ring[moved(at[1 + k], i * PIECES, 0, 2) * 4 + v]
+                                pre[0] = given[step % 2, lane % 4 + k * 4, i]
+                                for v in T.unroll(4):
+                                    # x joins one r first: r * r may be lost where x is large.
+                                    element[0] = T.cast(streams[v], T.float32) * factor[k * 2]
+                                    product[v // 2, v % 2 * 2 + k] = (
+                                        pre[0] * outer[k * 4 + v] + element[0] * factor[k * 2 + 1]
+                                    )
                             for b in tuple(range(2)):
-                                for k in T.unroll(4):
-                                    product[b, k] = 0.0
-                                at = (i * 2 + b) * VECTOR
-                                stack(w, at, w, at + 4, a)
+                                operand = (i * 2 + b) * VECTOR
+                                stack(w, operand, w, operand + 4, a)
                                 multiply(a, of_tokens, 0, product, b)
                                 multiply(a, of_tokens, 4, product, b)
                             for k in tuple(range(2)):
-                                g = lane % 4 + k * 4
-                                at = moved(places[3], i * PIECES, k * 4, 4)
-                                for v in T.vectorized(4):
-                                    streams[v] = ring[slots[1], at + v]
-                                for v in T.vectorized(4):
-                                    outer[v] = grad_ring[slots[1], warp, g, lane // 4 * 4 + v]
-                                pre[0] = given[step % 2, g, i]
-                                for v in T.vectorized(2):
-                                    factor[v] = given[step % 2, g, N + v]
                                 for v in T.unroll(4):
-                                    element[0] = T.cast(streams[v], T.float32)
-                                    total[v] = pre[0] * T.cast(outer[v], T.float32)
-                                    # x joins one r first: r * r may be lost where x is large.
-                                    total[v] += (element[0] * factor[0]) * factor[1]
-                                    total[v] += product[v // 2, v % 2 * 2 + k] * lifted[0]
+                                    total[v] = product[v // 2, v % 2 * 2 + k]
                                 if has_held:
                                     for v in T.vectorized(4):
-                                        streams[v] = held_ring[slots[1], at + v]
+                                        streams[v] = held_ring[
+                                            moved(at[1 + k], i * PIECES, 0, 2) * 4 + v
+                                        ]
                                     for v in T.unroll(4):
                                         total[v] += T.cast(streams[v], T.float32)
-                                if t0[0] + g < tokens:
+                                if t0[0] + lane % 4 + k * 4 < tokens:
                                     for v in T.vectorized(4):
                                         grad_x[
-                                            t0[0] + g,
+                                            t0[0] + lane % 4 + k * 4,
                                             (i * (hidden_size // 4) + vectors[2]) * 4 + v,
                                         ] = T.cast(total[v], T.bfloat16)
                     # As in the forward.
@@ -622,10 +624,11 @@ def identity_cluster_bwd(
                     if step + ahead < steps[0]:
                         t0[0] = (first + (step + ahead) * clusters) * GROUP
                         # Its place is that of the group which was finished just now.
-                        load_rows(x, t0, vectors[0], ring, slots[1], places[0])
+                        at[0] = slots[1] * group + places[0]
+                        load_rows(x, t0, vectors[0], ring, at[0])
                         load_inputs(grad, t0, vectors[1], grad_ring, slots[1], warp)
                         if has_held:
-                            load_rows(held, t0, vectors[0], held_ring, slots[1], places[0])
+                            load_rows(held, t0, vectors[0], held_ring, at[0])
                     T.ptx_commit_group()
                     slots[0] = T.Select(slots[0] == stages - 1, 0, slots[0] + 1)
                 # Rows of the transposed operand are columns: 8 * q + lane // 4 of a stream.
@@ -690,18 +693,22 @@ def identity_cluster_bwd(
                             largest[0] = T.max(largest[0], T.abs(value[k]))
                         for level in T.unroll(N.bit_length() - 1):
                             along[0] += T.shfl_xor(along[0], 1 << level)
-                        # As in `store_parts`: of a group, which is a tile here.
+                        # As in `store_parts`, for the gradient of the weight alone: where products
+                        # are so small, their part of the gradient of x is lost beside the rest.
                         largest[0] = T.warp_reduce_max(largest[0])
                         lift[0] = T.max(
                             SMALL_EXPONENT - (T.reinterpret(largest[0], T.int32) >> 23), 0
                         )
                         largest[0] = T.reinterpret((127 + lift[0]) << 23, T.float32)
                         for k in T.unroll(2):
-                            value[k] *= largest[0]
                             piece[0] = high_part(value[k])
                             piece[1] = low_part(value[k])
                             for part in T.unroll(2):
                                 by_token[step % 2, g, part * MIXES + k * N + i] = piece[part]
+                            value[k] *= largest[0]
+                            piece[0] = high_part(value[k])
+                            piece[1] = low_part(value[k])
+                            for part in T.unroll(2):
                                 by_mix[step % 2, k * N + i, part * GROUP + g] = piece[part]
                         sigmoid(z[0], gate)
                         given[step % 2, g, i] = gate[0] + pre_eps

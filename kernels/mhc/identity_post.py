@@ -85,7 +85,8 @@ def identity_post_bwd(
     slices = T.dynamic("num_slices") if has_bias else 1
     directed = into_dtype != ""
     target = into_dtype or streams_dtype
-    vector = row_vector(hidden_size, target)
+    # That of no accumulator, too: the sums of post_mix keep their order.
+    vector = row_vector(hidden_size, streams_dtype)
     # A CTA of a slice goes through many tokens, and is to leave room for as many as `post_slices`.
     threads = row_threads(hidden_size, vector, 128 if has_bias else 256)
     lanes = sum_lanes(n, threads)
