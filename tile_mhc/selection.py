@@ -100,19 +100,29 @@ def reads_once(
 
 
 def identity_reads_once(
-    dtype: torch.dtype, n: int, hidden_size: int, backward: bool, held: bool = False
+    dtype: torch.dtype,
+    n: int,
+    hidden_size: int,
+    backward: bool,
+    held: bool = False,
+    limits: Architecture | None = None,
 ) -> bool:
     """identity_pre: whether a kernel's clusters of CTAs hold these streams; any number of tokens.
 
     With a gradient that the streams have from others, `held`, they may not fit.
     """
-    return dtype == torch.bfloat16 and identity_cluster_size(n, hidden_size, backward, held) > 0
+    limits = limits or _device.limits()
+    size = identity_cluster_size(n, hidden_size, backward, held, limits)
+    return dtype == torch.bfloat16 and size > 0
 
 
-def identity_reads_twice(dtype: torch.dtype, n: int, hidden_size: int, held: bool) -> bool:
+def identity_reads_twice(
+    dtype: torch.dtype, n: int, hidden_size: int, held: bool, limits: Architecture
+) -> bool:
     """identity_pre: whether some GPU, or mode, takes two passes in the backward."""
-    size = identity_cluster_size(n, hidden_size, True, held)
-    return not identity_reads_once(dtype, n, hidden_size, True, held) or size > PORTABLE_CLUSTER
+    size = identity_cluster_size(n, hidden_size, True, held, limits)
+    once = identity_reads_once(dtype, n, hidden_size, True, held, limits)
+    return not once or size > PORTABLE_CLUSTER
 
 
 def has_clusters_of(size: int) -> bool:

@@ -277,23 +277,25 @@ def _clusters(backward: bool) -> Callable[[Sizes], list[Arguments]]:
 
 def _identity_gates(s: Sizes) -> list[Arguments]:
     # Where it makes two passes, as it does into an accumulator.
-    twice = selection.identity_reads_twice(getattr(torch, s.dtype), s.n, s.hidden, True)
+    twice = selection.identity_reads_twice(getattr(torch, s.dtype), s.n, s.hidden, True, s.limits)
     return _n_gates(s) if twice or _accumulators(s) else []
 
 
 def _identity_forwards(s: Sizes) -> list[Arguments]:
     """Of streams that are not mixed in one pass, where it has a kernel."""
-    if not selection.identity_reads_once(getattr(torch, s.dtype), s.n, s.hidden, False):
+    of = getattr(torch, s.dtype), s.n, s.hidden, False, False, s.limits
+    if not selection.identity_reads_once(*of):
         return []
     return [_kernel(s.hidden, **dtypes) for dtypes in _parameters(s)]
 
 
 def _identity_backwards(s: Sizes) -> list[Arguments]:
     # Alone, and on top of a gradient that the streams have.
+    of = getattr(torch, s.dtype), s.n, s.hidden, True
     return [
         _kernel(s.hidden, **dtypes, held=held)
         for held in ("", s.dtype)
-        if selection.identity_reads_once(getattr(torch, s.dtype), s.n, s.hidden, True, held != "")
+        if selection.identity_reads_once(*of, held != "", s.limits)
         for dtypes in _parameters(s)
     ]
 
@@ -367,7 +369,7 @@ def _projection_backwards(s: Sizes) -> list[Arguments]:
     choices += [
         (identity, held, "")
         for held in ("", s.dtype)
-        if selection.identity_reads_twice(dtype, s.n, s.hidden, held != "")
+        if selection.identity_reads_twice(dtype, s.n, s.hidden, held != "", s.limits)
     ]
     # Into an accumulator these two and projection: the first writes to it, others add.
     for into in _accumulators(s):

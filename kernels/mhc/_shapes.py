@@ -148,7 +148,7 @@ def identity_stages(
     width: int,
     backward: bool,
     held: bool,
-    limits: Architecture = ARCHITECTURES[DEFAULT],
+    limits: Architecture,
 ) -> int:
     """identity_cluster: groups of tokens that fit a CTA of a cluster of `size`, beside the sums.
 
@@ -166,18 +166,22 @@ def identity_stages(
 
 
 @functools.cache
-def identity_cluster_size(n: int, hidden_size: int, backward: bool, held: bool) -> int:
+def identity_cluster_size(
+    n: int, hidden_size: int, backward: bool, held: bool, limits: Architecture
+) -> int:
     """identity_cluster: CTAs that share a token; 0 where there is no such kernel.
 
     As few as leave room for three groups of tokens; see `cluster_size`. In the backward up to twice
     PORTABLE_CLUSTER: who launches it asks the GPU.
     """
+    if n != IDENTITY_STREAMS or not limits.ring_bytes:
+        return 0
     columns = identity_columns(backward)
     for size in (1, 2, 4, 8, 16):
         if size > PORTABLE_CLUSTER and not backward:
             break
         width = hidden_size // size
         whole = hidden_size % (size * columns) == 0 and width <= IDENTITY_WARPS * columns
-        if n == IDENTITY_STREAMS and whole and identity_stages(size, width, backward, held) >= 3:
+        if whole and identity_stages(size, width, backward, held, limits) >= 3:
             return size
     return 0

@@ -76,7 +76,7 @@ def identity_cluster_fwd(
 ):
     tokens = T.dynamic("num_tokens")
     size = N * hidden_size
-    cluster = identity_cluster_size(N, hidden_size, False, False)
+    cluster = identity_cluster_size(N, hidden_size, False, False, limits)
     width = hidden_size // cluster
     warps = width // IDENTITY_COLUMNS
     threads = warps * 32 + 32
@@ -378,7 +378,7 @@ def identity_cluster_bwd(
     tokens = T.dynamic("num_tokens")
     size = N * hidden_size
     has_held = held_dtype != ""
-    cluster = identity_cluster_size(N, hidden_size, True, has_held)
+    cluster = identity_cluster_size(N, hidden_size, True, has_held, limits)
     width = hidden_size // cluster
     warps = width // IDENTITY_BACKWARD_COLUMNS
     threads = warps * 32 + 32

@@ -21,7 +21,7 @@ from tile_mhc import (
     selection,
     stream_mean,
 )
-from tile_mhc.kernels._arch import HOPPER
+from tile_mhc.kernels._arch import AMPERE, HOPPER
 from tile_mhc.kernels._shapes import (
     CLUSTER_SLOTS,
     CLUSTER_STAGES,
@@ -330,7 +330,7 @@ def test_large_clusters_only_where_every_gpu_of_the_size_has_them(monkeypatch):
 def test_clusters_fit_an_sm(backward, held):
     """Shared memory and registers; a width has clusters of the fewest CTAs that do."""
     for hidden in range(64, 16385, 64):
-        size = identity_cluster_size(4, hidden, backward, held)
+        size = identity_cluster_size(4, hidden, backward, held, HOPPER)
         assert size <= (16 if backward else PORTABLE_CLUSTER)
         if size == 0:
             continue
@@ -338,11 +338,12 @@ def test_clusters_fit_an_sm(backward, held):
         warps = width // identity_columns(backward)
         assert warps * identity_columns(backward) * size == hidden
         assert warps <= IDENTITY_WARPS
-        stages = identity_stages(size, width, backward, held)
+        stages = identity_stages(size, width, backward, held, HOPPER)
         assert 3 <= stages <= CLUSTER_STAGES
         rows = (4 * (1 + held) + 1) if backward else 4
         ring = stages * CLUSTER_TOKENS * rows * width * 2
         sums = 4 * identity_sums(backward) * (2 * warps + CLUSTER_SLOTS * (size + 1))
         assert ring + sums < HOPPER.shared_bytes
-    assert identity_cluster_size(2, 256, backward, held) == 0
-    assert identity_cluster_size(8, 256, backward, held) == 0
+    assert identity_cluster_size(2, 256, backward, held, HOPPER) == 0
+    assert identity_cluster_size(8, 256, backward, held, HOPPER) == 0
+    assert identity_cluster_size(4, 256, backward, held, AMPERE) == 0

@@ -18,6 +18,7 @@ from emulator.launch import FaultError, Kernel
 from emulator.ops import emulated
 from emulator.suite import some
 from tile_mhc import identity_pre, reference
+from tile_mhc.kernels._arch import HOPPER
 from tile_mhc.kernels._shapes import identity_cluster_size
 
 SEED = 1
@@ -36,7 +37,7 @@ def emulator():
 @pytest.mark.parametrize("hidden", unmixed.SIZES)
 def test_sizes_of_clusters(hidden):
     choices = ((False, False), (True, False), (True, True))
-    sizes = tuple(identity_cluster_size(4, hidden, *choice) for choice in choices)
+    sizes = tuple(identity_cluster_size(4, hidden, *choice, HOPPER) for choice in choices)
     assert sizes == unmixed.SIZES[hidden]
 
 

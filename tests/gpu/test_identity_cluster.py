@@ -7,7 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 import oracle
 import unmixed
 from cases import IDENTITY_OUTPUTS, IDENTITY_PRE, PARAMETERS, Case, Dtypes
-from tile_mhc import config, identity_pre, reference, selection
+from tile_mhc import _device, config, identity_pre, reference, selection
 from tile_mhc.kernels._shapes import identity_cluster_size
 from unmixed import NONE, SIZES
 
@@ -87,7 +87,8 @@ def test_few_sms(hidden):
     """One cluster has all the groups."""
     config.set_num_sms(1)
     try:
-        assert selection.num_clusters(200, identity_cluster_size(4, hidden, True, True)) == 1
+        size = identity_cluster_size(4, hidden, True, True, _device.limits())
+        assert selection.num_clusters(200, size) == 1
         unmixed.check(hidden, 200, "cuda")
     finally:
         config.set_num_sms(0)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from tile_mhc import jit, selection
+from tile_mhc import _device, jit, selection
 from tile_mhc.kernels._shapes import identity_cluster_size
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops._destinations import (
@@ -32,6 +32,7 @@ def forward(
     n, hidden_size = residual.shape[-2:]
     x = residual.view(-1, n * hidden_size)
     layer_input, post_mix, mixes, inv_rms = outputs
+    size = identity_cluster_size(n, hidden_size, False, False, _device.limits())
     given = dtypes(
         weight=weight.dtype,
         norm_weight=dtype_of(norm_weight),
@@ -52,8 +53,13 @@ def forward(
         post_eps,
         post_mult,
         tf32,
-        selection.num_clusters(x.shape[0], identity_cluster_size(n, hidden_size, False, False)),
+        selection.num_clusters(x.shape[0], size),
     )
+
+
+def backward_size(n: int, hidden_size: int, held: bool) -> int:
+    """CTAs of the backward that share a token."""
+    return identity_cluster_size(n, hidden_size, True, held, _device.limits())
 
 
 def backward(
@@ -77,8 +83,8 @@ def backward(
     x = residual.view(-1, n * hidden_size)
     of_projection = for_part(into, {1: 1, 4: 2})
     grads = gradient_buffers(of_projection, residual, weight, norm_weight)
-    cluster = identity_cluster_size(n, hidden_size, True, accumulated is not None)
-    clusters = selection.num_clusters(x.shape[0], cluster)
+    size = backward_size(n, hidden_size, accumulated is not None)
+    clusters = selection.num_clusters(x.shape[0], size)
     partials = projection_op.partial_sums(clusters, grads[1], norm_weight, of_projection)
     # One row per cluster: the bias gradients, then the scale gradients.
     gate_partials = mixes.new_empty(clusters, 2 * n + 2)

@@ -15,7 +15,6 @@ from torch import Tensor
 from tile_mhc import errors, jit, reference, selection
 from tile_mhc._guards import transforms_active
 from tile_mhc.accumulator import GradAccumulator
-from tile_mhc.kernels._shapes import identity_cluster_size
 from tile_mhc.ops import _flops
 from tile_mhc.ops import identity_cluster as cluster_op
 from tile_mhc.ops import mixes as mixes_op
@@ -291,7 +290,7 @@ def _launch_backward(
         residual.numel()
         and 0 not in into
         and selection.identity_reads_once(residual.dtype, n, hidden_size, True, held)
-        and selection.has_clusters_of(identity_cluster_size(n, hidden_size, True, held))
+        and selection.has_clusters_of(cluster_op.backward_size(n, hidden_size, held))
     ):
         return cluster_op.backward(
             grad_input,
