@@ -157,7 +157,8 @@ def _identity_pre_bwd_truth(x: Inputs, accumulated: Tensor | None = None) -> Out
     saved = reference.identity_pre_with_mixes(*x.identity, None, EPS, EPS, EPS, POST_MULT)[2:]
     grads = x.grad_hidden, x.grad_post.squeeze(-1)
     options = (EPS, POST_MULT, False, accumulated)
-    return reference.identity_pre_backward(*grads, *x.identity, None, *saved, *options)[:4]
+    arguments: tuple[Any, ...] = (*grads, *x.identity, None, *saved, *options)
+    return reference.identity_pre_backward(*arguments)[:4]
 
 
 def _delayed_pre(x: Inputs) -> tuple[Any, ...]:

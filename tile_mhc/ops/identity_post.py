@@ -223,7 +223,10 @@ _identity_post_out = register(
 _with_residual = register_into(
     f"identity_post_backward{_ARGUMENTS} -> (Tensor, Tensor, Tensor, Tensor)",
     (3,),
-    cuda=lambda *inputs, into: (*_launch_backward(*inputs, into=into), inputs[0].new_empty(0)),
+    cuda=lambda grad, *inputs, into: (
+        *_launch_backward(grad, inputs[0], inputs[1], inputs[2], into),
+        grad.new_empty(0),
+    ),
     cpu=lambda *inputs: (*_backward_cpu(*inputs), inputs[0]),
     fake=lambda *inputs: (*_backward_fake(*inputs), inputs[0].new_empty(inputs[0].shape)),
     flops=_flops.identity_post_backward,

@@ -319,8 +319,8 @@ def _launch_backward(
     # Before the kernels that read beside the one before them.
     weight, norm_weight = projection_op.contiguous(weight, norm_weight)
     accumulated = None if accumulated is None else accumulated.contiguous()
-    gates = grad_post.contiguous().view(-1, n), mixes, inv_rms.view(-1)
-    gates = *gates, scale.contiguous(), bias.contiguous()
+    grad_post, inv_rms = grad_post.contiguous().view(-1, n), inv_rms.view(-1)
+    gates = (grad_post, mixes, inv_rms, scale.contiguous(), bias.contiguous())
     grad_pre, partials, parts, factors = temporaries(
         mixes,
         (num_tokens, n),
