@@ -63,6 +63,15 @@ def test_an_architecture_is_compared_with_its_own_rows():
     assert problems({}, table={TITLE: ROW} | others) == []
 
 
+def test_an_architecture_without_rows_is_only_compiled():
+    title = "expand_fwd(4, 64) sm_103a"
+    spilling = {title: ROW | {"spill_stores": 8}}
+    assert resources.problems(spilling, {TITLE: ROW}, True) == []
+    assert len(resources.problems(spilling, {TITLE: ROW, title: ROW}, True)) == 1
+    large = {title: ROW | {"shared_memory": 1 << 20}}
+    assert len(resources.problems(large, {TITLE: ROW}, True)) == 1
+
+
 def test_with_another_nvcc_only_spills_fail(capsys):
     assert problems({"registers": 200}, same_nvcc=False) == []
     assert f"with another nvcc: {TITLE}: registers from 100 to 200" in capsys.readouterr().out
