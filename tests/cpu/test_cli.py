@@ -157,7 +157,8 @@ def test_list_for_another_architecture(run):
         code, out, _ = run("list", "--arch", arch, "--json")
         assert code == 0
         names[arch] = {kernel["name"] for kernel in json.loads(out)}
-    clusters, passes = {"contract_cluster_fwd", "contract_cluster_bwd"}, {"post_pre_fwd"}
+    ops, ways = ("contract", "identity"), ("fwd", "bwd")
+    clusters, passes = {f"{op}_cluster_{way}" for op in ops for way in ways}, {"post_pre_fwd"}
     assert names["sm_90a"] - names["sm_80"] == clusters
     assert names["sm_90a"] - names["sm_120a"] >= clusters | passes
     check_refusal(run("list", "--arch", "sm_75"), 2, r"'sm_75' is not one of 'sm_80'")

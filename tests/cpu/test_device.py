@@ -11,7 +11,7 @@ import oracle
 import replaying
 from cases import AGGREGATE, OPS, PROJECTION, recompute_inputs
 from tile_mhc import UnsupportedError, _device, aggregate, config, jit, recompute, selection
-from tile_mhc.integrations import transformers
+from tile_mhc.integrations.transformers import _serving
 from tile_mhc.kernels._arch import ARCHITECTURES, BLACKWELL, HOPPER, SMALL_AMPERE, SMALL_BLACKWELL
 from tile_mhc.ops import _replay
 from tile_mhc.ops._autograd import OPERATORS
@@ -131,7 +131,7 @@ def test_require_kernels_is_true_or_false():
 def test_the_backend_that_a_report_names(gpu, device, capability, backend):
     gpu["capability"] = capability
     streams = SimpleNamespace(device=torch.device(device))
-    assert transformers._backend(streams) == backend
+    assert _serving.backend(streams) == backend
 
 
 @pytest.mark.filterwarnings("ignore:tile_mhc:RuntimeWarning")

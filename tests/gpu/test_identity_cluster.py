@@ -26,6 +26,12 @@ def launched(function):
     return " ".join(event.key for event in recorded.key_averages())
 
 
+@pytest.fixture(autouse=True)
+def clusters():
+    if not _device.limits().ring_bytes:
+        pytest.skip("this GPU has no kernels with clusters")
+
+
 @pytest.mark.parametrize(("n", "hidden_size"), [*((4, hidden) for hidden in SIZES), *NONE], ids=str)
 @pytest.mark.parametrize("passes", [False, True], ids=["alone", "passing"])
 def test_which_kernels_run(n, hidden_size, passes):
