@@ -222,6 +222,62 @@ def test_copied_and_pickled(model, kind, registered):
         assert torch.equal(other(ids, use_cache=False).logits, expected)
 
 
+def test_asked_for_while_a_model_is_built(kind, registered):
+    """Where our classes stand in transformers' modules."""
+    mapping = integration.patch_mapping([kind])
+    with monkey_patching.apply_patches():
+        assert integration.patch_mapping([kind]) == mapping
+        with integration.patch(models=[kind]):
+            assert integration.is_patched()
+    assert not integration.is_patched()
+
+
+class Derived(integration.patch_mapping(["deepseek_v4"])["DeepseekV4HyperHead"]):
+    pass
+
+
+def test_a_class_that_is_derived_of_one_is_as_any_other():
+    built = integration.patch_mapping(["deepseek_v4"])["DeepseekV4HyperHead"]
+    config = tiny_deepseek.make_config()
+    original, ours, derived = (
+        kind(config) for kind in (tiny_deepseek.modeling.DeepseekV4HyperHead, built, Derived)
+    )
+    assert all(isinstance(each, built) for each in (original, ours, derived))
+    assert [isinstance(each, Derived) for each in (original, ours, derived)] == [False, False, True]
+    assert issubclass(Derived, built)
+    assert not issubclass(built, Derived)
+    assert type(pickle.loads(pickle.dumps(ours))) is built
+    assert pickle.loads(pickle.dumps(Derived)) is Derived
+
+
+@pytest.fixture
+def one_process():
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.device_mesh.init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_sharded_by_fsdp2(model, kind, registered, one_process):
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    ids = make_ids()
+    expected = model(ids, use_cache=False).logits
+    built = build(model)
+    layers = [m for m in built.modules() if type(m).__name__.endswith("DecoderLayer")]
+    for layer in layers:
+        fully_shard(layer, mesh=one_process)
+    fully_shard(built, mesh=one_process)
+    assert all(isinstance(layer, FSDPModule) for layer in layers)
+    output = built(ids, labels=ids, use_cache=False)
+    output.loss.backward()
+    assert distance(output.logits, expected) <= 1e-5
+    backends = {backend for calls in integration.backend_report().values() for backend in calls}
+    assert backends <= {CPU, "separate (hooks on a layer)"}
+    assert layers[0].attn_hc.fn.grad.to_local().norm() > 0
+
+
 def test_a_bare_model_hands_nothing_on(model, kind, registered):
     """transformers calls the class that it was given, and replaces those inside."""
     inner = getattr(model.model, "language_model", model.model).eval()

@@ -21,17 +21,24 @@ class _Kind(type):
     """
 
     def __instancecheck__(cls, instance: object) -> bool:
+        if cls not in _named:  # derived of one, as FSDP2 does: as any class
+            return type.__instancecheck__(cls, instance)
         return isinstance(instance, cls.__bases__)
 
     def __subclasscheck__(cls, subclass: type) -> bool:
+        if cls not in _named:
+            return type.__subclasscheck__(cls, subclass)
         return issubclass(subclass, cls.__bases__)
+
+
+# What is built: its model type, and its name.
+_named: dict[type, tuple[str, str]] = {}
 
 
 def classes(family: Family) -> dict[str, type]:
     """By the name of the class that each takes the place of; always the same objects."""
-    modeling = family.modeling()
     return {
-        forward.class_name: _class(family, forward, getattr(modeling, forward.class_name))
+        forward.class_name: _class(family, forward, family.class_of(forward.class_name))
         for forward in family.forwards.values()
         if forward.function is not None
     }
@@ -68,9 +75,6 @@ def _of_model(family: Family, original: Any) -> Any:
     return forward
 
 
-_named: dict[type, tuple[str, str]] = {}
-
-
 def _load(model_type: str, name: str) -> type:
     """What a pickled class becomes."""
     from tile_mhc.integrations import transformers as integration
@@ -78,4 +82,8 @@ def _load(model_type: str, name: str) -> type:
     return integration.patch_mapping(models=[model_type])[name]
 
 
-copyreg.pickle(_Kind, lambda kind: (_load, _named[kind]))  # type: ignore[arg-type, return-value]
+def _reduce(kind: type) -> str | tuple[Any, ...]:
+    return (_load, _named[kind]) if kind in _named else kind.__qualname__
+
+
+copyreg.pickle(_Kind, _reduce)

@@ -86,6 +86,11 @@ class Family:
     def modeling(self) -> ModuleType:
         return importlib.import_module(self.modeling_name)
 
+    def class_of(self, name: str) -> Any:
+        """transformers' own, or None; while it builds a model, one of ours may stand there."""
+        cls: Any = getattr(self.modeling(), name, None)
+        return cls.__bases__[0] if BUILT in getattr(cls, "__dict__", ()) else cls
+
     def find(self, op: str) -> None:
         """Look at what is there, and change nothing of it.
 
@@ -103,7 +108,7 @@ class Family:
                 if not forward.optional:
                     raise
                 self.left[forward.class_name] = str(error)
-        self.norm_class = self._class(op, modeling, self.norm)
+        self.norm_class = self._class(op, self.norm)
         norm_forward = self.norm_class.forward
         is_own = norm_forward.__module__ == self.modeling_name
         self.norm_forward = norm_forward if is_own else None
@@ -121,8 +126,8 @@ class Family:
                 function.__code__, function.__globals__, function.__name__, function.__defaults__
             )
 
-    def _class(self, op: str, modeling: ModuleType, name: str) -> Any:
-        cls = getattr(modeling, name, None)
+    def _class(self, op: str, name: str) -> Any:
+        cls = self.class_of(name)
         if cls is None:
             raise errors.UnsupportedError(
                 f"{op}: {self.modeling_name} must have the class {name} ({self.since} to 5.24 have)"
@@ -138,7 +143,7 @@ class Family:
         And the stand-in that takes what it takes.
         """
         name = forward.class_name
-        function: Any = inspect.unwrap(self._class(op, modeling, name).forward)
+        function: Any = inspect.unwrap(self._class(op, name).forward)
         actual = _parameters(function)
         expected = {each: _parameters(each) for each in forward.stand_ins}
         fitting = [each for each, parameters in expected.items() if parameters == actual]
@@ -182,9 +187,8 @@ class Family:
 
     def stands(self) -> bool:
         """Whether no class has been given another forward since."""
-        modeling = self.modeling()
         return all(
-            inspect.unwrap(getattr(modeling, forward.class_name).forward) is forward.function
+            inspect.unwrap(self.class_of(forward.class_name).forward) is forward.function
             for forward in self.forwards.values()
             if forward.function is not None
         )
