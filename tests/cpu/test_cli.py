@@ -197,11 +197,7 @@ def test_list_as_json(run):
         for name, ops, arguments in (
             ("post_fwd", ["post", "post_pre", "tile_kernels"], of_streams),
             ("post_bwd", ["post", "post_pre", "tile_kernels"], of_streams),
-            (
-                "post_bias_bwd",
-                ["post", "post_pre", "identity_post", "transformer_engine"],
-                [[64, biased]],
-            ),
+            ("post_bias_bwd", [*biasing, "transformer_engine"], [[64, biased]]),
         )
     ]
 
