@@ -22,6 +22,7 @@ OPS_OF = {
     "contract": ("contract", "projection", "aggregate"),
     "contract_cluster": (),
     "reference": (),
+    "architectures": (),
     "compat_plain": ("tile_kernels",),
     "head_mix_rows": ("tile_kernels", "head_mix"),
     "partials": ("tile_kernels", "fused_pre", "projection"),

@@ -143,8 +143,8 @@ def pipelined(count: Any, num_stages: int) -> Any:
 
     TileLang 0.1.15 gives the copies to a warp of their own where there is TMA. Elsewhere it starts
     them ahead with cp.async, and ends the loop with the iterations that start none, each of which
-    waits for one copy less: unless they are unrolled, the number is no constant, and lowering ends
-    with "Downcast from tirx.Sub to ir.IntImm failed".
+    waits for one copy less: unless they are unrolled, the number is no constant, and lowering
+    fails; see findings/tilelang-dynamic-pipeline.sh.
     """
     if _limits.get().has_tma:
         return T.Pipelined(count, num_stages=num_stages)
