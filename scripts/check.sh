@@ -77,9 +77,9 @@ types() {
 
 # Every kernel of the table, each compiled once, without the host's part: spills are errors on Hopper,
 # and so is a jump in registers, shared memory or spills beside scripts/resources.json, or more shared
-# memory than a CTA has. Of other architectures than Hopper some, and with --all every one; ARCHES
-# names those that are to be compiled in full.
-# RENEW_RESOURCES=1 writes the table's rows instead.
+# memory than a CTA has. For other architectures than Hopper some kernels, and with --all every one;
+# ARCHES names those that are to be compiled in full.
+# RENEW_RESOURCES=1 writes the table's rows instead, of sm_90a and sm_100a unless ARCHES says others.
 kernels() {
     say "kernels"
     present click && present rich || return 0
@@ -88,8 +88,12 @@ jit.import_tilelang(); sys.exit(jit.find_nvcc() is None)'); then
         say "skipped: no nvcc"
         return 0
     fi
-    local ok=0 arches=${ARCHES:-sm_90a}
-    if [ -z "${ARCHES:-}" ] && { [ "$TILE_MHC_CHECKS" = all ] || [ -n "${RENEW_RESOURCES:-}" ]; }; then
+    local ok=0 arches=sm_90a
+    if [ -n "${ARCHES:-}" ]; then
+        arches=$ARCHES
+    elif [ -n "${RENEW_RESOURCES:-}" ]; then
+        arches=sm_90a,sm_100a
+    elif [ "$TILE_MHC_CHECKS" = all ]; then
         arches=$(cd "$scratch" && "$PYTHON" -c 'from tile_mhc import specs; \
 print(",".join(specs.ARCHS))') || return 1
     fi
