@@ -452,6 +452,10 @@ def _partials_norms(s: Sizes) -> list[Arguments]:
     return [(s.mixes, 1), (s.n, 1)]
 
 
+def _exact_sums(s: Sizes) -> list[Arguments]:
+    return _gates(s, s.mixes, 3)
+
+
 def _partials_pres(s: Sizes) -> list[Arguments]:
     return [
         _kernel(s.n, s.hidden, streams=s.dtype, scale=scale, bias=bias)
@@ -495,7 +499,7 @@ SPECS = (
     Spec(
         "projection_weight_bwd",
         "projection",
-        (*_PROJECTION, *_TE, *_TK),
+        (*_PROJECTION, *_TE),
         _MATMUL,
         _projection_weight_backwards,
     ),
@@ -515,11 +519,11 @@ SPECS = (
         early=("weight", "norm_weight"),
     ),
     Spec("split_mixes_fwd", "mixes", ("split_mixes", *_PRE_OPS, *_TK), _N, _n_gates),
-    Spec("split_mixes_bwd", "mixes", ("split_mixes", *_PRE_OPS, *_TK), _N, _n_gates),
+    Spec("split_mixes_bwd", "mixes", ("split_mixes", *_PRE_OPS), _N, _n_gates),
     Spec(
         "column_sums",
         "mixes",
-        ("split_mixes", "contract", "head_mix", *_PRE_OPS, "identity_pre", *_TE, *_TK),
+        ("split_mixes", "contract", "head_mix", *_PRE_OPS, "identity_pre", *_TE),
         ("biases", "scales", "directed"),
         _column_sums,
     ),
@@ -636,7 +640,10 @@ SPECS = (
     Spec("partials_norm_bwd", "partials", _TK, ("num_mixes", "groups"), _partials_norms),
     Spec("partials_pre", "partials", _TK, _STREAMS, _partials_pres),
     Spec("partials_last_pre", "partials", _TK, _STREAMS, _partials_pres),
+    Spec("exact_mixes_bwd", "exact_mixes", _TK, _N, _n_gates),
+    Spec("exact_sums", "exact_mixes", _TK, ("biases", "scales"), _exact_sums),
     Spec("head_mix_rows_bwd", "head_mix_rows", _TK, _N, _n_gates),
+    Spec("norm_weight_bwd", "norm_weight", _TK, _MATMUL, _projections),
     Spec("log_sinkhorn_fwd", "log_sinkhorn", ("sinkhorn", *_PRE_OPS, *_TE, *_TK), _N, _n),
     Spec("log_sinkhorn_bwd", "log_sinkhorn", ("sinkhorn", *_PRE_OPS, *_TE, *_TK), _STEPS, _steps),
     Spec("recompute", "recompute", ("recompute", *_TK), _STREAMS, _streams),

@@ -220,6 +220,8 @@ def run_tile_kernels(case: Case, dtypes: Dtypes = DEFAULT_DTYPES) -> None:
     """What the plain functions of compat.tile_kernels launch and no other op does."""
     for name in (
         "head_compute_mix_bwd",
+        "fn_normw_merge_bwd",
+        "pre_split_mixes_bwd",
         "reduce_partials_fwd",
         "reduce_partials_bwd",
         "pre_big_fuse_fwd",

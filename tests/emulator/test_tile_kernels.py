@@ -38,6 +38,15 @@ def test_function(call, num_tokens, pair):
         assert error <= call.bound(name), f"{name}: {error:.3e}"
 
 
+@pytest.mark.parametrize("pair", VARIED, ids=str)
+@pytest.mark.parametrize("name", plain.ROUNDED_ONCE)
+def test_a_gradient_is_rounded_once(name, pair):
+    n, hidden_size = pair
+    call = plain.PLAIN[name]
+    make = plain.Maker(name, 1001, hidden_size, "cpu", n)
+    plain.check_rounded_once(mhc, call, call.inputs(make))
+
+
 @pytest.mark.parametrize("reads_last", [False, True])
 def test_the_fused_pre_has_the_bits_of_its_parts(reads_last):
     """TileKernels' own test asks for it."""
@@ -76,14 +85,14 @@ def test_same_bits_in_every_order_of_threads(name):
 
 
 def test_what_is_launched_can_be_compiled_ahead_of_time():
-    """By `tile-mhc compile --ops tile_kernels --grad-dtype bfloat16,float32`."""
+    """By `tile-mhc compile --ops tile_kernels --grad-dtype bfloat16`."""
     ran = set()
     with launch.settings(watch=lambda kernel, given: ran.add(kernel.key)):
         for call in plain.PLAIN.values():
             # Several groups have an RMS each, as no model has: those compile when they are used.
             if "of_groups" not in call.name:
                 call.run(mhc, call.inputs(plain.Maker(call.name, 130, 192, "cpu")))
-    sizes = specs.Sizes(4, 192, grads=("bfloat16", "float32"))
+    sizes = specs.Sizes(4, 192, grads=("bfloat16",))
     assert ran <= set(specs.select([sizes], ["tile_kernels"]))
 
 

@@ -93,6 +93,12 @@ def test_other_counts(splits, num_mixes, groups):
             assert calls.relative_error(found[key], exact) <= calls.FLOAT32, key
 
 
+@pytest.mark.parametrize("name", ["reduce_partials_bwd", "reduce_partials_of_groups_bwd"])
+def test_each_gradient_is_rounded_once(name):
+    call = plain.PLAIN[name]
+    plain.check_rounded_once(mhc, call, call.inputs(plain.Maker(name, 4097, 64, "cuda")))
+
+
 def test_a_token_that_is_not_finite_stays_by_itself():
     call = plain.PLAIN["pre_big_fuse_fwd"]
     given = call.inputs(plain.Maker(call.name, 65, 128, "cuda"))

@@ -1,4 +1,5 @@
 """Kernels that only TileKernels' plain functions need.
 
-Sums that another library's matmul has left, and partial sums in rows that the caller asks for.
+Sums that another library's matmul has left, partial sums in rows that the caller asks for, and
+gradients that are rounded once, so that none is less exact than TileKernels'.
 """

@@ -1,28 +1,26 @@
 """Gradients of the readout's gate, those of scale and bias in as many rows of sums as asked for.
 
-Blocks of `block_tokens` tokens go to the rows in turn, as TileKernels deals them to its CTAs.
+Blocks of `block_tokens` tokens go to the rows in turn, as TileKernels deals them to its CTAs. It is
+float64 up to the one rounding of each result, as in `exact_mixes`.
 """
 
 import tilelang.language as T
 
-from tile_mhc.kernels._common import (
-    SIMT,
-    block_sums,
-    builder,
-    follow_previous,
-    load_mixes,
-    store_mixes,
-    sum_lanes,
-    sums_shape,
+from tile_mhc.kernels._common import SIMT, builder, follow_previous, load_mixes, store_mixes
+from tile_mhc.kernels.mixes import THREADS
+from tile_mhc.kernels.tile_kernels.exact_mixes import (
+    WARPS,
+    exact,
+    exact_slope,
+    sum_of_warps,
+    warp_sum,
 )
-from tile_mhc.kernels.mixes import THREADS, logit, sigmoid_slope
 
 
 @builder(SIMT)
 def head_mix_rows_bwd(n: int, *, scale_dtype: str, bias_dtype: str):
     tokens = T.dynamic("num_tokens")
     rows = T.dynamic("num_rows")
-    lanes = sum_lanes(n + 1, THREADS)
 
     @T.prim_func
     def head_mix_rows_bwd_kernel(
@@ -39,14 +37,11 @@ def head_mix_rows_bwd(n: int, *, scale_dtype: str, bias_dtype: str):
         with T.Kernel(rows, threads=THREADS) as row:
             follow_previous()
             tid = T.get_thread_binding()
-            z = T.alloc_local((1,), T.float32)
-            slope = T.alloc_local((1,), T.float32)
-            term = T.alloc_local((1,), T.float32)
+            term = T.alloc_local((1,), T.float64)
             mix = T.alloc_local((n,), T.float32)
             out = T.alloc_local((n,), T.float32)
-            sums = T.alloc_local((n + 1,), T.float32)
-            total = T.alloc_local((1,), T.float32)
-            shared = T.alloc_shared(sums_shape(n + 1, THREADS), T.float32)
+            sums = T.alloc_local((n + 1,), T.float64)
+            shared = T.alloc_shared((WARPS, n + 1), T.float64)
             for k in T.unroll(n + 1):
                 sums[k] = 0.0
             blocks = T.ceildiv(T.ceildiv(tokens, block_tokens), rows)
@@ -58,18 +53,21 @@ def head_mix_rows_bwd(n: int, *, scale_dtype: str, bias_dtype: str):
                     load_mixes(mixes, t, 0, n, mix)
                     load_mixes(grad, t, 0, n, out)
                     for k in T.unroll(n):
-                        logit(mix[k], scale[0], bias[k], z)
-                        sigmoid_slope(z[0], slope)
-                        term[0] = out[k] * slope[0]
+                        exact_slope(mix[k], scale[0], bias[k], term)
+                        term[0] *= exact(out[k])
                         sums[k] += term[0]
-                        sums[n] += term[0] * mix[k]
-                        out[k] = term[0] * T.cast(scale[0], T.float32)
+                        sums[n] += term[0] * exact(mix[k])
+                        out[k] = T.cast(term[0] * exact(scale[0]), T.float32)
                     store_mixes(out, n, grad_mixes, t, 0)
-            block_sums(sums, n + 1, THREADS, shared, total)
-            if tid % lanes == 0 and tid < (n + 1) * lanes:
-                if tid // lanes < n:
-                    bias_rows[row, tid // lanes] = total[0]
+            for k in T.unroll(n + 1):
+                term[0] = sums[k]
+                warp_sum(term, k, shared)
+            T.sync_threads()
+            if tid <= n:
+                sum_of_warps(shared, tid, term)
+                if tid < n:
+                    bias_rows[row, tid] = T.cast(term[0], T.float32)
                 else:
-                    scale_rows[row] = total[0]
+                    scale_rows[row] = T.cast(term[0], T.float32)
 
     return head_mix_rows_bwd_kernel

@@ -72,6 +72,8 @@ def partials_norm_fwd(num_mixes: int, groups: int):
 def partials_norm_bwd(num_mixes: int, groups: int):
     """One thread per row. grad_products = grad * r;
     grad_squares = -1/2 * sum_m grad[m] * products[m] * r / (squares + eps * group_size)
+
+    In float64 up to the one rounding of each, which is little beside reading and writing them.
     """
     tokens = T.dynamic("num_tokens")
     rows = T.dynamic("num_rows")
@@ -92,11 +94,13 @@ def partials_norm_bwd(num_mixes: int, groups: int):
             row = block * THREADS + T.get_thread_binding()
             given = T.alloc_local((width,), T.float32)
             product = T.alloc_local((width,), T.float32)
-            inv_rms = T.alloc_local((1,), T.float32)
-            along = T.alloc_local((1,), T.float32)
-            size = T.cast(group_size, T.float32)
+            square = T.alloc_local((1,), T.float64)
+            inv_rms = T.alloc_local((1,), T.float64)
+            along = T.alloc_local((1,), T.float64)
+            size = T.cast(group_size, T.float64)
             if row < rows:
-                inv_rms[0] = T.rsqrt(squares[row] / size + eps)
+                square[0] = T.cast(squares[row], T.float64) + T.cast(eps, T.float64) * size
+                inv_rms[0] = T.sqrt(size / square[0])
                 along[0] = 0.0
                 for k in T.unroll(num_mixes // width):
                     for v in T.vectorized(width):
@@ -104,11 +108,12 @@ def partials_norm_bwd(num_mixes: int, groups: int):
                     for v in T.vectorized(width):
                         product[v] = products[row, k * width + v]
                     for v in T.unroll(width):
-                        along[0] += given[v] * product[v]
-                        given[v] *= inv_rms[0]
+                        along[0] += T.cast(given[v], T.float64) * T.cast(product[v], T.float64)
+                        given[v] = T.cast(T.cast(given[v], T.float64) * inv_rms[0], T.float32)
                     for v in T.vectorized(width):
                         grad_products[row, k * width + v] = given[v]
-                grad_squares[row] = along[0] * inv_rms[0] / (squares[row] + eps * size) * -0.5
+                along[0] *= -0.5 * inv_rms[0] / square[0]
+                grad_squares[row] = T.cast(along[0], T.float32)
 
     return partials_norm_bwd_kernel
 

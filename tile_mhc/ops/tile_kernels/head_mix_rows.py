@@ -41,7 +41,8 @@ def _cpu(
     grad: Tensor, mixes: Tensor, scale: Tensor, bias: Tensor, block_tokens: int, *outs: Tensor
 ) -> None:
     rows = outs[-1].shape[0]
-    copy(outs, reference.head_mix_rows_backward(grad, mixes, scale, bias, rows, block_tokens))
+    wide = (tensor.double() for tensor in (grad, mixes, scale, bias))
+    copy(outs, reference.head_mix_rows_backward(*wide, rows, block_tokens))
 
 
 head_mix_rows_backward = register(

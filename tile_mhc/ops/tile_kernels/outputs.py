@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from tile_mhc import errors, jit, reference
+from tile_mhc import errors, reference
 from tile_mhc.ops import _flops
 from tile_mhc.ops import expand as expand_op
 from tile_mhc.ops import head_mix as head_mix_op
 from tile_mhc.ops import mixes as mixes_op
 from tile_mhc.ops import sinkhorn as sinkhorn_op
-from tile_mhc.ops._library import dtypes, register
+from tile_mhc.ops._library import register
 
 
 def copy(outs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
@@ -53,101 +53,6 @@ def _split_mixes_cpu(
     copy(outs, results)
 
 
-def _split_mixes_backward_cuda(
-    grad_pre: Tensor,
-    grad_post: Tensor,
-    grad_comb: Tensor,
-    mixes: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    post_mult: float,
-    grad_mixes: Tensor,
-    grad_scale: Tensor,
-    grad_bias: Tensor,
-) -> None:
-    num_mixes, n = mixes.shape[-1], grad_pre.shape[-1]
-    num_tokens = mixes.numel() // num_mixes
-    if num_tokens == 0:
-        grad_scale.zero_()
-        grad_bias.zero_()
-        return
-    partials = mixes.new_empty(mixes_op.partial_shape(num_tokens, num_mixes))
-    mixes_op.launch_backward_rows(
-        grad_pre.contiguous().view(-1, n),
-        grad_post.contiguous().view(-1, n),
-        grad_comb.contiguous().view(-1, n * n),
-        mixes.contiguous().view(-1, num_mixes),
-        scale,
-        bias,
-        grad_mixes.view(-1, num_mixes),
-        partials,
-        post_mult,
-    )
-    mixes_op.launch_sums(partials, grad_scale, grad_bias)
-
-
-def _split_mixes_backward_cpu(
-    grad_pre: Tensor,
-    grad_post: Tensor,
-    grad_comb: Tensor,
-    mixes: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    post_mult: float,
-    *outs: Tensor,
-) -> None:
-    n = grad_pre.shape[-1]
-    grads = reference.split_mixes_backward(
-        grad_pre,
-        grad_post,
-        grad_comb.reshape(*mixes.shape[:-1], n, n),
-        mixes,
-        scale,
-        bias,
-        n,
-        post_mult,
-    )
-    copy(outs, grads)
-
-
-def _norm_weight_cuda(
-    weight: Tensor,
-    norm_weight: Tensor,
-    grad: Tensor,
-    grad_weight: Tensor,
-    grad_norm_weight: Tensor,
-) -> None:
-    if weight.numel():
-        given = dtypes(
-            weight=weight.dtype,
-            norm_weight=norm_weight.dtype,
-            into_weight=grad_weight.dtype,
-            into_norm_weight=grad_norm_weight.dtype,
-        )
-        num_mixes, size = weight.shape
-        # One slice: the gradient of the product of the two.
-        jit.kernel("projection_weight_bwd", num_mixes, size, *given)(
-            grad.contiguous().unsqueeze(0),
-            weight.contiguous(),
-            norm_weight.contiguous(),
-            grad_weight,
-            grad_norm_weight,
-            True,
-            True,
-        )
-
-
-def _norm_weight_cpu(
-    weight: Tensor,
-    norm_weight: Tensor,
-    grad: Tensor,
-    grad_weight: Tensor,
-    grad_norm_weight: Tensor,
-) -> None:
-    grad_weight.add_(grad * norm_weight)
-    grad_norm_weight.add_((grad * weight).sum(0))
-
-
 expand_backward = register(
     "expand_backward_out(Tensor grad, Tensor(a!) out) -> ()",
     cuda=expand_op.launch_backward,
@@ -185,16 +90,6 @@ split_mixes = register(
     flops=_flops.pointwise,
     out_alignment=errors.ALIGNMENT,
 )
-split_mixes_backward = register(
-    "split_mixes_backward_out(Tensor grad_pre, Tensor grad_post, Tensor grad_comb, Tensor mixes, "
-    "Tensor scale, Tensor bias, float post_mult, Tensor(a!) grad_mixes, Tensor(b!) grad_scale, "
-    "Tensor(c!) grad_bias) -> ()",
-    cuda=_split_mixes_backward_cuda,
-    cpu=_split_mixes_backward_cpu,
-    fake=lambda *_: None,
-    flops=_flops.pointwise,
-    out_alignment=errors.ALIGNMENT,
-)
 head_mix = register(
     "head_mix_out(Tensor mixes, Tensor scale, Tensor bias, float pre_eps, Tensor(a!) out) -> ()",
     cuda=head_mix_op.launch_into,
@@ -204,12 +99,4 @@ head_mix = register(
     fake=lambda *_: None,
     flops=_flops.pointwise,
     out_alignment=errors.ALIGNMENT,
-)
-norm_weight_backward = register(
-    "norm_weight_backward_add(Tensor weight, Tensor norm_weight, Tensor grad, "
-    "Tensor(a!) grad_weight, Tensor(b!) grad_norm_weight) -> ()",
-    cuda=_norm_weight_cuda,
-    cpu=_norm_weight_cpu,
-    fake=lambda *_: None,
-    flops=_flops.pointwise,
 )

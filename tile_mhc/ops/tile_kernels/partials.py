@@ -66,7 +66,8 @@ def _backward_cuda(
 def _backward_cpu(
     grad: Tensor, products: Tensor, squares: Tensor, group_size: int, eps: float, *outs: Tensor
 ) -> None:
-    copy(outs, reference.partials_norm_backward(grad, products, squares, group_size, eps))
+    wide = (tensor.double() for tensor in (grad, products, squares))
+    copy(outs, reference.partials_norm_backward(*wide, group_size, eps))
 
 
 def _pre_cuda(

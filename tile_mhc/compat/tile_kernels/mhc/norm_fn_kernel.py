@@ -11,7 +11,8 @@ import torch
 
 from tile_mhc import errors
 from tile_mhc.compat.tile_kernels.mhc import _checks
-from tile_mhc.ops.tile_kernels import outputs, partials
+from tile_mhc.ops.tile_kernels import partials
+from tile_mhc.ops.tile_kernels.norm_weight import norm_weight_backward
 
 # TF32 keeps 10 of float32's 23 mantissa bits.
 DROPPED_BITS = 23 - 10
@@ -42,7 +43,7 @@ def mhc_fn_normw_merge_bwd(
     for name, value, of in (("fn_grad", fn_grad, fn), ("normw_grad", normw_grad, normw)):
         _checks.check_output(op, name, value, [of.shape], torch.float32, like, apart=apart)
     with torch.no_grad():
-        outputs.norm_weight_backward(fn, normw, out_fn_grad, fn_grad, normw_grad)
+        norm_weight_backward(fn, normw, out_fn_grad, fn_grad, normw_grad)
 
 
 def mhc_reduce_partials_and_rmsnorm_fwd(

@@ -7,6 +7,7 @@ import torch
 from tile_mhc import errors
 from tile_mhc.compat.tile_kernels.mhc import _checks
 from tile_mhc.ops.tile_kernels import outputs
+from tile_mhc.ops.tile_kernels.exact_mixes import split_mixes_backward
 
 
 def mhc_pre_split_mixes_fwd(
@@ -79,7 +80,7 @@ def mhc_pre_split_mixes_bwd(
         _checks.check_output(op, name, value, [of.shape], of.dtype, like)
     pre, post = (grad.reshape(row) for grad in grads[:2])
     with torch.no_grad():
-        outputs.split_mixes_backward(
+        split_mixes_backward(
             pre,
             post,
             comb_res_mix_grad,
