@@ -452,6 +452,10 @@ def _partials_norms(s: Sizes) -> list[Arguments]:
     return [(s.mixes, 1), (s.n, 1)]
 
 
+def _weights_of_a_norm(s: Sizes) -> list[Arguments]:
+    return [_kernel(*numbers) for numbers in _projections(s)]
+
+
 def _exact_sums(s: Sizes) -> list[Arguments]:
     return _gates(s, s.mixes, 3)
 
@@ -643,7 +647,7 @@ SPECS = (
     Spec("exact_mixes_bwd", "exact_mixes", _TK, _N, _n_gates),
     Spec("exact_sums", "exact_mixes", _TK, ("biases", "scales"), _exact_sums),
     Spec("head_mix_rows_bwd", "head_mix_rows", _TK, _N, _n_gates),
-    Spec("norm_weight_bwd", "norm_weight", _TK, _MATMUL, _projections),
+    Spec("norm_weight_bwd", "norm_weight", _TK, _MATMUL, _weights_of_a_norm),
     Spec("log_sinkhorn_fwd", "log_sinkhorn", ("sinkhorn", *_PRE_OPS, *_TE, *_TK), _N, _n),
     Spec("log_sinkhorn_bwd", "log_sinkhorn", ("sinkhorn", *_PRE_OPS, *_TE, *_TK), _STEPS, _steps),
     Spec("recompute", "recompute", ("recompute", *_TK), _STREAMS, _streams),

@@ -66,6 +66,21 @@ def test_against_float64(device, name, n):
     check(name, inputs_of(name, device, n=n))
 
 
+@pytest.mark.parametrize("n", [2, 4, 8])
+@pytest.mark.parametrize("name", plain.ROUNDED_ONCE)
+def test_gradients_are_rounded_once(device, name, n):
+    plain.check_rounded_once(mhc, plain.PLAIN[name], inputs_of(name, device, n=n))
+
+
+@pytest.mark.parametrize("bias", [-80.0, -30.0, 30.0, 80.0])
+def test_a_gate_at_its_ends(device, bias):
+    """Where 1 - sigmoid(z) keeps no bit; the logits of comb would hide it."""
+    inputs = inputs_of("pre_split_mixes_bwd", device)
+    inputs["base"] += bias
+    inputs["grad_2"].zero_()
+    plain.check_rounded_once(mhc, plain.PLAIN["pre_split_mixes_bwd"], inputs)
+
+
 @EVERY_CALL
 def test_no_token(device, name):
     """Sums over no token are zero; what is added to stays."""

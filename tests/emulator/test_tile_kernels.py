@@ -47,6 +47,16 @@ def test_a_gradient_is_rounded_once(name, pair):
     plain.check_rounded_once(mhc, call, call.inputs(make))
 
 
+@pytest.mark.parametrize("bias", [-80.0, 80.0])
+def test_a_gate_at_its_ends(bias):
+    """Where 1 - sigmoid(z) keeps no bit; the logits of comb would hide it."""
+    call = plain.PLAIN["pre_split_mixes_bwd"]
+    inputs = call.inputs(plain.Maker(call.name, 130, 64, "cpu"))
+    inputs["base"] += bias
+    inputs["grad_2"].zero_()
+    plain.check_rounded_once(mhc, call, inputs)
+
+
 @pytest.mark.parametrize("reads_last", [False, True])
 def test_the_fused_pre_has_the_bits_of_its_parts(reads_last):
     """TileKernels' own test asks for it."""

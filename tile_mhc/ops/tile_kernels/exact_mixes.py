@@ -56,9 +56,17 @@ def _cpu(
     *outs: Tensor,
 ) -> None:
     n = grad_pre.shape[-1]
-    given = (grad_pre, grad_post, grad_comb.reshape(*mixes.shape[:-1], n, n), mixes, scale, bias)
-    wide = (tensor.double() for tensor in given)
-    copy(outs, reference.split_mixes_backward(*wide, n, post_mult))
+    grads = reference.split_mixes_backward(
+        grad_pre.double(),
+        grad_post.double(),
+        grad_comb.double().reshape(*mixes.shape[:-1], n, n),
+        mixes.double(),
+        scale.double(),
+        bias.double(),
+        n,
+        post_mult,
+    )
+    copy(outs, grads)
 
 
 split_mixes_backward = register(

@@ -40,9 +40,15 @@ def _cuda(
 def _cpu(
     grad: Tensor, mixes: Tensor, scale: Tensor, bias: Tensor, block_tokens: int, *outs: Tensor
 ) -> None:
-    rows = outs[-1].shape[0]
-    wide = (tensor.double() for tensor in (grad, mixes, scale, bias))
-    copy(outs, reference.head_mix_rows_backward(*wide, rows, block_tokens))
+    grads = reference.head_mix_rows_backward(
+        grad.double(),
+        mixes.double(),
+        scale.double(),
+        bias.double(),
+        outs[-1].shape[0],
+        block_tokens,
+    )
+    copy(outs, grads)
 
 
 head_mix_rows_backward = register(

@@ -66,8 +66,10 @@ def _backward_cuda(
 def _backward_cpu(
     grad: Tensor, products: Tensor, squares: Tensor, group_size: int, eps: float, *outs: Tensor
 ) -> None:
-    wide = (tensor.double() for tensor in (grad, products, squares))
-    copy(outs, reference.partials_norm_backward(*wide, group_size, eps))
+    grads = reference.partials_norm_backward(
+        grad.double(), products.double(), squares.double(), group_size, eps
+    )
+    copy(outs, grads)
 
 
 def _pre_cuda(
