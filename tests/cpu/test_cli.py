@@ -185,6 +185,7 @@ def test_list_as_json(run):
     code, out, _ = run("list", "--hidden", "64", "--streams", "2,8", "--ops", "post", "--json")
     biased = "layer_bias=float32"
     of_streams = [[2, 64], [2, 64, biased], [8, 64], [8, 64, biased]]
+    biasing = ["post", "post_pre", "identity_post"]
     assert code == 0
     assert json.loads(out) == [
         {
