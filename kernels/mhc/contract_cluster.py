@@ -6,11 +6,11 @@ registers, and the dot products of the slices meet through shared memory of the 
 HBM once, where `projection` and `contract_fwd`, one after the other, read it twice.
 
 A warp has CLUSTER_COLUMNS columns of every stream, and takes them of a group of tokens at a time:
-in step s it takes the products of group s, asks for a later one, and finishes group s - 1, whose
-gates have come by then. One more warp adds up the products of the others, pushes the sums to every
-CTA of the cluster, and computes the gates from what all CTAs pushed. One barrier per step, for all
-warps, lets each see what the others wrote. TileLang adds none but that after the setup of the
-mbarriers (RING).
+in step s it takes the products of group s, finishes group s - 1, whose gates have come by then, and
+asks for a later one in its place. One more warp adds up the products of the others, pushes the sums
+to every CTA of the cluster, and computes the gates from what all CTAs pushed. One barrier per step,
+for all warps, lets each see what the others wrote. TileLang adds none but that after the setup of
+the mbarriers (RING).
 """
 
 import tilelang.language as T
@@ -198,7 +198,7 @@ def contract_cluster_fwd(
     warps = width // CLUSTER_COLUMNS
     threads = warps * 32 + 32
     stages = cluster_stages(n, width, False, limits)
-    ahead = stages - 2
+    ahead = stages - 1
     products = GROUP * n
     # Products, then squares; a push moves multiples of 16 bytes.
     count = products + GROUP
@@ -274,12 +274,16 @@ def contract_cluster_fwd(
                             T.if_then_else(row < 2 * n, low_part(raw[v]), T.cast(0, T.bfloat16)),
                         )
                 for step in T.serial(steps[0] + 1):
+                    # Here and not within the condition, past which registers would be kept alive
+                    # for what they hold where it is false.
+                    for c in T.unroll(chains):
+                        for k in T.unroll(4):
+                            sums[c, k] = 0.0
+                    for v in T.unroll(VECTOR):
+                        values[v] = T.cast(0, T.bfloat16)
                     if step < steps[0]:
                         T.ptx_wait_group(ahead - 1)
                         T.sync_warp()
-                        for c in T.unroll(chains):
-                            for k in T.unroll(4):
-                                sums[c, k] = 0.0
                         # Below the weights' rows the tokens themselves: their squares come along.
                         # Loops over a tuple are unrolled as they are traced: operands of products
                         # are chosen by a number, not by an expression.
@@ -309,11 +313,6 @@ def contract_cluster_fwd(
                             if lane // 4 == g:
                                 warp_sums[step % 2, warp, products + g] = sums[0, 2 + k]
                     T.sync_threads(BARRIER, threads)
-                    if step + ahead < steps[0]:
-                        t0[0] = (first + (step + ahead) * clusters) * GROUP
-                        slot = (step + ahead) % stages
-                        load_group(x, t0, vectors[0], n, ring, slot, column, width)
-                    T.ptx_commit_group()
                     if step >= 1:
                         t0[0] = (first + (step - 1) * clusters) * GROUP
                         for j in T.unroll(GROUP * CHUNKS // 32):
@@ -331,6 +330,13 @@ def contract_cluster_fwd(
                                     out[t0[0] + g, vectors[1] * VECTOR + v] = T.cast(
                                         total[v], T.bfloat16
                                     )
+                    # The ring has a part of each warp's own: what it has read may be overwritten.
+                    T.sync_warp()
+                    if step + ahead < steps[0]:
+                        t0[0] = (first + (step + ahead) * clusters) * GROUP
+                        slot = (step + ahead) % stages
+                        load_group(x, t0, vectors[0], n, ring, slot, column, width)
+                    T.ptx_commit_group()
             else:
                 value = T.alloc_local((2,), T.float32)
                 exact = T.alloc_local((2,), T.float64)
@@ -424,7 +430,7 @@ def contract_cluster_bwd(
     warps = width // CLUSTER_COLUMNS
     threads = warps * 32 + 32
     stages = cluster_stages(n, width, True, limits)
-    ahead = stages - 2
+    ahead = stages - 1
     products = GROUP * n
     # A thread keeps the weight, and its gradient, of columns of one stream.
     vector = n * CLUSTER_COLUMNS // 32
@@ -505,12 +511,17 @@ def contract_cluster_bwd(
                             w[m, v] = rounded_to_tf32(w[m, v])
                         grad_w[m, v] = 0.0
                 for step in T.serial(steps[0] + 1):
+                    # As in the forward.
+                    for p in T.unroll(n // 2):
+                        for k in T.unroll(4):
+                            sums[p, k] = 0.0
+                    for v in T.unroll(VECTOR):
+                        grads[v] = T.cast(0, T.bfloat16)
+                        for i in T.unroll(2):
+                            values[i * VECTOR + v] = T.cast(0, T.bfloat16)
                     if step < steps[0]:
                         T.ptx_wait_group(ahead - 1)
                         T.sync_warp()
-                        for p in T.unroll(n // 2):
-                            for k in T.unroll(4):
-                                sums[p, k] = 0.0
                         for b in tuple(range(BLOCKS)):
                             c = column + b * BLOCK + lane % 4 * VECTOR
                             for v in T.vectorized(VECTOR):
@@ -533,12 +544,6 @@ def contract_cluster_bwd(
                                         i // 2, i % 2 * 2 + k
                                     ]
                     T.sync_threads(BARRIER, threads)
-                    if step + ahead < steps[0]:
-                        t0[0] = (first + (step + ahead) * clusters) * GROUP
-                        slot = (step + ahead) % stages
-                        load_group(x, t0, vectors[0], n, ring, slot, column, width)
-                        load_group(grad, t0, vectors[1], 1, grad_ring, slot, column, width)
-                    T.ptx_commit_group()
                     if step >= 1:
                         t0[0] = (first + (step - 1) * clusters) * GROUP
                         c = column + lane % owners * vector
@@ -564,6 +569,14 @@ def contract_cluster_bwd(
                                     grad_x[t0[0] + g, vectors[2] * vector + v] = T.cast(
                                         total[v], T.bfloat16
                                     )
+                    # As in the forward.
+                    T.sync_warp()
+                    if step + ahead < steps[0]:
+                        t0[0] = (first + (step + ahead) * clusters) * GROUP
+                        slot = (step + ahead) % stages
+                        load_group(x, t0, vectors[0], n, ring, slot, column, width)
+                        load_group(grad, t0, vectors[1], 1, grad_ring, slot, column, width)
+                    T.ptx_commit_group()
                 for m in T.unroll(n):
                     for q in T.unroll(vector // 4):
                         for v in T.vectorized(4):
