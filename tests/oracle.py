@@ -101,10 +101,17 @@ class WeightTerms:
             squares = squares * norm_weight.double().square()
         self.of_weight = squares.sqrt()
 
-    def named(self) -> Named:
-        """By name, in units of which the tolerance leaves room for eight."""
+    def named(self, has_gates: bool) -> Named:
+        """By name, in units of which the tolerance leaves room for eight.
+
+        Of a norm weight's with gates between, twice that: the products of the mixes are off as the
+        gradient's are, and the gates hand that on, as in the bars of the whole tensors.
+        """
         found = {"grad_weight": self.of_weight, "grad_norm_weight": self.of_norm_weight}
-        return {name: terms / 8 for name, terms in found.items() if terms is not None}
+        units = {name: terms / 8 for name, terms in found.items() if terms is not None}
+        if has_gates and "grad_norm_weight" in units:
+            units["grad_norm_weight"] *= 2
+        return units
 
 
 @contextlib.contextmanager
@@ -159,7 +166,8 @@ def terms_of(
         truth = evaluate(function, wide, options, [g.double() for g in upstream], op.outputs)
     named = terms.named()
     # The tolerance leaves room for one product of 8 rms, of which these hold the largest.
-    named |= {name: terms for name, terms in products.named().items() if name in truth}
+    of_weights = products.named(has_gates=bool(named))
+    named |= {name: terms for name, terms in of_weights.items() if name in truth}
     return truth, named
 
 
