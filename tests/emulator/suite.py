@@ -229,7 +229,8 @@ def run_tile_kernels(case: Case, dtypes: Dtypes = DEFAULT_DTYPES) -> None:
         call = plain.PLAIN[name]
         make = plain.Maker(name, case.num_tokens, case.hidden_size, "cpu", case.num_streams)
         # The mixes of a pre, and of the readout.
-        for num_mixes in (make.num_mixes, case.num_streams)[: 1 + name.startswith("reduce")]:
+        both = name.startswith(("fn_normw", "reduce"))
+        for num_mixes in (make.num_mixes, case.num_streams)[: 1 + both]:
             make.num_mixes = num_mixes
             inputs = call.inputs(make)
             as_of_ops = {"base": "bias"}
