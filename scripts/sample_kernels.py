@@ -4,7 +4,7 @@
     sample_kernels.py    exits with 1 where a kernel does not compile, spills or takes more shared
                          memory than a CTA has
 
-A minute of CPU time; `scripts/check.sh every_kernel` compiles the others, too.
+Under a minute of CPU time; `scripts/check.sh --all kernels` compiles all others, too.
 """
 
 import sys

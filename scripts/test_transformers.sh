@@ -6,6 +6,7 @@
 #   scripts/test_transformers.sh 5.20.2      another
 #   PYTEST_ARGS="-k fsdp" scripts/test_transformers.sh
 #
+# All files of the integration's tests; in scripts/check.sh without --all only those of its models.
 # Each is installed once, alone, into build/transformers-VERSION: what it needs is the environment's,
 # which both ends agree with. accelerate and peft come along, for the tests that use them. With a
 # GPU, what only it shows runs too. A folder that is there already needs no package index.
@@ -27,7 +28,12 @@ install() {
 }
 
 run() {
-    local version=$1 folder="$ROOT/build/transformers-$1"
+    local version=$1 folder="$ROOT/build/transformers-$1" files=()
+    if [ "${TILE_MHC_CHECKS:-all}" = all ]; then
+        files=("$ROOT"/tests/cpu/test_integration_*.py)
+    else
+        files=("$ROOT"/tests/cpu/test_integration_{glm,hy,mapping,models,stack,transformers}.py)
+    fi
     say "transformers $version"
     install "$folder" "$version" || return 1
     mkdir -p "$ROOT/build/cwd"
@@ -35,7 +41,7 @@ run() {
     (cd "$ROOT/build/cwd" && export PYTHONPATH="$folder${PYTHONPATH:+:$PYTHONPATH}" &&
         if [ "$(installed)" != "$version" ]; then die "$folder does not come first"; fi &&
         "$PYTHON" -m pytest -q -c "$ROOT/pyproject.toml" --rootdir "$ROOT" ${PYTEST_ARGS:-} \
-            "$ROOT"/tests/cpu/test_integration_*.py "$ROOT"/tests/gpu/test_integration_*.py)
+            "${files[@]}" "$ROOT"/tests/gpu/test_integration_*.py)
 }
 
 present=$(installed)

@@ -65,6 +65,7 @@ def gradients(pair, num_tokens, names=READERS):
 
 
 @PAIRS
+@pytest.mark.scheduled
 def test_every_kernel_runs(pair):
     """The table, no less and no more: in either order, with a norm weight and without."""
     ran = set()

@@ -27,7 +27,7 @@ def calls_of(run, hidden_size, options):
 
 
 @STACKS
-@pytest.mark.parametrize("hidden_size", [64, 192])
+@pytest.mark.parametrize("hidden_size", [pytest.param(64, marks=pytest.mark.scheduled), 192])
 @pytest.mark.parametrize("num_tokens", [0, 13])
 def test_a_warm_up_asks_for_what_is_launched(run, options, hidden_size, num_tokens):
     call = calls_of(run, hidden_size, options)
