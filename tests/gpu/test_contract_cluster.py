@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 import oracle
 import readout
 from cases import CONTRACT, PARAMETERS, Case, Dtypes
+from launched import launched
 from readout import NONE, SIZES
 from tile_mhc import _device, config, contract, reference, selection
 from tile_mhc.kernels._shapes import CLUSTER_TOKENS, cluster_size
@@ -28,16 +28,6 @@ def clusters():
 
 def inputs(pair, num_tokens, norm=True):
     return readout.inputs(pair, num_tokens, "cuda", norm)
-
-
-def launched(function):
-    """The names of the device functions."""
-    function()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        function()
-        torch.cuda.synchronize()
-    return " ".join(event.key for event in recorded.key_averages())
 
 
 @pytest.mark.parametrize("pair", [*SIZES, *NONE], ids=str)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 import oracle
 import unmixed
 from cases import IDENTITY_OUTPUTS, IDENTITY_PRE, PARAMETERS, Case, Dtypes
+from launched import launched
 from tile_mhc import _device, config, identity_pre, reference, selection
 from tile_mhc.kernels._shapes import identity_cluster_size
 from unmixed import NONE, SIZES
@@ -14,16 +14,6 @@ from unmixed import NONE, SIZES
 HIDDEN = pytest.mark.parametrize("hidden", SIZES)
 ONE_OF_EACH = pytest.mark.parametrize("hidden", [192, 1280, 2560, 7168])
 NORMS = pytest.mark.parametrize("norm", [True, False], ids=["norm_weight", "plain"])
-
-
-def launched(function):
-    """The names of the device functions."""
-    function()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        function()
-        torch.cuda.synchronize()
-    return " ".join(event.key for event in recorded.key_averages())
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """`fused_pre` with a pre_mix: the collapse does not wait for the projection of the same streams."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -505,15 +506,4 @@ _OP = Op(
     visible=4,
     parameters=_PARAMETERS,
 )
-_PASSING_OP = Op(
-    name="fused_pre",
-    operator=_delayed_pre,
-    save=_save,
-    gradients=_delayed_pre_backward,
-    tensors=GRADIENTS,
-    arguments=_backward_arguments,
-    backward=_backward_into,
-    visible=4,
-    passes=True,
-    parameters=_PARAMETERS,
-)
+_PASSING_OP = dataclasses.replace(_OP, passes=True)

@@ -1,5 +1,6 @@
 """Everything before a sub-layer: projection, mixes, Sinkhorn and aggregate in one op."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -558,18 +559,7 @@ _OP = Op(
     visible=3,
     parameters=_PARAMETERS,
 )
-_PASSING_OP = Op(
-    name="fused_pre",
-    operator=_fused_pre,
-    save=_save,
-    arguments=_passing_arguments,
-    gradients=_fused_pre_backward,
-    tensors=5,
-    backward=_backward_into,
-    visible=3,
-    passes=True,
-    parameters=_PARAMETERS,
-)
+_PASSING_OP = dataclasses.replace(_OP, arguments=_passing_arguments, passes=True)
 
 
 def _call_normed(

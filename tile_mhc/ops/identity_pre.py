@@ -6,6 +6,7 @@ One pass over bfloat16 streams where clusters of CTAs hold its tokens: where
 with a given `num_splits`, and in the backward for a gradient that goes into an accumulator.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -476,15 +477,4 @@ _OP = Op(
     visible=2,
     parameters=_PARAMETERS,
 )
-_PASSING_OP = Op(
-    name="identity_pre",
-    operator=_identity_pre,
-    save=_save,
-    arguments=_passing_arguments,
-    gradients=_identity_pre_backward,
-    tensors=5,
-    backward=_backward_into,
-    visible=2,
-    passes=True,
-    parameters=_PARAMETERS,
-)
+_PASSING_OP = dataclasses.replace(_OP, arguments=_passing_arguments, passes=True)
