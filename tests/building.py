@@ -1,9 +1,20 @@
-"""Models of transformers that are built with a mapping of classes, as `from_config` builds them."""
+"""The served models of transformers, small, and as `from_config` builds them by a mapping."""
 
 import copy
+import functools
 import sys
 
+import tiny_deepseek
+import tiny_glm
+import tiny_hy
 from tile_mhc.integrations import transformers as integration
+
+# By their type, which the installed transformers may lack.
+MAKERS = {
+    "deepseek_v4": tiny_deepseek.make_model,
+    "glm5_next": tiny_glm.make_model,
+    **{kind: functools.partial(tiny_hy.make_model, kind) for kind in tiny_hy.KINDS},
+}
 
 
 def register(monkeypatch, kind):

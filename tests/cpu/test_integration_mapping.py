@@ -14,19 +14,9 @@ pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
 from transformers import monkey_patching
 
 import tiny_deepseek
-import tiny_glm
-import tiny_hy
-from building import build, ours_of, register
+from building import MAKERS, build, ours_of, register
 from tiny_deepseek import CPU, beside, cast_parameters, distance, step
 from tiny_hy import make_ids
-
-KINDS = ("deepseek_v4", "glm5_next", *tiny_hy.KINDS)
-MAKERS = {
-    "deepseek_v4": tiny_deepseek.make_model,
-    "glm5_next": tiny_glm.make_model,
-    "hy_v4": lambda: tiny_hy.make_model("hy_v4"),
-    "hy_v4_vl": lambda: tiny_hy.make_model("hy_v4_vl"),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +28,7 @@ def restored():
     integration.unpatch()
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=MAKERS)
 def kind(request):
     pytest.importorskip(f"transformers.models.{request.param}")
     return request.param

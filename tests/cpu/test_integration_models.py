@@ -11,20 +11,13 @@ from tile_mhc import UnsupportedError
 from tile_mhc.integrations import transformers as integration
 
 pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
-import tiny_deepseek
 import tiny_glm
-import tiny_hy
+from building import MAKERS
 from tile_mhc.integrations.transformers._models import FAMILIES
 from tiny_deepseek import CPU, distance
 from tiny_hy import make_ids
 
 THERE = [kind for kind in FAMILIES if importlib.util.find_spec(f"transformers.models.{kind}")]
-MAKERS = {
-    "deepseek_v4": tiny_deepseek.make_model,
-    "glm5_next": tiny_glm.make_model,
-    "hy_v4": lambda: tiny_hy.make_model("hy_v4"),
-    "hy_v4_vl": lambda: tiny_hy.make_model("hy_v4_vl"),
-}
 
 
 @pytest.fixture(autouse=True)

@@ -8,17 +8,12 @@ from tile_mhc.integrations import transformers as integration
 pytest.importorskip("transformers.models.hy_v4.modeling_hy_v4")
 import tiny_glm
 import tiny_hy
-from building import build, ours_of, register
+from building import MAKERS, build, ours_of, register
 from tiny_deepseek import beside, cast_parameters, distance, step
 
 HIDDEN, TOKENS = 256, 160
 # Nothing discrete to choose: what differs in the last bits stays so.
 WHOLE = {"hidden_size": HIDDEN, "index_topk": 256, "num_experts_per_tok": 4}
-MAKERS = {
-    "glm5_next": tiny_glm.make_model,
-    "hy_v4": lambda **changes: tiny_hy.make_model("hy_v4", **changes),
-    "hy_v4_vl": lambda **changes: tiny_hy.make_model("hy_v4_vl", **changes),
-}
 BOUNDARIES = 2 * tiny_glm.LAYERS - 1
 SUBLAYERS = 2 * tiny_hy.LAYERS
 ONE_STEP = {
@@ -34,7 +29,7 @@ def restored():
     integration.unpatch()
 
 
-@pytest.fixture(params=MAKERS)
+@pytest.fixture(params=ONE_STEP)
 def kind(request):
     tiny_hy.skip_absent(request.param)
     return request.param
