@@ -62,6 +62,11 @@ def set_num_sms(num_sms: int) -> None:
     settings = (_num_sms, _batch_invariant)
 
 
+def _leaves_sms() -> bool:
+    """Whether `set_num_sms` keeps launches from some of the current device's SMs."""
+    return 0 < _num_sms < _device_num_sms(torch.cuda.current_device())
+
+
 def get_batch_invariant() -> bool:
     """Whether a token's results are the same bits in every batch and on every GPU."""
     return _batch_invariant

@@ -8,7 +8,7 @@ The table names an architecture; to a launcher it is that of the current device.
 
 import torch
 
-from tile_mhc import _device, config
+from tile_mhc import _device, _occupancy, config
 from tile_mhc.kernels._arch import Architecture
 from tile_mhc.kernels._shapes import (
     ANY_COLUMNS,
@@ -133,8 +133,12 @@ def has_clusters_of(size: int) -> bool:
     """
     if size <= PORTABLE_CLUSTER:
         return True
-    device = torch.cuda.current_device()
-    return not config.get_batch_invariant() and config._device_num_sms(device) >= LARGE_CLUSTER_SMS
+    if config.get_batch_invariant():
+        return False
+    at_once = _clusters_at_once(size)
+    if at_once is None:
+        return config._device_num_sms(torch.cuda.current_device()) >= LARGE_CLUSTER_SMS
+    return at_once > 0
 
 
 def history_capacity(repeat: int) -> int:
@@ -158,17 +162,28 @@ def bias_slices(num_tokens: int) -> int:
     return min(num_tokens, _device.limits().post_slices * config.get_num_sms())
 
 
+def _clusters_at_once(size: int) -> int | None:
+    """Clusters of `size` CTAs that the current device runs at one time, if its driver can say.
+
+    Each CTA takes so much shared memory that an SM has room for one.
+    """
+    device = torch.cuda.current_device()
+    return _occupancy.clusters_at_once(device, size, _device.limits().shared_bytes)
+
+
 def num_clusters(num_tokens: int, size: int) -> int:
     """How many clusters of `size` CTAs to launch: as many as have tokens, and as run at once.
 
-    Of clusters of four and eight an H200's 132 SMs hold 30 and 15: GPCs with fewer than 16 SMs
-    leave some out. One cluster more than fits doubles the time, so an eighth is left. At least
-    one, also where `set_num_sms` leaves fewer than `size`.
+    One cluster more than fits doubles the time. An H200's 132 SMs hold 30 of four CTAs and 15 of
+    eight, as GPCs with fewer than 16 SMs leave some out: the driver is asked. Where it cannot be,
+    or `set_num_sms` leaves some SMs to others, nobody knows which, an eighth is left. At least one,
+    also where that leaves fewer than `size`.
     """
-    sms = config.get_num_sms()
-    if size > 2:
-        sms = sms * 7 // 8
-    return max(1, min(-(-num_tokens // CLUSTER_TOKENS), sms // size))
+    at_once = None if config._leaves_sms() else _clusters_at_once(size)
+    if at_once is None:
+        sms = config.get_num_sms()
+        at_once = (sms * 7 // 8 if size > 2 else sms) // size
+    return max(1, min(-(-num_tokens // CLUSTER_TOKENS), at_once))
 
 
 def blocks_per_split(num_tokens: int, size: int, num_splits: int | None) -> int:

@@ -313,11 +313,15 @@ def test_stream_mean_of_large_streams():
 def test_large_clusters_only_where_every_gpu_of_the_size_has_them(monkeypatch):
     """And not where the bits are to be those of any GPU."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(selection, "_clusters_at_once", lambda size: None)
     for sms, large in ((132, True), (114, True), (112, False), (78, False)):
         monkeypatch.setattr(config, "_device_num_sms", lambda _, sms=sms: sms)
         assert all(selection.has_clusters_of(size) for size in (1, 2, 4, PORTABLE_CLUSTER))
         assert selection.has_clusters_of(16) == large
-    monkeypatch.setattr(config, "_device_num_sms", lambda _: 132)
+    for at_once in (7, 0):
+        monkeypatch.setattr(selection, "_clusters_at_once", lambda size, n=at_once: n)
+        assert selection.has_clusters_of(16) == (at_once > 0)
+    monkeypatch.setattr(selection, "_clusters_at_once", lambda size: 7)
     config.set_batch_invariant(True)
     try:
         assert not selection.has_clusters_of(16)

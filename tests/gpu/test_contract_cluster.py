@@ -1,6 +1,7 @@
 """The readout in one pass, by clusters of every size, and where the two passes are made instead."""
 
 import dataclasses
+import importlib.util
 
 import pytest
 import torch
@@ -153,4 +154,12 @@ def test_clusters_that_run_at_once(size):
     sms = config.get_num_sms()
     assert selection.num_clusters(1, size) == 1
     assert selection.num_clusters(CLUSTER_TOKENS + 1, size) == min(2, sms // size)
-    assert size * selection.num_clusters(10**6, size) <= sms
+    most = selection.num_clusters(10**6, size)
+    assert size * most <= sms
+    if importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings"):
+        assert most == selection._clusters_at_once(size)
+    config.set_num_sms(sms - 1)
+    try:
+        assert selection.num_clusters(10**6, size) <= most
+    finally:
+        config.set_num_sms(0)
