@@ -157,6 +157,14 @@ def partial_rows(num_tokens: int) -> int:
     return -(-num_tokens // TOKENS_PER_PARTIAL)
 
 
+def is_one_token_per_sm(num_tokens: int) -> bool:
+    """post: whether the backward's CTAs, of a token each, get an SM each and many threads.
+
+    Not in the batch-invariant mode, as it decides how a token's sums are split.
+    """
+    return num_tokens <= config.get_num_sms() and not config.get_batch_invariant()
+
+
 def bias_slices(num_tokens: int) -> int:
     """post: CTAs of the backward with a bias, each with a sum of its own: all run at once."""
     return min(num_tokens, _device.limits().post_slices * config.get_num_sms())

@@ -179,6 +179,12 @@ def _posts(s: Sizes) -> list[Arguments]:
 
 
 def _post_backwards(s: Sizes) -> list[Arguments]:
+    # Of few tokens none with a bias.
+    few = [_kernel(s.n, s.hidden, True, streams=s.dtype, into=i) for i in ("", *_accumulators(s))]
+    return [(n, h, False, *words) for n, h, *words in _identity_post_backwards(s)] + few
+
+
+def _identity_post_backwards(s: Sizes) -> list[Arguments]:
     choices = itertools.product(("", *s.parameters), ("", *_accumulators(s)))
     return [
         _kernel(s.n, s.hidden, streams=s.dtype, layer_bias=bias, into=into)
@@ -561,7 +567,13 @@ SPECS = (
         _streams,
     ),
     Spec("post_fwd", "post", ("post", "post_pre", *_TK), _STREAMS, _posts),
-    Spec("post_bwd", "post", ("post", "post_pre", *_TK), _STREAMS, _post_backwards),
+    Spec(
+        "post_bwd",
+        "post",
+        ("post", "post_pre", *_TK),
+        ("n", "hidden_size", "few_tokens"),
+        _post_backwards,
+    ),
     Spec(
         "post_bias_bwd",
         "post",
@@ -586,7 +598,13 @@ SPECS = (
         _identity_backwards,
     ),
     Spec("identity_post_fwd", "identity_post", ("identity_post",), _STREAMS, _posts),
-    Spec("identity_post_bwd", "identity_post", ("identity_post",), _STREAMS, _post_backwards),
+    Spec(
+        "identity_post_bwd",
+        "identity_post",
+        ("identity_post",),
+        _STREAMS,
+        _identity_post_backwards,
+    ),
     Spec("stream_mean_fwd", "stream_mean", ("stream_mean",), _STREAMS, _streams),
     Spec("stream_mean_bwd", "stream_mean", ("stream_mean",), _STREAMS, _streams),
     Spec("head_mix_fwd", "head_mix", ("head_mix", "contract", *_TK), _N, _n_gates),

@@ -27,6 +27,12 @@ from tile_mhc.kernels._common import (
     sums_shape,
 )
 
+# post_bwd of few tokens: as many threads as have the registers that it wants, with four streams
+# 128. H200, 2026-11, us with these and with 128: 12.4 and 15.2 at 128x7168, 6.5 and 8.3 at 16x4096;
+# with more tokens than SMs 18.9 and 18.1.
+FEW_TOKENS_THREADS = 512
+FEW_TOKENS_THREADS_OF_EIGHT = 256
+
 
 @T.macro
 def combine(
@@ -127,6 +133,7 @@ def post_fwd(n: int, hidden_size: int, *, streams_dtype: str, layer_bias_dtype: 
 def post_bwd(
     n: int,
     hidden_size: int,
+    few_tokens: bool,
     *,
     streams_dtype: str,
     layer_bias_dtype: str,
@@ -135,7 +142,9 @@ def post_bwd(
 ):
     """All gradients of a token; with a bias of a slice of tokens, and their sum for the bias.
 
-    With `into_dtype` the gradient of the residual may be added to what is there.
+    With `into_dtype` the gradient of the residual may be added to what is there. Of `few_tokens` an
+    SM has one, and it is the latency of memory that takes time: more threads go through a token in
+    fewer steps.
     """
     tokens = T.dynamic("num_tokens")
     slices = T.dynamic("num_slices")
@@ -145,11 +154,16 @@ def post_bwd(
     # Eight streams and float32 sums of theirs are too many registers for accesses of eight.
     vector = row_vector(hidden_size, target if n == 8 else streams_dtype)
     # One thread a sum at least, to write them.
-    threads = max(row_threads(hidden_size, vector, 128), -(-num_sums // 32) * 32)
+    limit = 128
+    if few_tokens:
+        limit = FEW_TOKENS_THREADS if n < 8 else FEW_TOKENS_THREADS_OF_EIGHT
+    threads = max(row_threads(hidden_size, vector, limit), -(-num_sums // 32) * 32)
     # H200, 2026-11: the sums live in registers, and left alone the compiler takes 134 at n = 4, so
     # that too few threads fit to cover the latency of memory: 535 us at T=8192 H=7168, against 393
     # us with this. 160 threads would have to spill.
     blocks_per_sm = limits.post_ctas if n < 8 else limits.post_ctas_of_eight
+    if few_tokens:
+        blocks_per_sm = 1
     lanes = sum_lanes(num_sums, threads)
     has_bias = layer_bias_dtype != ""
 

@@ -185,6 +185,8 @@ def test_list_as_json(run):
     code, out, _ = run("list", "--hidden", "64", "--streams", "2,8", "--ops", "post", "--json")
     biased = "layer_bias=float32"
     of_streams = [[2, 64], [2, 64, biased], [8, 64], [8, 64, biased]]
+    backwards = [[2, 64, False], [2, 64, False, biased], [2, 64, True]]
+    backwards += [[8, *words] for _, *words in backwards]
     biasing = ["post", "post_pre", "identity_post"]
     assert code == 0
     assert json.loads(out) == [
@@ -196,7 +198,7 @@ def test_list_as_json(run):
         }
         for name, ops, arguments in (
             ("post_fwd", ["post", "post_pre", "tile_kernels"], of_streams),
-            ("post_bwd", ["post", "post_pre", "tile_kernels"], of_streams),
+            ("post_bwd", ["post", "post_pre", "tile_kernels"], backwards),
             ("post_bias_bwd", [*biasing, "transformer_engine"], [[64, biased]]),
         )
     ]

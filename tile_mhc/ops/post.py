@@ -163,14 +163,15 @@ def launch_backward(
         grad_bias.zero_()
         return grads
     of_bias = []
+    num_tokens = residual.numel() // (n * hidden_size)
+    few = bias is None and selection.is_one_token_per_sm(num_tokens)
     if bias is not None:
-        num_tokens = residual.numel() // (n * hidden_size)
         partials = post_mix.new_empty(selection.bias_slices(num_tokens), hidden_size)
         of_bias = [bias.contiguous(), partials]
     given = dtypes(
         streams=residual.dtype, layer_bias=dtype_of(bias), into=destination_dtype(into, 1)
     )
-    jit.kernel("post_bwd", n, hidden_size, *given)(
+    jit.kernel("post_bwd", n, hidden_size, few, *given)(
         grad.contiguous().view(-1, n, hidden_size),
         layer_output.view(-1, hidden_size),
         residual.view(-1, n, hidden_size),
