@@ -157,6 +157,13 @@ def test_loops_over_several_tiles(op):
         oracle.check(op, case, *op.inputs(*case.shape, "cpu"))
 
 
+@pytest.mark.parametrize("case", [Case(13, 4, 192, ""), Case(3, 4, 2560, "")], ids=str)
+def test_post_of_more_tokens_than_sms(case):
+    """Whose backward has fewer threads a token."""
+    with emulated(seed=SEED, num_sms=2):
+        oracle.check(POST, case, *POST.inputs(*case.shape, "cpu"))
+
+
 def test_several_splits_and_a_ragged_one():
     size = 4 * 192
     assert -(-(size // 128) // selection.blocks_per_split(130, size, None)) == 2, (
