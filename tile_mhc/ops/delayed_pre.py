@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 from tile_mhc import jit, reference, selection
-from tile_mhc._guards import transforms_active
 from tile_mhc.kernels._shapes import DELAYED_COLUMNS, is_no_eps
 from tile_mhc.ops import _flops
 from tile_mhc.ops import aggregate as aggregate_op
 from tile_mhc.ops import gates as gates_op
 from tile_mhc.ops import log_sinkhorn as log_sinkhorn_op
 from tile_mhc.ops import projection as projection_op
-from tile_mhc.ops._autograd import records
 from tile_mhc.ops._destinations import (
     NO_DESTINATIONS,
     Destinations,
@@ -34,6 +32,7 @@ from tile_mhc.ops._library import (
     register,
 )
 from tile_mhc.ops._op import Op
+from tile_mhc.ops._passing import passing
 
 # The weight and eps of an RMS norm of the layer input.
 Norm = tuple[Tensor, float]
@@ -458,34 +457,7 @@ _delayed_pre = register(
 )
 
 
-def _with_residual(*inputs: Any) -> tuple[Tensor, ...]:
-    return *_delayed_pre(*inputs), inputs[0].view_as(inputs[0])
-
-
-class _DelayedPreAndResidual(torch.autograd.Function):
-    """As `_FusedPreAndResidual`: the operator and, as an output, its input."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = _with_residual(*inputs)
-        _save(ctx, inputs, output)
-        return *output[:4], output[-1]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if all(grad is None for grad in grads[:4]):
-            return grads[-1], *[None] * 12
-        return _gradients(_backward_arguments(ctx, *grads))
-
-
-def _passed(*inputs: Any) -> tuple[Tensor, ...]:
-    # Transforms of torch.func take only what they know: the operator, and a view.
-    if transforms_active() or not records(inputs):
-        return _with_residual(*inputs)
-    outputs: tuple[Tensor, ...] = _DelayedPreAndResidual.apply(*inputs)  # type: ignore[no-untyped-call]
-    return outputs
-
-
+_passed = passing(_delayed_pre, 4, _save, _backward_arguments, _gradients)
 _backward_into = register_into(
     _BACKWARD,
     (1, 2, 3, 5),

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from tile_mhc import errors, jit, reference, selection
-from tile_mhc._guards import transforms_active
 from tile_mhc.kernels._shapes import is_no_eps
 from tile_mhc.ops import _flops
 from tile_mhc.ops import delayed_pre as delayed_op
@@ -17,7 +16,6 @@ from tile_mhc.ops import log_sinkhorn as log_sinkhorn_op
 from tile_mhc.ops import mixes as mixes_op
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops import sinkhorn as sinkhorn_op
-from tile_mhc.ops._autograd import records
 from tile_mhc.ops._destinations import (
     NO_DESTINATIONS,
     Destinations,
@@ -29,6 +27,7 @@ from tile_mhc.ops._destinations import (
 from tile_mhc.ops._group import active
 from tile_mhc.ops._library import absent, dtype_of, dtypes, empty_gradients, filled, register
 from tile_mhc.ops._op import Op
+from tile_mhc.ops._passing import passing
 from tile_mhc.ops.aggregate import check_mix
 from tile_mhc.ops.delayed_pre import Norm
 
@@ -498,10 +497,6 @@ _fused_pre = register(
 )
 
 
-def _with_residual(*inputs: Any) -> tuple[Tensor, ...]:
-    return *_fused_pre(*inputs), inputs[0].view_as(inputs[0])
-
-
 def _passing_arguments(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """Gradients that autograd left out are zeros; that of the residual joins what it has."""
     saved = ctx.saved_tensors or ctx.kept.take()  # once: checkpointing unpacks it only once
@@ -511,34 +506,7 @@ def _passing_arguments(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     return *given, *saved, *ctx.options, grads[-1]
 
 
-class _FusedPreAndResidual(torch.autograd.Function):
-    """The operator and, as an output whose gradient it takes in, its input.
-
-    Not an operator of its own: those may not return what they were given.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = _with_residual(*inputs)
-        _save(ctx, inputs, output)
-        ctx.set_materialize_grads(False)
-        return *output[:3], output[-1]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grads[0] is None and grads[1] is None and grads[2] is None:
-            return grads[-1], *[None] * 11
-        return _gradients(_passing_arguments(ctx, *grads))
-
-
-def _passed(*inputs: Any) -> tuple[Tensor, ...]:
-    # Transforms of torch.func take only what they know: the operator, and a view.
-    if transforms_active() or not records(inputs):
-        return _with_residual(*inputs)
-    outputs: tuple[Tensor, ...] = _FusedPreAndResidual.apply(*inputs)  # type: ignore[no-untyped-call]
-    return outputs
-
-
+_passed = passing(_fused_pre, 3, _save, _passing_arguments, _gradients)
 _backward_into = register_into(
     _BACKWARD,
     (1, 2, 3, 4),

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from tile_mhc import errors, jit, reference, selection
-from tile_mhc._guards import transforms_active
 from tile_mhc.accumulator import GradAccumulator
 from tile_mhc.ops import _flops
 from tile_mhc.ops import identity_cluster as cluster_op
 from tile_mhc.ops import mixes as mixes_op
 from tile_mhc.ops import projection as projection_op
-from tile_mhc.ops._autograd import records
 from tile_mhc.ops._destinations import (
     NO_DESTINATIONS,
     Destinations,
@@ -39,6 +37,7 @@ from tile_mhc.ops._library import (
     temporaries,
 )
 from tile_mhc.ops._op import Op
+from tile_mhc.ops._passing import passing
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -422,41 +421,13 @@ _identity_pre = register(
 )
 
 
-def _with_residual(*inputs: Any) -> tuple[Tensor, ...]:
-    return *_identity_pre(*inputs), inputs[0].view_as(inputs[0])
-
-
 def _passing_arguments(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """Gradients that autograd left out are zeros; that of the residual joins what it has."""
     saved = ctx.saved_tensors  # once: checkpointing unpacks it only once
     return *filled(grads[:2], _empty, saved[0]), *saved, *ctx.options, grads[-1]
 
 
-class _IdentityPreAndResidual(torch.autograd.Function):
-    """As `_FusedPreAndResidual`: the operator and, as an output, its input."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = _with_residual(*inputs)
-        _save(ctx, inputs, output)
-        ctx.set_materialize_grads(False)
-        return *output[:2], output[-1]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grads[0] is None and grads[1] is None:
-            return grads[-1], *[None] * 10
-        return _gradients(_passing_arguments(ctx, *grads))
-
-
-def _passed(*inputs: Any) -> tuple[Tensor, ...]:
-    # Transforms of torch.func take only what they know: the operator, and a view.
-    if transforms_active() or not records(inputs):
-        return _with_residual(*inputs)
-    outputs: tuple[Tensor, ...] = _IdentityPreAndResidual.apply(*inputs)  # type: ignore[no-untyped-call]
-    return outputs
-
-
+_passed = passing(_identity_pre, 2, _save, _passing_arguments, _gradients)
 _backward_into = register_into(
     _BACKWARD,
     (0, 1, 2, 3, 4),
