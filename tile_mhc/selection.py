@@ -179,15 +179,17 @@ def _clusters_at_once(size: int) -> int | None:
     return _occupancy.clusters_at_once(device, size, _device.limits().shared_bytes)
 
 
-def num_clusters(num_tokens: int, size: int) -> int:
+def num_clusters(num_tokens: int, size: int, *, backward: bool) -> int:
     """How many clusters of `size` CTAs to launch: as many as have tokens, and as run at once.
 
     One cluster more than fits doubles the time. An H200's 132 SMs hold 30 of four CTAs and 15 of
-    eight, as GPCs with fewer than 16 SMs leave some out: the driver is asked. Where it cannot be,
-    or `set_num_sms` leaves some SMs to others, nobody knows which, an eighth is left. At least one,
-    also where that leaves fewer than `size`.
+    eight, as GPCs with fewer than 16 SMs leave some out: for a backward the driver is asked. Where
+    it cannot be, or `set_num_sms` leaves some SMs to others, nobody knows which, an eighth is left.
+    So it is in a forward, which waits for memory alone: H200, 2026-11, 8192x7168, 14 and 15
+    clusters, us: contract 148 and 152, its backward 304 and 291. At least one, also where that
+    leaves fewer than `size`.
     """
-    at_once = None if config._leaves_sms() else _clusters_at_once(size)
+    at_once = None if not backward or config._leaves_sms() else _clusters_at_once(size)
     if at_once is None:
         sms = config.get_num_sms()
         at_once = (sms * 7 // 8 if size > 2 else sms) // size

@@ -96,14 +96,18 @@ def test_without_bindings_nobody_knows(monkeypatch):
 
 
 def test_as_many_clusters_as_the_driver_says_or_an_eighth_is_left(monkeypatch):
+    def most(backward=True):
+        return [selection.num_clusters(10**6, size, backward=backward) for size in (8, 4, 2)]
+
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(config, "_device_num_sms", lambda _: 132)
     answers = {8: 15, 4: 30, 2: 66}
     monkeypatch.setattr(selection, "_clusters_at_once", answers.get)
-    assert [selection.num_clusters(10**6, size) for size in (8, 4, 2)] == [15, 30, 66]
-    assert selection.num_clusters(17, 8) == 3
+    assert most() == [15, 30, 66]
+    assert most(backward=False) == [14, 28, 66]
+    assert selection.num_clusters(17, 8, backward=True) == 3
     monkeypatch.setattr(config, "_num_sms", 120)
-    assert [selection.num_clusters(10**6, size) for size in (8, 4, 2)] == [13, 26, 60]
+    assert most() == [13, 26, 60]
     monkeypatch.setattr(config, "_num_sms", 0)
     monkeypatch.setattr(selection, "_clusters_at_once", lambda size: None)
-    assert [selection.num_clusters(10**6, size) for size in (8, 4, 2)] == [14, 28, 66]
+    assert most() == [14, 28, 66]

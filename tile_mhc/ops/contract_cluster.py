@@ -41,6 +41,7 @@ def forward(
     n, hidden_size = residual.shape[-2:]
     x = residual.view(-1, n * hidden_size)
     out, mixes, inv_rms = outputs
+    size = cluster_size(n, hidden_size, False, _device.limits())
     given = _dtypes(weight, norm_weight, scale, bias)
     jit.kernel("contract_cluster_fwd", n, hidden_size, *given)(
         x,
@@ -53,7 +54,7 @@ def forward(
         norm_eps,
         pre_eps,
         tf32,
-        selection.num_clusters(x.shape[0], cluster_size(n, hidden_size, False, _device.limits())),
+        selection.num_clusters(x.shape[0], size, backward=False),
     )
 
 
@@ -76,7 +77,7 @@ def backward(
     of_projection = for_part(into, {1: 1, 4: 2})
     grads = gradient_buffers(of_projection, residual, weight, norm_weight)
     size = cluster_size(n, hidden_size, True, _device.limits())
-    clusters = selection.num_clusters(x.shape[0], size)
+    clusters = selection.num_clusters(x.shape[0], size, backward=True)
     partials = projection_op.partial_sums(clusters, grads[1], norm_weight, of_projection)
     # One row per cluster: the bias gradients, then the scale gradient.
     gate_partials = mixes.new_empty(clusters, n + 1)
