@@ -10,6 +10,7 @@ import tolerances
 from cases import IDENTITY_OUTPUTS, IDENTITY_PRE, Case
 from readout import check_rounded
 from tile_mhc import identity_pre, reference
+from tile_mhc.nn import IdentityHyperConnection, observe_mixes
 
 NAMES = ("residual", "weight", "scale", "bias", "norm_weight")
 # CTAs a token by width: forward, backward, and backward with a gradient that the streams have.
@@ -65,6 +66,35 @@ def check(hidden_size: int, num_tokens: int, device: str, norm: bool = True) -> 
     tensors = inputs(hidden_size, num_tokens, device, norm)
     for op in (IDENTITY_PRE, PASSING):
         oracle.check(op, case, tensors, {"post_mult": 2.0, "post_eps": 1e-3})
+
+
+def check_observed_gates(
+    lead: tuple[int, ...], num_streams: int, hidden_size: int, device: str
+) -> None:
+    """Those that an observer of the module is shown, beside float64 and what the layer is given."""
+    tensors, _ = IDENTITY_PRE.inputs(lead, num_streams, hidden_size, device)
+    residual = tensors.pop("residual")
+    connection = IdentityHyperConnection(hidden_size, num_streams, norm_weight=True, device=device)
+    connection.load_state_dict(tensors)
+    shown = []
+    with observe_mixes(connection, lambda _, mixes: shown.append((mixes.logits(), mixes.gates()))):
+        layer_input, post_mix, _ = connection.pre(residual)
+    wide = {name: tensor.double() for name, tensor in tensors.items() if name != "scale"}
+    mixes = reference.projection(
+        residual.double(), wide["weight"], norm_weight=wide["norm_weight"], norm_eps=1e-5
+    )
+    scale = tensors["scale"].double().repeat_interleave(num_streams)
+    truth = (mixes * scale + wide["bias"]).split(num_streams, -1)
+    ((logits, (pre_mix, post_gate)),) = shown
+    for found, expected in zip(logits, truth, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(post_gate, post_mix)
+    torch.testing.assert_close(
+        2 * logits[1].sigmoid() + 1e-6, post_mix.detach(), rtol=1e-6, atol=1e-6
+    )
+    expected = reference.aggregate(residual.double(), pre_mix.double())
+    for t in range(lead[0]):
+        check_rounded("layer_input", t, layer_input[t].detach(), expected[t])
 
 
 def check_tf32(hidden_size: int, num_tokens: int, device: str) -> None:

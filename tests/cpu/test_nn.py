@@ -631,7 +631,7 @@ MISTAKES = [
      "run_sublayers: sublayers[0] must be a SubLayer; got tuple"),
     ("a connection of V4.1", lambda: nn.run_sublayers(
         make_streams(), [sublayer(), sublayer(nn.DelayedHyperConnection(H))]), ShapeError,
-     "run_sublayers: sublayers[1].connection must be a HyperConnection; "
+     "run_sublayers: sublayers[1].connection must be a HyperConnection or IdentityHyperConnection; "
      "got DelayedHyperConnection"),
     ("a connection of V4", lambda: nn.run_delayed_sublayers(make_streams(), [sublayer()]),
      ShapeError, "run_delayed_sublayers: sublayers[0].connection must be a "
@@ -669,9 +669,11 @@ MISTAKES = [
      "run_delayed_sublayers: sublayers[2].connection must be for n=4, H=64, as the streams; "
      "got n=4, H=128"),
     ("nothing to observe", lambda: observe(torch.nn.Linear(1, 1)), ShapeError,
-     "observe_mixes: module must hold a HyperConnection or DelayedHyperConnection; got Linear"),
+     "observe_mixes: module must hold a HyperConnection, DelayedHyperConnection or "
+     "IdentityHyperConnection; got Linear"),
     ("no module to observe", lambda: observe([HyperConnection(H)]), ShapeError,
-     "observe_mixes: module must hold a HyperConnection or DelayedHyperConnection; got list"),
+     "observe_mixes: module must hold a HyperConnection, DelayedHyperConnection or "
+     "IdentityHyperConnection; got list"),
     ("an observer that is none", lambda: observe(HyperConnection(H), {}), ShapeError,
      "observe_mixes: observer must be callable; got dict {}"),
     ("no streams to delay", lambda: nn.DelayedHyperConnection(H).pre(None), ShapeError,

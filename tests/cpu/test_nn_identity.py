@@ -9,7 +9,15 @@ import torch
 
 import tiny_hy
 from tile_mhc import ShapeError, UnsupportedError, expand, identity_post, identity_pre, stream_mean
-from tile_mhc.nn import HyperHead, IdentityHyperConnection, MeanHead
+from tile_mhc.nn import (
+    HyperConnection,
+    HyperHead,
+    IdentityHyperConnection,
+    MeanHead,
+    SubLayer,
+    observe_mixes,
+    run_sublayers,
+)
 from tiny_deepseek import distance
 from tiny_glm import modeling as glm
 
@@ -182,6 +190,108 @@ def test_compiled_and_under_autocast():
     check_bits(compiled(streams), expected, leaves)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         check_bits(model(streams), expected, leaves)
+
+
+class Stack(torch.nn.Module):
+    """A model of HY-V4's, and its readout; with `mixed` DeepSeek-V4's connections in between."""
+
+    def __init__(self, mixed=False, **options):
+        super().__init__()
+        kinds = [HyperConnection if mixed and at in (1, 2) else IdentityHyperConnection
+                 for at in range(5)]  # fmt: skip
+        self.connections = torch.nn.ModuleList(trained(kind(H, **options)) for kind in kinds)
+        self.layers = torch.nn.ModuleList(
+            torch.nn.Linear(H, H, dtype=torch.bfloat16) for _ in kinds
+        )
+        self.norms = torch.nn.ModuleList(torch.nn.RMSNorm(H, dtype=torch.bfloat16) for _ in kinds)
+        self.head = trained(HyperHead(H, init="hy_v4"))
+
+    def sublayers(self):
+        return list(map(SubLayer, self.connections, self.layers, self.norms))
+
+    def forward(self, streams):
+        return self.head(run_sublayers(streams, self.sublayers()))
+
+    def one_by_one(self, streams):
+        for each in self.sublayers():
+            streams = each.connection(streams, each.call)
+        return self.head(streams)
+
+
+@pytest.mark.parametrize("options", [{}, {"norm_weight": True}])
+def test_a_stack(options):
+    """The bits of layer by layer, gradients too; without gradients the same."""
+    model, streams = Stack(**options), make_streams()
+    leaves = [streams, *model.parameters()]
+    check_bits(model(streams), model.one_by_one(streams), leaves)
+    with torch.no_grad():
+        assert torch.equal(model(streams), model.one_by_one(streams))
+    first, second = model.sublayers()[:2], model.sublayers()[2:]
+    parts = run_sublayers(run_sublayers(streams, first), second)
+    assert torch.equal(model.head(parts), model(streams))
+
+
+def test_a_stack_of_two_kinds():
+    """DeepSeek-V4's two have a boundary, whose gradient is rounded once less."""
+    model, streams = Stack(mixed=True), make_streams()
+    found, expected = model(streams), model.one_by_one(streams)
+    assert torch.equal(found, expected)
+    upstream = torch.randn_like(found)
+    grads, wanted = (torch.autograd.grad(out, streams, upstream) for out in (found, expected))
+    assert distance(grads[0], wanted[0]) <= 2e-2
+
+
+def test_a_stack_runs_hooks():
+    model, seen = Stack(), []
+    for module in (*model.connections, *model.layers, *model.norms):
+        module.register_forward_hook(lambda *call: seen.append(call[0]))
+    model(make_streams())
+    assert len(seen) == 15
+
+
+def test_a_stack_compiled():
+    model, streams = Stack(), make_streams()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    check_bits(compiled(streams), model(streams), [streams, *model.parameters()])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("options", [{}, {"norm_weight": True, "pre_eps": 0.25, "post_mult": 3.0}])
+def test_observed(options, compiled):
+    """The mixes that each connection used, and the gates and logits that they are made of."""
+    model, streams, seen = Stack(**options), make_streams(), {}
+    run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+
+    def observer(name, mixes):
+        seen[name] = mixes.streams, mixes.post_mix, *mixes.logits(), *mixes.gates()
+        if not compiled:
+            assert mixes.connection is model.get_submodule(name)
+            assert not hasattr(mixes, "comb_mix")
+
+    expected = model(streams)
+    with observe_mixes(model, observer):
+        out = run(streams)
+    assert list(seen) == [f"connections.{at}" for at in range(5)]
+    check_bits(out, expected, [streams, *model.parameters()])
+    for (name, each), hc, (_, layer, norm) in zip(
+        seen.items(), model.connections, model.sublayers(), strict=True
+    ):
+        layer_input, post_mix, _ = hc.pre(streams)
+        given, post, pre_logits, post_logits, pre_gate, post_gate = each
+        assert not any(tensor.requires_grad for tensor in each), name
+        assert torch.equal(given, streams)
+        assert torch.equal(post, post_mix)
+        assert torch.equal(post_gate, post_mix)
+        torch.testing.assert_close(
+            post_logits.sigmoid() * hc.post_mult + hc.post_eps, post_mix, atol=1e-5, rtol=1e-5
+        )
+        torch.testing.assert_close(pre_gate, pre_logits.sigmoid() + hc.pre_eps)
+        collapsed = (pre_gate.unsqueeze(-1) * streams.float()).sum(-2)
+        assert distance(layer_input, collapsed) <= 3e-3
+        streams = hc(streams, lambda x, layer=layer, norm=norm: layer(norm(x)))
+    seen.clear()
+    run(streams)
+    assert not seen
 
 
 def test_training_lowers_a_loss():

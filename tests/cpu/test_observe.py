@@ -96,6 +96,7 @@ def test_what_is_shown(kind, stacked, options, boundaries):
             pre_mix = (made[0],)
         else:
             assert mixes.pre_mix is None
+        gates = mixes.gates()
         torch.testing.assert_close(mixes.post_mix, made[-2])
         torch.testing.assert_close(mixes.comb_mix, made[-1])
         assert torch.equal(mixes.row_sums, mixes.comb_mix.sum(-1))
@@ -104,10 +105,12 @@ def test_what_is_shown(kind, stacked, options, boundaries):
         torch.testing.assert_close(2 * post.sigmoid(), mixes.post_mix)
         comb = sinkhorn(comb, repeat=20)
         torch.testing.assert_close(comb.mT if options else comb, mixes.comb_mix)
+        assert gates[1] is mixes.post_mix
         if pre_mix:
+            assert gates[0] is mixes.pre_mix
             torch.testing.assert_close(pre.sigmoid() + 1e-6, mixes.pre_mix)
         else:
-            collapsed = ((pre.sigmoid() + 1e-6).unsqueeze(-1) * streams).sum(-2)
+            collapsed = (gates[0].unsqueeze(-1) * streams).sum(-2)
             torch.testing.assert_close(layer_input, collapsed)
         streams = own.post(layer(layer_input), streams, *made[-2:])
 

@@ -149,6 +149,12 @@ def test_identity_pre_in_two_passes(case):
     oracle.check(op, case, tensors, options)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_observed_gates_of_unmixed_streams(case):
+    """Of both ways to read them: those that the layer input and the post_mix were made by."""
+    unmixed.check_observed_gates(*case.shape, "cpu")
+
+
 @pytest.mark.parametrize("op", [PROJECTION, FUSED_PRE, PASSING], ids=str)
 def test_loops_over_several_tiles(op):
     """Where one CTA has all the work, pipelines run full, and sums go on from tile to tile."""

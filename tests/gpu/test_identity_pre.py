@@ -44,6 +44,11 @@ def test_two_passes(case, num_splits):
 
 
 @few_streams
+def test_observed_gates(case):
+    unmixed.check_observed_gates(*case.shape, "cuda")
+
+
+@few_streams
 def test_mixes_are_those_of_the_projection(case):
     """As many rows of it as of no other op, by the first rows of a block's: the same bits."""
     tensors, _ = IDENTITY_PRE.inputs(*case.shape, "cuda")

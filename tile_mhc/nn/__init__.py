@@ -31,7 +31,8 @@ the names of DeepSeek's checkpoints:
     logits = decoder(ids, positions=positions)  # attn(layer_input, positions=positions)
 
 GLM-5.3 has `HyperConnection` and `MeanHead`, HY-V4 `IdentityHyperConnection`, which leaves the
-streams unmixed and is called sub-layer by sub-layer, and `HyperHead`.
+streams unmixed, and `HyperHead`. `run_sublayers` takes such a stack too, though no op joins two of
+its sub-layers.
 
 To see what the mixes do while a model trains, for the log, without waiting for the device:
 
@@ -55,7 +56,7 @@ from tile_mhc.nn.connection import DelayedHyperConnection, HyperConnection
 from tile_mhc.nn.deepseek import DeepSeekV41Decoder, DeepSeekV41Layer
 from tile_mhc.nn.head import HyperHead, MeanHead
 from tile_mhc.nn.identity import IdentityHyperConnection
-from tile_mhc.nn.mixes import Mixes
+from tile_mhc.nn.mixes import IdentityMixes, Mixes
 from tile_mhc.nn.observe import observe_mixes
 from tile_mhc.nn.sublayers import SubLayer, run_delayed_sublayers, run_sublayers
 
@@ -66,6 +67,7 @@ __all__ = [
     "HyperConnection",
     "HyperHead",
     "IdentityHyperConnection",
+    "IdentityMixes",
     "MeanHead",
     "Mixes",
     "SubLayer",

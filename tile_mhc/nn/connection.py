@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tile_mhc import errors, functional
 from tile_mhc.nn._projected import DEEPSEEK, MEGATRON, Names, OfMegatron
-from tile_mhc.nn.mixes import Mixes
+from tile_mhc.nn.observe import Observed
 from tile_mhc.ops.post_pre import post_pre
 from tile_mhc.ops.sinkhorn import check_sinkhorn
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tile_mhc.ops._options import MixesOptions
 
 
-class Connection(OfMegatron):
+class Connection(OfMegatron, Observed):
     """What the two kinds share: the parameters, the options, and what writes a layer output."""
 
     _MEGATRON_SCALE = 0.01
@@ -26,8 +26,6 @@ class Connection(OfMegatron):
         "megatron": ("", MEGATRON),
         "transformers": ("", DEEPSEEK),
     }
-    # Of `observe_mixes`.
-    _observers: tuple[Callable[[Mixes], Any], ...] = ()
 
     def __init__(
         self,
@@ -64,12 +62,6 @@ class Connection(OfMegatron):
         )
         self.sinkhorn_eps, self.sinkhorn_repeat = sinkhorn_eps, sinkhorn_repeat
         self.post_mult, self.transposes_comb = post_mult, transposes_comb
-
-    def _observe(self, streams: Tensor, *mixes: Tensor) -> None:
-        with torch.no_grad():
-            seen = Mixes(self, streams.detach(), *(mix.detach() for mix in mixes))
-            for observer in self._observers:
-                observer(seen)
 
     def _options(self) -> "MixesOptions":
         return {

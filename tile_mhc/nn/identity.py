@@ -8,17 +8,19 @@ from torch import Tensor
 
 from tile_mhc import errors
 from tile_mhc.nn._projected import DEEPSEEK, Names, Projected
+from tile_mhc.nn.mixes import IdentityMixes
+from tile_mhc.nn.observe import Observed
 from tile_mhc.ops.identity_post import identity_post
 from tile_mhc.ops.identity_pre import identity_pre
 
 
-class IdentityHyperConnection(Projected):
+class IdentityHyperConnection(Projected, Observed):
     """A hyper-connection that adds a sub-layer's output to every stream, with a learned weight.
 
     layer_input, post_mix = identity_pre(streams);  out = identity_post(layer_output, streams, ...)
 
-    `forward` does both, around any callable; `pre` and `post` do one each. There is no comb_mix: a
-    stream goes on as it is, and its gradient back.
+    `forward` does both, around any callable; `pre` and `post` do one each, and `run_sublayers` runs
+    a stack. There is no comb_mix: a stream goes on as it is, and its gradient back.
 
     The defaults are HY-V4's; its `HyperHead` wants a norm_eps of 1e-5, too. What `HyperConnection`
     says of sharding, optimizers and sequence parallelism holds here too.
@@ -49,6 +51,7 @@ class IdentityHyperConnection(Projected):
     """
 
     _INITS = ("hy_v4",)
+    _MIXES = IdentityMixes
     _NAMES: ClassVar[dict[str, tuple[str, Names]]] = {"transformers": ("", DEEPSEEK)}
 
     def __init__(
@@ -110,7 +113,7 @@ class IdentityHyperConnection(Projected):
             ShapeError: streams do not match the parameters.
             UnsupportedError: n or H has no kernel.
         """
-        return identity_pre(
+        layer_input, post_mix, through = identity_pre(
             streams,
             self.weight,
             self.scale,
@@ -122,6 +125,9 @@ class IdentityHyperConnection(Projected):
             post_mult=self.post_mult,
             passes_residual=True,
         )
+        if self._observers:
+            self._observe(streams, post_mix)
+        return layer_input, post_mix, through
 
     def post(self, layer_output: Tensor, streams: Tensor, post_mix: Tensor) -> Tensor:
         """Add the layer output to the streams: `identity_post`.

@@ -3,17 +3,34 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tile_mhc import errors
-from tile_mhc.nn.connection import Connection
-from tile_mhc.nn.mixes import Mixes
+from tile_mhc.nn.mixes import IdentityMixes, Mixes
+
+# One of the two is what a model has; what takes both may be given both.
+Observer = Callable[[str, Mixes], Any] | Callable[[str, IdentityMixes], Any]
+
+
+class Observed:
+    """A connection whose mixes can be looked at."""
+
+    _MIXES: ClassVar[type[Mixes] | type[IdentityMixes]] = Mixes
+    _observers: tuple[Callable[..., Any], ...] = ()
+
+    def _observe(self, streams: Tensor, *mixes: Tensor) -> None:
+        with torch.no_grad():
+            parts: Any = (self, streams.detach(), *(mix.detach() for mix in mixes))
+            seen = self._MIXES(*parts)
+            for observer in self._observers:
+                observer(seen)
 
 
 @contextlib.contextmanager
-def observe_mixes(module: nn.Module, observer: Callable[[str, Mixes], Any]) -> Iterator[None]:
+def observe_mixes(module: nn.Module, observer: Observer) -> Iterator[None]:
     """Show the mixes of every hyper-connection of a model to a function, for the log.
 
         def observer(name, mixes):
@@ -35,12 +52,17 @@ def observe_mixes(module: nn.Module, observer: Callable[[str, Mixes], Any]) -> I
     Under `torch.compile` the observer is compiled with the model, which is compiled anew for it: it
     has to be something that torch can trace, and `.item()` breaks the graph as ever.
 
+    Of an `IdentityHyperConnection`, which leaves the streams unmixed, the observer is given
+    `IdentityMixes`: the post_mix, `logits()` and `gates()`, and nothing of a comb_mix. The gate of
+    a `HyperHead` is not shown.
+
     Contexts may be nested; each has its own observer.
 
     Args:
-        module: a model that holds a `HyperConnection` or `DelayedHyperConnection`, or one itself.
+        module: a model that holds a `HyperConnection`, `DelayedHyperConnection` or
+            `IdentityHyperConnection`, or one itself.
         observer: is given the name of the connection, as of `module.named_modules()`, and its
-            `Mixes`; what it returns is not looked at.
+            `Mixes` or `IdentityMixes`; what it returns is not looked at.
 
     Raises:
         ShapeError: module is no module with a connection, or the observer is not callable.
@@ -49,11 +71,11 @@ def observe_mixes(module: nn.Module, observer: Callable[[str, Mixes], Any]) -> I
     if not callable(observer):
         raise errors.ShapeError(f"{op}: observer must be callable; got {errors.describe(observer)}")
     modules = module.named_modules() if isinstance(module, nn.Module) else ()
-    found = [(each, name) for name, each in modules if isinstance(each, Connection)]
+    found = [(each, name) for name, each in modules if isinstance(each, Observed)]
     if not found:
         raise errors.ShapeError(
-            f"{op}: module must hold a HyperConnection or DelayedHyperConnection; "
-            f"got {type(module).__name__}"
+            f"{op}: module must hold a HyperConnection, DelayedHyperConnection or "
+            f"IdentityHyperConnection; got {type(module).__name__}"
         )
     own = [(connection, partial(observer, name)) for connection, name in found]
     for connection, show in own:

@@ -9,6 +9,7 @@ from torch import Tensor
 from tile_mhc import errors
 from tile_mhc._hooks import has_hooks
 from tile_mhc.nn.connection import Connection, DelayedHyperConnection, HyperConnection
+from tile_mhc.nn.identity import IdentityHyperConnection
 
 METHODS = ("forward", "pre", "post", "post_pre")
 # As they are defined: who replaces one, in a subclass, in a class or in a module, is heard.
@@ -29,7 +30,7 @@ class SubLayer(NamedTuple):
             a weight is applied by the boundary's kernels where no gradients are recorded.
     """
 
-    connection: HyperConnection | DelayedHyperConnection
+    connection: HyperConnection | DelayedHyperConnection | IdentityHyperConnection
     layer: Callable[[Tensor], Tensor]
     norm: Callable[[Tensor], Tensor] | None = None
 
@@ -39,7 +40,7 @@ class SubLayer(NamedTuple):
 
 
 def run_sublayers(streams: Tensor, sublayers: Iterable[SubLayer]) -> Tensor:
-    """Run the sub-layers of a DeepSeek-V4 model, with `tile_mhc.post_pre` at each boundary.
+    """Run the sub-layers of a model, of DeepSeek-V4 with `tile_mhc.post_pre` at each boundary.
 
         for sublayer in sublayers:
             streams = sublayer.connection(streams, sublayer.call)
@@ -57,9 +58,13 @@ def run_sublayers(streams: Tensor, sublayers: Iterable[SubLayer]) -> Tensor:
     `torch.nn.RMSNorm` with a weight of the layer input's size, and nothing that a call of it would
     run besides, is applied by the boundary's kernels, outside of autocast.
 
+    An `IdentityHyperConnection` (HY-V4) is always called, and what comes out has the bits of the
+    loop: no op joins its `identity_post` with what reads the streams next.
+
     Args:
         streams: (..., n, H) bfloat16, float16 or float32, contiguous.
-        sublayers: the stack; each connection is a `HyperConnection`. None at all returns streams.
+        sublayers: the stack; each connection is a `HyperConnection` or an
+            `IdentityHyperConnection`. None at all returns streams.
 
     Returns:
         (..., n, H), of the dtype of the streams, for a `HyperHead` or further sub-layers.
@@ -69,7 +74,8 @@ def run_sublayers(streams: Tensor, sublayers: Iterable[SubLayer]) -> Tensor:
             layer's output does not match.
         UnsupportedError: n or H has no kernel.
     """
-    found = _checked("run_sublayers", streams, sublayers, HyperConnection)
+    kinds = (HyperConnection, IdentityHyperConnection)
+    found = _checked("run_sublayers", streams, sublayers, kinds)
     (out,) = _run(streams, (), found)
     return out
 
@@ -99,7 +105,7 @@ def run_delayed_sublayers(
         UnsupportedError: n or H has no kernel.
     """
     op = "run_delayed_sublayers"
-    found = _checked(op, streams, sublayers, DelayedHyperConnection)
+    found = _checked(op, streams, sublayers, (DelayedHyperConnection,))
     if not found:
         raise errors.ShapeError(
             f"{op}: sublayers must hold at least one, which makes a pre_mix; got none"
@@ -109,7 +115,10 @@ def run_delayed_sublayers(
 
 
 def _checked(
-    op: str, streams: Tensor, sublayers: Iterable[SubLayer], kind: type[Connection]
+    op: str,
+    streams: Tensor,
+    sublayers: Iterable[SubLayer],
+    kinds: tuple[type[Connection | IdentityHyperConnection], ...],
 ) -> Sequence[SubLayer]:
     size = errors.check_streams(op, "streams", streams)
     found: tuple[Any, ...] = tuple(sublayers)
@@ -122,10 +131,10 @@ def _checked(
         connection: Any = sublayer.connection
         layer: Any = sublayer.layer
         norm: Any = sublayer.norm
-        if not isinstance(connection, kind):
+        if not isinstance(connection, kinds):
+            wanted = " or ".join(kind.__name__ for kind in kinds)
             raise errors.ShapeError(
-                f"{op}: {name}.connection must be a {kind.__name__}; "
-                f"got {type(connection).__name__}"
+                f"{op}: {name}.connection must be a {wanted}; got {type(connection).__name__}"
             )
         if (connection.num_streams, connection.hidden_size) != size:
             raise errors.ShapeError(
@@ -149,7 +158,7 @@ def _run(
     mixes: list[Any] = []
     for sublayer in sublayers:
         connection: Any = sublayer.connection
-        if not _is_plain(connection):
+        if not _is_joined(connection):
             if before is not None:
                 streams, given = before.post(layer_output, streams, *mixes[-2:]), mixes[:-2]
                 before = None
@@ -172,8 +181,13 @@ def _run(
     return streams, *given
 
 
-def _is_plain(connection: Connection) -> bool:
-    """Whether a call of this connection would run nothing but its class's own methods."""
+def _is_joined(connection: Connection | IdentityHyperConnection) -> bool:
+    """Whether an op may stand for a call of this connection: it would run its class's own methods.
+
+    No op joins an identity connection with another.
+    """
+    if isinstance(connection, IdentityHyperConnection):
+        return False
     kind = type(connection)
     own = OWN_METHODS[
         HyperConnection if isinstance(connection, HyperConnection) else DelayedHyperConnection

@@ -163,6 +163,22 @@ def identity_pre(
     return (*outputs[: op.visible], outputs[-1]) if passes else outputs[: op.visible]
 
 
+def mixes_of(
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+) -> Tensor:
+    """What the op makes its gates of, (..., 2*n) float32: the same bits, for who observes them."""
+    inputs = (residual, weight, scale, bias, norm_weight, norm_eps, 0.0, 0.0, 1.0, None, False)
+    errors.check_streams("identity_pre", "residual", residual)
+    _check(*inputs)
+    mixes: Tensor = _identity_pre(*inputs)[2]
+    return mixes
+
+
 def _check(
     residual: Tensor,
     weight: Tensor,
