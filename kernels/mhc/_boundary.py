@@ -517,6 +517,13 @@ def backward_pass(
                     per_token[4 + v] = factors_shared[row, 4 + v]
                 for v in T.vectorized(VECTOR):
                     wide_grad[v] = input_shared[row, c + v]
+                if makes and not has_tma:
+                    # No thread there has registers for more of another: read again, not kept.
+                    for v in T.vectorized(STREAMS):
+                        post[v] = post_shared[row, v]
+                    for i in T.unroll(STREAMS):
+                        for v in T.vectorized(STREAMS):
+                            comb[i, v] = comb_shared[row, i * STREAMS + v]
                 if makes:
                     for v in T.unroll(VECTOR):
                         of_output[v] = 0.0

@@ -9,7 +9,7 @@ import re
 import pytest
 
 import oracle
-from cases import DELAYED_PRE, PROJECTION, Case
+from cases import DELAYED_PRE, POST_PRE_DELAYED, PROJECTION, Case
 from emulator import launch
 from emulator.ops import emulated
 from emulator.suite import run_everything, some
@@ -27,8 +27,22 @@ SIZES = {
 }
 
 
+# The kernel of each whose pipeline is looked at.
+MATMULS = {
+    PROJECTION.name: "projection_bwd",
+    DELAYED_PRE.name: "delayed_pre_bwd",
+    POST_PRE_DELAYED.name: "post_pre_bwd",
+}
+
+
 @pytest.mark.parametrize(
-    "op", [PROJECTION, pytest.param(DELAYED_PRE, marks=pytest.mark.scheduled)], ids=str
+    "op",
+    [
+        PROJECTION,
+        pytest.param(DELAYED_PRE, marks=pytest.mark.scheduled),
+        pytest.param(POST_PRE_DELAYED, marks=pytest.mark.scheduled),
+    ],
+    ids=str,
 )
 def test_op(op):
     """One CTA has all the work, so that pipelines run full, and end as they should."""
@@ -40,8 +54,7 @@ def test_op(op):
     ):
         oracle.check(op, case, *op.inputs(*case.shape, "cpu"))
     assert not any(lowered.sibling or "cudaGrid" in lowered.source for lowered in ran)
-    matmul = "projection_bwd" if op is PROJECTION else "delayed_pre_bwd"
-    (source,) = {lowered.source for lowered in ran if lowered.name == matmul}
+    (source,) = {lowered.source for lowered in ran if lowered.name == MATMULS[op.name]}
     # Several copies are in flight, and then fewer and fewer.
     waits = set(map(int, re.findall(r"cp_async_wait<(\d+)>", source)))
     assert min(waits) == 0
