@@ -78,8 +78,8 @@ types() {
 # Every kernel of the table, each compiled once, without the host's part: spills are errors on Hopper,
 # and so is a jump in registers, shared memory or spills beside scripts/resources.json, or more shared
 # memory than a CTA has. For other architectures than Hopper some kernels, and with --all every one;
-# ARCHES names those that are to be compiled in full.
-# RENEW_RESOURCES=1 writes the table's rows instead, of sm_90a and sm_100a unless ARCHES says others.
+# ARCHES names those that are to be compiled in full, and OPS of which ops, such as post,expand.
+# RENEW_RESOURCES=1 writes the table's rows instead, of all its architectures unless ARCHES says others.
 kernels() {
     say "kernels"
     present click && present rich || return 0
@@ -92,15 +92,16 @@ jit.import_tilelang(); sys.exit(jit.find_nvcc() is None)'); then
     if [ -n "${ARCHES:-}" ]; then
         arches=$ARCHES
     elif [ -n "${RENEW_RESOURCES:-}" ]; then
-        arches=sm_90a,sm_100a
+        arches=sm_80,sm_86,sm_89,sm_90a,sm_100a,sm_120a
     elif [ "$TILE_MHC_CHECKS" = all ]; then
         arches=$(cd "$scratch" && "$PYTHON" -c 'from tile_mhc import specs; \
 print(",".join(specs.ARCHS))') || return 1
     fi
     # All spills are in what it prints; those on Hopper fail in resources.py.
     (cd "$scratch" && "$PYTHON" -m tile_mhc.cli compile --hidden 4096 --streams 4 \
-        --arch "$arches" --measure --json >compiled.json &&
-        "$PYTHON" "$ROOT/scripts/resources.py" compiled.json ${RENEW_RESOURCES:+--renew}) || ok=1
+        --arch "$arches" ${OPS:+--ops "$OPS"} --measure --json >compiled.json &&
+        "$PYTHON" "$ROOT/scripts/resources.py" compiled.json ${RENEW_RESOURCES:+--renew} \
+            ${OPS:+--some}) || ok=1
     (cd "$scratch" && "$PYTHON" "$ROOT/scripts/sample_kernels.py") || ok=1
     return $ok
 }

@@ -9,8 +9,11 @@
                                           more shared memory than a CTA has
     resources.py compiled.json --renew    write the table's rows of these architectures, unless a
                                           kernel spills on Hopper
+    --some                                what was compiled is a part of the kernels: rows of others
+                                          stay, but for kernels that there are no more
 
-`scripts/check.sh kernels` does the first, `RENEW_RESOURCES=1 scripts/check.sh kernels` the second.
+`scripts/check.sh kernels` does the first, `RENEW_RESOURCES=1 scripts/check.sh kernels` the second,
+and with `OPS=post,expand` each for the kernels of these ops.
 Registers are a matter of the compiler too: with another nvcc than the table's, what only grew is
 printed and does not fail.
 """
@@ -20,14 +23,17 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tile_mhc import jit
+from tile_mhc import jit, specs
 from tile_mhc.kernels._arch import ARCHITECTURES
 
 TABLE = Path(__file__).resolve().with_name("resources.json")
 GROWTH = 1.1
+# What `scripts/check.sh kernels` compiles for.
+SIZES = specs.Sizes(4, 4096)
 COUNTED = ("registers", "shared_memory")
 SPILLS = ("spill_stores", "spill_loads")
 # What all shapes are chosen for; elsewhere a few registers of an address may not fit.
@@ -36,12 +42,21 @@ NO_SPILLS = "sm_90a"
 Row = dict[str, int]
 
 
+def title_of(name: str, args: Iterable[object], arch: str) -> str:
+    return f"{name}({', '.join(map(str, args))}) {arch}"
+
+
+def titles(arch: str) -> set[str]:
+    """Every kernel that has a row of this architecture, where that has rows."""
+    return {title_of(name, args, arch) for name, args in specs.select([SIZES], arch=arch)}
+
+
 def rows_of(compiled: dict[str, Any]) -> dict[str, Row]:
     rows = {}
     for kernel in compiled["kernels"]:
         if kernel["error"]:
             raise SystemExit(f"{kernel['name']}: {kernel['error']}")
-        title = f"{kernel['name']}({', '.join(map(str, kernel['args']))}) {kernel['arch']}"
+        title = title_of(kernel["name"], kernel["args"], kernel["arch"])
         rows[title] = {key: kernel[key] for key in (*COUNTED, *SPILLS)}
     return rows
 
@@ -70,7 +85,9 @@ def too_large(found: dict[str, Row]) -> list[str]:
     ]
 
 
-def problems(found: dict[str, Row], table: dict[str, Row], same_nvcc: bool) -> list[str]:
+def problems(
+    found: dict[str, Row], table: dict[str, Row], same_nvcc: bool, some: bool = False
+) -> list[str]:
     """What fails, by kernel; an architecture of which the table has nothing is only compiled."""
     known = {NO_SPILLS, *map(arch_of, table)}
     bad = too_large(found)
@@ -88,9 +105,16 @@ def problems(found: dict[str, Row], table: dict[str, Row], same_nvcc: bool) -> l
                     bad.append(text)
                 else:
                     print(f"with another nvcc: {text}")
-    compiled = set(map(arch_of, found))
+    compiled = set() if some else set(map(arch_of, found))
     gone = sorted(title for title in table.keys() - found if arch_of(title) in compiled)
     return bad + [f"{title}: is in the table, and not compiled" for title in gone]
+
+
+def kept(table: dict[str, Row], found: dict[str, Row], some: bool) -> dict[str, Row]:
+    """What stays of the table beside rows that were found."""
+    archs = set(map(arch_of, found))
+    wanted = set().union(*map(titles, archs)) if some else set()
+    return {t: row for t, row in table.items() if arch_of(t) not in archs or t in wanted}
 
 
 def nvcc_version() -> str:
@@ -112,6 +136,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("compiled", type=Path, help="what tile-mhc compile --json printed")
     parser.add_argument("--renew", action="store_true", help="write the table")
+    parser.add_argument("--some", action="store_true", help="of a part of the kernels")
     arguments = parser.parse_args()
     found = rows_of(json.loads(arguments.compiled.read_text()))
     nvcc = nvcc_version()
@@ -121,12 +146,10 @@ def main() -> int:
         if bad := spills(hopper, {}) + too_large(found):
             print("\n".join(bad), file=sys.stderr)
             return 1
-        archs = set(map(arch_of, found))
-        kept = {t: row for t, row in table["kernels"].items() if arch_of(t) not in archs}
-        write_table(kept | found, nvcc)
+        write_table(kept(table["kernels"], found, arguments.some) | found, nvcc)
         print(f"{len(found)} kernels written to {TABLE}; look at its diff")
         return 0
-    bad = problems(found, table["kernels"], nvcc == table["nvcc"])
+    bad = problems(found, table["kernels"], nvcc == table["nvcc"], arguments.some)
     if bad:
         print("\n".join(bad), file=sys.stderr)
         print("if meant so: RENEW_RESOURCES=1 scripts/check.sh kernels, with why", file=sys.stderr)

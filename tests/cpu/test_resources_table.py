@@ -100,11 +100,34 @@ def test_a_failed_kernel_is_named():
         resources.rows_of({"kernels": [kernel]})
 
 
-def test_the_table_has_every_kernel_for_both_generations():
+def test_the_table_has_every_kernel():
     table = json.loads(resources.TABLE.read_text())["kernels"]
-    wanted = {
-        f"{name}({', '.join(map(str, args))}) {arch}"
-        for name, args in specs.select([specs.Sizes(4, 4096)])
-        for arch in ("sm_90a", "sm_100a")
+    # Of sm_103a are sm_100a's.
+    archs = [arch for arch in specs.ARCHS if arch != "sm_103a"]
+    assert set(table) == set().union(*map(resources.titles, archs))
+
+
+def test_of_a_part_of_the_kernels(tmp_path, monkeypatch, capsys):
+    """Other rows stay, of kernels that there still are; nothing is missed."""
+    monkeypatch.setattr(resources, "TABLE", tmp_path / "resources.json")
+    monkeypatch.setattr(resources, "nvcc_version", lambda: "13.0")
+    other = "post_fwd(4, 4096) sm_90a"
+    assert other in resources.titles("sm_90a")
+    gone, of_another = "gone(4) sm_90a", "gone(4) sm_80"
+    resources.write_table({other: ROW, gone: ROW, of_another: ROW, TITLE: ROW}, "13.0")
+    kernel = {"name": "expand_fwd", "args": [4, 4096], "arch": "sm_90a", "error": None} | ROW
+    compiled = tmp_path / "compiled.json"
+    compiled.write_text(json.dumps({"kernels": [kernel | {"registers": 50}]}))
+    monkeypatch.setattr(sys, "argv", ["resources.py", str(compiled), "--renew", "--some"])
+    assert resources.main() == 0
+    written = json.loads(resources.TABLE.read_text())["kernels"]
+    assert written == {
+        "expand_fwd(4, 4096) sm_90a": ROW | {"registers": 50},
+        of_another: ROW,
+        other: ROW,
     }
-    assert set(table) == wanted
+    monkeypatch.setattr(sys, "argv", ["resources.py", str(compiled), "--some"])
+    assert resources.main() == 0
+    monkeypatch.setattr(sys, "argv", ["resources.py", str(compiled)])
+    assert resources.main() == 1
+    assert f"{other}: is in the table, and not compiled" in capsys.readouterr().err
