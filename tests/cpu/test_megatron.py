@@ -12,6 +12,7 @@ from tile_mhc import aggregate, expand, recompute_group, sinkhorn
 from tile_mhc.nn import (
     DelayedHyperConnection,
     HyperConnection,
+    MeanHead,
     SubLayer,
     run_delayed_sublayers,
     run_sublayers,
@@ -88,9 +89,7 @@ def defined(state, hidden, layers, version, inside=False):
 
 
 def block(connections, layers, hidden):
-    streams = run_sublayers(expand(hidden, N), map(SubLayer, connections, layers))
-    mean = torch.full(streams.shape[:-1], 1 / N)
-    return aggregate(streams, mean)
+    return MeanHead()(run_sublayers(expand(hidden, N), map(SubLayer, connections, layers)))
 
 
 def one_by_one(connections, layers, hidden):
