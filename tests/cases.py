@@ -585,6 +585,20 @@ def _written_calls(lead: Sequence[int], n: int, hidden_size: int, device: str) -
             plain(num_mixes, size),
             plain(size),
         ),
+        "norm_fn_products_out": (
+            streams.view(tokens, size),
+            plain(num_mixes, size),
+            plain(tokens, num_mixes),
+            plain(tokens),
+        ),
+        "norm_fn_backward_out": (
+            mixes,
+            plain(tokens),
+            streams.view(tokens, size),
+            plain(num_mixes, size),
+            plain(tokens, size).bfloat16(),
+            plain(num_mixes, size),
+        ),
         "partials_norm_out": (
             plain(*splits, 2, num_mixes),
             plain(*splits, 2).square(),

@@ -130,6 +130,7 @@ PLAIN = {
         "mhc_sinkhorn_fwd": "comb_res_mix, comb_res_mix_out, repeat, eps",
     },
 }
+MATMUL = "mhc_mult3, n_rms_group, rms_group_size"
 # What else those modules have: 1.0.0's functions, and builders of its that others import.
 BUILDERS = {
     "expand_kernel": {
@@ -157,7 +158,10 @@ BUILDERS = {
         ),
     },
     "norm_fn_kernel": {
-        "_mhc_pre_norm_fn_fwd_norm": "mhc_mult3, n_rms_group, rms_group_size, rms_eps, n_splits",
+        "_mhc_pre_norm_fn_bwd_mul": f"{MATMUL}, token_block=128, hidden_block=128",
+        "_mhc_pre_norm_fn_bwd_norm": f"{MATMUL}, rms_eps",
+        "_mhc_pre_norm_fn_fwd_mul": f"{MATMUL}, token_block=32, hidden_block=256",
+        "_mhc_pre_norm_fn_fwd_norm": f"{MATMUL}, rms_eps, n_splits",
         "round_to_tf32": "x",
     },
     "pre_big_fuse_kernel": {"_mhc_pre_big_fuse": f"hidden_size, {BIG_FUSE_OPTIONS}, mhc_mult=4"},

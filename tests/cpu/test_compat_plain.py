@@ -6,6 +6,7 @@ tests/gpu/test_compat_plain.py runs the same tests on the kernels.
 import pytest
 import torch
 
+import own_norm
 from parity import calls, plain
 from tile_mhc import ShapeError, UnsupportedError, reference
 from tile_mhc.compat import tile_kernels
@@ -14,7 +15,12 @@ from tile_mhc.compat.tile_kernels.mhc.head_compute_mix_kernel import (
     _mhc_head_compute_mix_bwd,
     _mhc_head_compute_mix_fwd,
 )
-from tile_mhc.compat.tile_kernels.mhc.norm_fn_kernel import _mhc_pre_norm_fn_fwd_norm
+from tile_mhc.compat.tile_kernels.mhc.norm_fn_kernel import (
+    _mhc_pre_norm_fn_bwd_mul,
+    _mhc_pre_norm_fn_bwd_norm,
+    _mhc_pre_norm_fn_fwd_mul,
+    _mhc_pre_norm_fn_fwd_norm,
+)
 from tile_mhc.compat.tile_kernels.mhc.post_kernel import _mhc_post_bwd, _mhc_post_fwd
 from tile_mhc.compat.tile_kernels.mhc.pre_apply_mix_kernel import (
     _mhc_pre_apply_mix_bwd,
@@ -287,6 +293,29 @@ def test_norm_as_deepgemm_calls_it(device):
     )
 
 
+def test_norm_of_the_backward_by_its_builder(device):
+    inputs = inputs_of("reduce_partials_of_groups_bwd", device)
+    out_mul, sqrsum, grad, size = inputs.values()
+    groups, num_mixes = out_mul.shape[1:]
+    grads = torch.empty_like(out_mul), torch.empty_like(sqrsum)
+    build = _mhc_pre_norm_fn_bwd_norm(num_mixes, groups, size.numel(), plain.EPS)
+    build(grad, out_mul, sqrsum, *grads)
+    expected = [torch.empty_like(each) for each in grads]
+    mhc.mhc_reduce_partials_and_rmsnorm_bwd(
+        grad, out_mul, sqrsum, *expected, size.numel(), plain.EPS
+    )
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+
+
+@own_norm.CASES
+def test_matmuls_as_a_norm_of_ones_own_calls_them(device, sizes):
+    own_norm.check(*sizes, device)
+
+
+def test_the_matmul_adds_to_the_gradient_of_x(device):
+    own_norm.check_added(device)
+
+
 def test_big_fuse_as_deepgemm_calls_it(device):
     inputs = inputs_of("pre_big_fuse_fwd", device)
     residual = inputs["residual"]
@@ -548,6 +577,41 @@ def test_builders_check_what_they_are_built_with(device):
     sums = torch.randn(2, 5, 1, 24, device=device)
     with pytest.raises(ShapeError, match=r"out_mul_splitted must be \(3, 5, 1, 24\) float32"):
         _mhc_pre_norm_fn_fwd_norm(24, 1, 512, 1e-6, 3)(sums, sums, sums, sums, sums)
+    with pytest.raises(ShapeError, match=r"_mhc_pre_norm_fn_bwd_norm: out_mul must be \(2, 1, 24"):
+        _mhc_pre_norm_fn_bwd_norm(24, 1, 512, 1e-6)(sums, sums, sums, sums, sums)
+    with pytest.raises(ShapeError, match="_mhc_pre_norm_fn_bwd_norm: n_rms_group must be"):
+        _mhc_pre_norm_fn_bwd_norm(24, 0, 512, 1e-6)
+    flat, weight = torch.randn(5, 512, device=device), torch.randn(24, 512, device=device)
+    for build, op in (
+        (_mhc_pre_norm_fn_fwd_mul, "_mhc_pre_norm_fn_fwd_mul"),
+        (_mhc_pre_norm_fn_bwd_mul, "_mhc_pre_norm_fn_bwd_mul"),
+    ):
+        for sizes, message in (
+            ((5, 1, 512), "mhc_mult3 must be one of"),
+            ((24, 2, 512), "n_rms_group must be 1; got 2"),
+            ((24, 1, 510), "rms_group_size must be a multiple of 4, up to 65536; got 510"),
+        ):
+            with pytest.raises(UnsupportedError, match=f"^{op}: {message}"):
+                build(*sizes)
+        with pytest.raises(ShapeError, match=f"^{op}: token_block must be an integer"):
+            build(24, 1, 512, token_block=0)
+    forward, backward = (
+        build(24, 1, 512) for build in (_mhc_pre_norm_fn_fwd_mul, _mhc_pre_norm_fn_bwd_mul)
+    )
+    out, column = torch.empty(5, 1, 24, device=device), torch.empty(5, 1, device=device)
+    for call, message in (
+        (lambda: forward(flat[:, :256], weight, out, column), r"fwd_mul: x must be \(5, 512\)"),
+        (lambda: forward(flat.mT.contiguous().mT, weight, out, column), "fwd_mul: x must be conti"),
+        (lambda: forward(flat, weight[:8], out, column), r"fwd_mul: fn must be \(24, 512\)"),
+        (lambda: forward(flat, weight, out[:, 0], column), r"fwd_mul: out must be \(5, 1, 24\)"),
+        (lambda: backward(out, column, flat, weight, flat, weight), "bwd_mul: x_grad must not sh"),
+        (lambda: backward(out, column, flat, weight, flat.clone(), weight),
+         "bwd_mul: fn_grad must not share"),
+        (lambda: backward(out[:, 0], column, flat, weight, flat, weight),
+         r"bwd_mul: out_mul_grad must be \(5, 1, 24\)"),
+    ):  # fmt: skip
+        with pytest.raises(ShapeError, match=f"^_mhc_pre_norm_fn_{message}"):
+            call()
     streams = torch.randn(5, 4, HIDDEN, device=device).bfloat16()
     for build, name, count in (
         (_mhc_head_compute_mix_fwd(4, 1e-6, 32), "head_compute_mix_fwd: input_mix", 4),

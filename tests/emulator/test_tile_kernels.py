@@ -5,6 +5,7 @@ from unittest import mock
 import pytest
 import torch
 
+import own_norm
 from emulator import launch
 from emulator.ops import emulated
 from emulator.suite import VARIED
@@ -36,6 +37,15 @@ def test_function(call, num_tokens, pair):
     for name, exact in truth.items():
         error = calls.relative_error(found[name].view(exact.shape), exact)
         assert error <= call.bound(name), f"{name}: {error:.3e}"
+
+
+@own_norm.CASES
+def test_matmuls(sizes):
+    own_norm.check(*sizes, "cpu")
+
+
+def test_the_matmul_adds_to_the_gradient_of_x():
+    own_norm.check_added("cpu")
 
 
 @pytest.mark.parametrize("pair", VARIED, ids=str)

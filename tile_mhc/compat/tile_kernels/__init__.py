@@ -14,11 +14,12 @@ write into tensors that they are given and know no autograd:
   `mhc_reduce_partials_and_rmsnorm_fwd`, `_bwd`, and `mhc_pre_big_fuse_fwd`, whose outputs have the
   bits of the functions for its parts; `mhc_fn_normw_merge_fwd`, `_bwd`, which adds to both.
 
-Of 1.0.0's private builders it has those that NeMo Automodel, DeepGEMM's tests and XTuner import, in
-their modules of `mhc`: `_mhc_sinkhorn_fwd`, `_bwd`; `_mhc_pre_norm_fn_fwd_norm`;
-`_mhc_pre_big_fuse`; `_mhc_head_compute_mix_fwd`, `_bwd`; `_mhc_pre_split_mixes_fwd`, `_bwd`, which
-puts the gradients of scale and base into row 0 of their partial sums; `_mhc_pre_apply_mix_fwd`,
-`_bwd`; `_mhc_post_fwd`, `_bwd`.
+Of 1.0.0's private builders it has those that NeMo Automodel, DeepGEMM's tests, XTuner and others
+import, in their modules of `mhc`: `_mhc_sinkhorn_fwd`, `_bwd`; `_mhc_pre_norm_fn_fwd_mul`,
+`_bwd_mul`, with one group, `_fwd_norm`, `_bwd_norm`; `_mhc_pre_big_fuse`;
+`_mhc_head_compute_mix_fwd`, `_bwd`; `_mhc_pre_split_mixes_fwd`, `_bwd`, which puts the gradients of
+scale and base into row 0 of their partial sums; `_mhc_pre_apply_mix_fwd`, `_bwd`; `_mhc_post_fwd`,
+`_bwd`.
 
 What differs from TileKernels, all of it on purpose:
 
@@ -53,9 +54,8 @@ What differs from TileKernels, all of it on purpose:
   kernels are launched by programmatic dependent launch, and give the same bits on every run.
   `token_block_size` decides which row of partial sums a token counts in, and nothing else.
 - `mhc_pre_split_mixes_bwd` makes post_layer_mix again of the mixes and does not read it.
-- The builders of the projection's matmul, of the weights' product and of the norm's backward are
-  left out, as are 2.1.0's `..._cuda` and `..._asc` modules; so are the quantisation, MoE, engram,
-  transform and transpose parts.
+- The builders of the weights' product are left out, as are 2.1.0's `..._cuda` and `..._asc`
+  modules; so are the quantisation, MoE, engram, transform and transpose parts.
 """
 
 from tile_mhc.compat.tile_kernels import config, mhc, modeling, torch

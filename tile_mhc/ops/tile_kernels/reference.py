@@ -25,6 +25,23 @@ def partials_norm_backward(
     return grad.unsqueeze(-2) * inv_rms.unsqueeze(-1), grad_squares
 
 
+def norm_fn_products(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Products (T, N) of x (T, K) and the weight as TF32, and sums of squares (T,)."""
+    rounded = reference.round_to_tf32(weight)
+    wide = x.to(rounded.dtype)
+    return wide @ rounded.mT, wide.square().sum(-1)
+
+
+def norm_fn_backward(
+    grad: Tensor, grad_squares: Tensor, x: Tensor, weight: Tensor, held: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x on top of the one `held`, and that of the weight; TF32 as the forward."""
+    grad, rounded = reference.round_to_tf32(grad), reference.round_to_tf32(weight)
+    wide = x.to(grad.dtype)
+    grad_x = grad @ rounded + 2 * wide * grad_squares.unsqueeze(-1) + held
+    return grad_x, grad.mT @ wide
+
+
 def partials_pre(
     split_products: Tensor,
     split_squares: Tensor,

@@ -1,4 +1,4 @@
-"""What of the projection is without its matmul: the weights' product, the norm, TF32.
+"""The parts of the projection: the weights' product, the norm, TF32; of 1.0.0 the matmuls, too.
 
 Partial sums are those of `n_splits` slices of K, as DeepGEMM's `tf32_hc_prenorm_gemm` leaves them:
 out_mul_splitted (n_splits, T, G, N) products and sqrsum_splitted (n_splits, T, G) sums of squares,
@@ -11,11 +11,13 @@ import torch
 
 from tile_mhc import errors
 from tile_mhc.compat.tile_kernels.mhc import _checks
-from tile_mhc.ops.tile_kernels import partials
+from tile_mhc.ops.tile_kernels import norm_fn, partials
 from tile_mhc.ops.tile_kernels.norm_weight import norm_weight_backward
 
 # TF32 keeps 10 of float32's 23 mantissa bits.
 DROPPED_BITS = 23 - 10
+# Rows of a weight: of a block, of a block whose streams are not mixed, of a head.
+NUM_MIXES = (2, 4, 8, 16, 24, 80)
 
 
 def mhc_fn_normw_merge_fwd(fn: torch.Tensor, normw: torch.Tensor, out_fn: torch.Tensor) -> None:
@@ -127,6 +129,109 @@ def round_to_tf32(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x.isfinite(), rounded, x)
 
 
+def _mhc_pre_norm_fn_fwd_mul(
+    mhc_mult3: int,
+    n_rms_group: int,
+    rms_group_size: int,
+    token_block: int = 32,
+    hidden_block: int = 256,
+) -> Callable[..., None]:
+    """A callable (x, fn, out, sqrsum): the matmul of release 1.0.0, and the sums of squares.
+
+    out[t, 0] = x[t] @ fn.T;  sqrsum[t, 0] = sum_k x[t, k]**2
+
+    x (T, K) bfloat16, float16 or float32, K = rms_group_size; fn (N, K) float32 or bfloat16,
+    rounded to TF32; out (T, 1, N) and sqrsum (T, 1) float32, written. N is `mhc_mult3`; of groups
+    there is one. Few tokens are worked on in parallel by slices of K. The blocks decide nothing.
+    """
+    op = "_mhc_pre_norm_fn_fwd_mul"
+    _check_matmul(op, mhc_mult3, n_rms_group, rms_group_size, token_block, hidden_block)
+
+    def kernel(x: torch.Tensor, fn: torch.Tensor, out: torch.Tensor, sqrsum: torch.Tensor) -> None:
+        like = _check_flat(op, x, rms_group_size)
+        shape = (mhc_mult3, rms_group_size)
+        errors.check_tensor(op, "fn", fn, [shape], errors.PARAMETERS, like)
+        tokens, apart = x.shape[0], [like, ("fn", fn)]
+        for name, value, row in (("out", out, (1, mhc_mult3)), ("sqrsum", sqrsum, (1,))):
+            shape = (tokens, *row)
+            _checks.check_output(op, name, value, [shape], torch.float32, like, apart=apart)
+        with torch.no_grad():
+            products = out.view(tokens, mhc_mult3)
+            norm_fn.norm_fn_products(x, fn, products, sqrsum.view(tokens))
+
+    return kernel
+
+
+def _mhc_pre_norm_fn_bwd_mul(
+    mhc_mult3: int,
+    n_rms_group: int,
+    rms_group_size: int,
+    token_block: int = 128,
+    hidden_block: int = 128,
+) -> Callable[..., None]:
+    """A callable (out_mul_grad, sqrsum_grad, x, fn, x_grad, fn_grad); see the forward's.
+
+    x_grad[t] += out_mul_grad[t, 0] @ fn + 2 * sqrsum_grad[t, 0] * x[t], rounded once
+    fn_grad = out_mul_grad[:, 0].T @ x
+
+    out_mul_grad (T, 1, N), rounded to TF32, and sqrsum_grad (T, 1) float32; x_grad as x, added to;
+    fn and fn_grad (N, K) float32, the latter written.
+    """
+    op = "_mhc_pre_norm_fn_bwd_mul"
+    _check_matmul(op, mhc_mult3, n_rms_group, rms_group_size, token_block, hidden_block)
+
+    def kernel(
+        out_mul_grad: torch.Tensor,
+        sqrsum_grad: torch.Tensor,
+        x: torch.Tensor,
+        fn: torch.Tensor,
+        x_grad: torch.Tensor,
+        fn_grad: torch.Tensor,
+    ) -> None:
+        like = _check_flat(op, x, rms_group_size)
+        tokens, weights = x.shape[0], (mhc_mult3, rms_group_size)
+        grads = [("out_mul_grad", out_mul_grad), ("sqrsum_grad", sqrsum_grad)]
+        for (name, value), row in zip(grads, ((1, mhc_mult3), (1,)), strict=True):
+            errors.check_tensor(op, name, value, [(tokens, *row)], torch.float32, like)
+        errors.check_tensor(op, "fn", fn, [weights], torch.float32, like)
+        apart = [*grads, like, ("fn", fn)]
+        _checks.check_streams_output(op, "x_grad", x_grad, x.shape, like, apart)
+        apart.append(("x_grad", x_grad))
+        _checks.check_output(op, "fn_grad", fn_grad, [weights], torch.float32, like, apart=apart)
+        with torch.no_grad():
+            grad = out_mul_grad.reshape(tokens, mhc_mult3)
+            norm_fn.norm_fn_backward(grad, sqrsum_grad.reshape(tokens), x, fn, x_grad, fn_grad)
+
+    return kernel
+
+
+def _mhc_pre_norm_fn_bwd_norm(
+    mhc_mult3: int, n_rms_group: int, rms_group_size: int, rms_eps: float
+) -> Callable[..., None]:
+    """A callable with the first five arguments of `mhc_reduce_partials_and_rmsnorm_bwd`.
+
+    Of release 1.0.0; see `_mhc_pre_norm_fn_fwd_norm`.
+    """
+    op = "_mhc_pre_norm_fn_bwd_norm"
+    for name, value in (("mhc_mult3", mhc_mult3), ("n_rms_group", n_rms_group)):
+        errors.check_positive_int(op, name, value)
+    _check_norm(op, rms_group_size, rms_eps)
+
+    def kernel(
+        out_grad: torch.Tensor,
+        out_mul: torch.Tensor,
+        sqrsum: torch.Tensor,
+        out_mul_grad: torch.Tensor,
+        sqrsum_grad: torch.Tensor,
+    ) -> None:
+        _checks.check_rows(op, "out_mul", out_mul, (n_rms_group, mhc_mult3))
+        mhc_reduce_partials_and_rmsnorm_bwd(
+            out_grad, out_mul, sqrsum, out_mul_grad, sqrsum_grad, rms_group_size, rms_eps
+        )
+
+    return kernel
+
+
 def _mhc_pre_norm_fn_fwd_norm(
     mhc_mult3: int, n_rms_group: int, rms_group_size: int, rms_eps: float, n_splits: int
 ) -> Callable[..., None]:
@@ -215,6 +320,39 @@ def _sizes(op: str, name: str, tensor: torch.Tensor, dims: int) -> torch.Size:
 def _check_norm(op: str, rms_group_size: int, rms_eps: float) -> None:
     errors.check_positive_int(op, "rms_group_size", rms_group_size)
     errors.check_number(op, "rms_eps", rms_eps)
+
+
+def _check_matmul(
+    op: str, num_mixes: int, groups: int, size: int, token_block: int, hidden_block: int
+) -> None:
+    for name, value in (
+        ("mhc_mult3", num_mixes),
+        ("n_rms_group", groups),
+        ("rms_group_size", size),
+        ("token_block", token_block),
+        ("hidden_block", hidden_block),
+    ):
+        errors.check_positive_int(op, name, value)
+    if num_mixes not in NUM_MIXES:
+        raise errors.UnsupportedError(
+            f"{op}: mhc_mult3 must be one of {NUM_MIXES}; got {num_mixes}"
+        )
+    if groups != 1:
+        raise errors.UnsupportedError(f"{op}: n_rms_group must be 1; got {groups}")
+    if size % norm_fn.STREAMS or size > norm_fn.STREAMS * errors.MAX_HIDDEN:
+        raise errors.UnsupportedError(
+            f"{op}: rms_group_size must be a multiple of {norm_fn.STREAMS}, up to "
+            f"{norm_fn.STREAMS * errors.MAX_HIDDEN}; got {size}"
+        )
+
+
+def _check_flat(op: str, x: object, size: int) -> tuple[str, torch.Tensor]:
+    """Flat streams (T, K), contiguous."""
+    _checks.check_rows(op, "x", x, (size,), errors.STREAMS)
+    tensor = errors.require_tensor(op, "x", x)
+    errors.check_device(op, "x", tensor)
+    errors.check_contiguous(op, "x", tensor)
+    return "x", tensor
 
 
 def _check_weights(op: str, fn: object, normw: object) -> tuple[str, torch.Tensor]:
