@@ -42,7 +42,12 @@ MODULES = sorted({spec.module.replace(".", "/") for spec in specs.SPECS})
 LAUNCHED_BY = {"projection_any": "projection"}
 PUBLIC = [op for op in specs.OPS if op not in specs.COMPAT]
 # Modules of ops that launch no kernel of their own.
-SHARED = {"transformer_engine/reference", "tile_kernels/outputs", "tile_kernels/reference"}
+SHARED = {
+    "transformer_engine/reference",
+    "tile_kernels/norm_fn",
+    "tile_kernels/outputs",
+    "tile_kernels/reference",
+}
 
 
 def launches():
