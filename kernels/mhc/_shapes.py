@@ -119,11 +119,12 @@ IDENTITY_STREAMS = 4
 IDENTITY_MIXES = 2 * IDENTITY_STREAMS
 # Slots of sums that CTAs of a cluster push to one another.
 CLUSTER_SLOTS = 4
-# Columns of H per warp, and at most per CTA: the weight, and in the backward its gradient too, lies
-# in registers, of which 14 warps and one for the sums have 136 a thread.
+# Columns of H that a warp takes at a time, and how many such blocks a CTA has at most: the weight,
+# and in the backward its gradient too, lies in registers, of which 14 warps and one for the sums
+# have 128 a thread, and half as many with two blocks each 255.
 IDENTITY_COLUMNS = CLUSTER_COLUMNS
 IDENTITY_BACKWARD_COLUMNS = 32
-IDENTITY_WARPS = 14
+IDENTITY_BLOCKS = 14
 # Of shared memory beside the rings and the sums: gates, mbarriers.
 IDENTITY_BYTES = 4096
 # The most CTAs of a cluster that every GPU with clusters runs.
@@ -132,6 +133,25 @@ PORTABLE_CLUSTER = 8
 
 def identity_columns(backward: bool) -> int:
     return IDENTITY_BACKWARD_COLUMNS if backward else IDENTITY_COLUMNS
+
+
+def identity_blocks(width: int, backward: bool) -> int:
+    """identity_cluster: blocks of columns per warp of a CTA that has `width` columns of H.
+
+    In the backward two, where that divides them: half as many warps do half as often what each does
+    once a step, and the addresses that they all need take half of the registers. One where the four
+    parts of an SM would then have more to do, and the registers suffice.
+    """
+    blocks = width // identity_columns(backward)
+    if not backward or blocks % 2:
+        return 1
+    fuller = 2 * -(-blocks // 8) > -(-blocks // 4)
+    return 1 if fuller and blocks < 12 else 2
+
+
+def identity_warps(width: int, backward: bool) -> int:
+    """identity_cluster: warps of a CTA that take columns; one more has the sums."""
+    return width // (identity_blocks(width, backward) * identity_columns(backward))
 
 
 def identity_sums(backward: bool) -> int:
@@ -155,14 +175,19 @@ def identity_stages(
     Of four streams; in the backward with the gradient of the layer input and, if `held`, another
     one of the streams.
     """
-    warps = width // identity_columns(backward)
-    sums = identity_sums(backward) * (2 * warps + CLUSTER_SLOTS * (size + 1)) * 4
+    warps = identity_warps(width, backward)
+    sums = identity_sums(backward) * (2 * warps + CLUSTER_SLOTS * size) * 4
     if backward:
         row = (IDENTITY_STREAMS * (2 if held else 1) + 1) * width
     else:
         row = cluster_row(IDENTITY_STREAMS, width)
     room = limits.shared_bytes - IDENTITY_BYTES - sums
     return min(room // (CLUSTER_TOKENS * row * 2), CLUSTER_STAGES)
+
+
+def identity_lag(stages: int) -> int:
+    """identity_cluster: steps from a group's products to what is made of them."""
+    return 2 if stages >= 4 else 1
 
 
 @functools.cache
@@ -181,7 +206,7 @@ def identity_cluster_size(
         if size > PORTABLE_CLUSTER and not backward:
             break
         width = hidden_size // size
-        whole = hidden_size % (size * columns) == 0 and width <= IDENTITY_WARPS * columns
+        whole = hidden_size % (size * columns) == 0 and width <= IDENTITY_BLOCKS * columns
         if whole and identity_stages(size, width, backward, held, limits) >= 3:
             return size
     return 0

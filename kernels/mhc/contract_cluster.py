@@ -13,11 +13,14 @@ for all warps, lets each see what the others wrote. TileLang adds none but that 
 the mbarriers (RING).
 """
 
+from typing import Any
+
 import tilelang.language as T
-from tilelang import PassConfigKey, tvm
+from tilelang import PassConfigKey
 
 from tile_mhc.kernels._arch import Architecture
-from tile_mhc.kernels._common import SIMT, VECTOR, builder, follow_previous, weighted_sum
+from tile_mhc.kernels._common import SIMT, VECTOR, builder, follow_previous
+from tile_mhc.kernels._push import SOURCE, push_vectors
 from tile_mhc.kernels._shapes import (
     CLUSTER_COLUMNS,
     CLUSTER_TOKENS,
@@ -42,6 +45,8 @@ RING = {
     PassConfigKey.TL_DISABLE_SAFE_MEMORY_ACCESS: True,
 }
 GROUP = CLUSTER_TOKENS
+# A vector has so many pairs.
+WORDS = VECTOR // 2
 # Columns of a warp that the tensor cores multiply at a time.
 BLOCK = 32
 BLOCKS = CLUSTER_COLUMNS // BLOCK
@@ -49,17 +54,33 @@ BLOCKS = CLUSTER_COLUMNS // BLOCK
 CHUNKS = CLUSTER_COLUMNS // VECTOR
 # Columns whose products a tensor core adds up before float32 does: see `projection_fwd`.
 CHAIN = 128
-# Two would do: see `push_sums`.
+# Two would do: see `push_vectors`.
 SLOTS = 4
 # The barrier of every step; warps arrive at it from two different loops.
 BARRIER = 1
-STORE_TO_CTA = tvm.ir.Op.get("tl.tma_store_cluster")
+
+
+def first_of(pair: T.int32):
+    """The first of two bfloat16 values side by side, in float32: one instruction, and three where a
+    value is taken by itself."""
+    return T.reinterpret(pair << 16, T.float32)
+
+
+def second_of(pair: T.int32):
+    return T.reinterpret(pair & -0x10000, T.float32)
+
+
+def token_to_load(t: T.int32, last: Any):
+    """t or, past `last` if that is given, it again: what comes of it nobody stores, and a condition
+    for each token costs more than the load."""
+    return t if last is None else T.min(t, last)
 
 
 @T.macro
-def load_group(
+def load_tokens(
     source: T.Tensor,
-    t0: T.Buffer,
+    t: T.int32,
+    last: Any,
     vector: T.int32,
     rows: int,
     ring: T.Buffer,
@@ -67,23 +88,25 @@ def load_group(
     column: T.int32,
     width: int,
 ):
-    """Start the loads of a warp's columns of the tokens from t0[0] on; zeros past the last token.
+    """Start the loads of a warp's columns of the tokens from t on; see `token_to_load`.
 
     `vector` is the index, within a token, of the vector that this lane loads.
     """
     lane = T.get_thread_binding() % 32
     at = lane // CHUNKS % rows * width + column + lane % CHUNKS * VECTOR
-    for e in T.unroll(GROUP * rows * CHUNKS // 32):
-        g = e * (32 // (rows * CHUNKS)) + lane // (rows * CHUNKS)
-        if t0[0] + g < source.shape[0]:
-            T.ptx_cp_async(
-                T.access_ptr(ring[slot, g, at], "w", VECTOR),
-                T.access_ptr(source[t0[0] + g, vector * VECTOR], "r", VECTOR),
+    each = 32 // (rows * CHUNKS)
+    for e in tuple(range(GROUP // each)):
+        T.ptx_cp_async(
+            T.access_ptr(ring[slot, e * each + lane // (rows * CHUNKS), at], "w", VECTOR),
+            T.access_ptr(
+                source[
+                    token_to_load(t + e * each + lane // (rows * CHUNKS), last), vector * VECTOR
+                ],
+                "r",
                 VECTOR,
-            )
-        else:
-            for v in T.vectorized(VECTOR):
-                ring[slot, g, at + v] = T.cast(0, T.bfloat16)
+            ),
+            VECTOR,
+        )
 
 
 @T.macro
@@ -93,8 +116,9 @@ def count_steps(tokens: T.int32, first: T.int32, clusters: T.int32, out: T.Buffe
 
 
 @T.macro
-def multiply(a: T.Buffer, b: T.Buffer, at: int, out: T.Buffer, chain: int):
-    """out[chain] += A B for one m16n8k16 product of bfloat16, of which each lane has its part."""
+def multiply(a: T.Buffer, b: T.Buffer, at: int, out: T.Buffer, chain: int, start: int = 0):
+    """out[chain] += A B for one m16n8k16 product of bfloat16, of which each lane has its part: of A
+    from `start` on, of B from `at` on."""
     T.ptx_mma(
         "float32",
         "m16n8k16",
@@ -104,80 +128,13 @@ def multiply(a: T.Buffer, b: T.Buffer, at: int, out: T.Buffer, chain: int):
         "bf16",
         "fp32",
         a.data,
-        0,
+        start,
         b.data,
         at,
         out.data,
         chain * 4,
         T.bool(False),
     )
-
-
-@T.macro
-def stack(upper: T.Buffer, u: int, lower: T.Buffer, v: int, a: T.Buffer):
-    """The operand whose rows 0 to 7 are of `upper`, and 8 to 15 of `lower`, four values per lane.
-
-    Which columns a lane's values come from does not matter, as long as both operands agree: here a
-    lane has eight neighbours, loaded in one access, where the tensor core's layout has pairs.
-    """
-    for k in T.vectorized(2):
-        a[k] = upper[u + k]
-    for k in T.vectorized(2):
-        a[2 + k] = lower[v + k]
-    for k in T.vectorized(2):
-        a[4 + k] = upper[u + 2 + k]
-    for k in T.vectorized(2):
-        a[6 + k] = lower[v + 2 + k]
-
-
-@T.macro
-def push_sums(
-    warp_sums: T.Buffer,
-    buffer: T.int32,
-    mine: T.Buffer,
-    parts: T.Buffer,
-    full: T.Buffer,
-    slot: T.int32,
-    rank: T.int32,
-    cluster: int,
-    warps: int,
-    count: int,
-):
-    """Add up what the warps of this CTA have, and give it to every CTA of the cluster.
-
-    By one warp. A CTA that pushes step s has read what all pushed in step s - 1, and who pushed
-    that had read step s - 2: its slot is free. A slot's barrier is full when all have come.
-    """
-    lane = T.get_thread_binding() % 32
-    total = T.alloc_local((1,), T.float32)
-    for r in T.unroll(-(-count // 32)):
-        k = r * 32 + lane
-        if k < count:
-            total[0] = 0.0
-            for q in T.unroll(warps):
-                total[0] += warp_sums[buffer, q, k]
-            if cluster > 1:
-                mine[slot, k] = total[0]
-            else:
-                parts[slot, 0, k] = total[0]
-    if cluster == 1:
-        T.sync_warp()
-    else:
-        T.fence_proxy_async()
-        T.sync_warp()
-        # Not T.copy_cluster, of which one lane would issue all, one after the other.
-        if lane < cluster:
-            T.evaluate(
-                T.call_intrin(
-                    "handle",
-                    STORE_TO_CTA,
-                    T.access_ptr(parts[slot, rank, 0], "w", mine.shape[1]),
-                    T.access_ptr(mine[slot, 0], "r", mine.shape[1]),
-                    lane,
-                    T.uint32(mine.shape[1] * 4),
-                    full[slot],
-                )
-            )
 
 
 @builder(RING)
@@ -221,6 +178,7 @@ def contract_cluster_fwd(
         clusters: T.int32,
     ):
         with T.Kernel(clusters * cluster, threads=threads, cluster_dims=(cluster, 1, 1)) as cta:
+            T.import_source(SOURCE if cluster > 1 else None)
             follow_previous()
             lane = T.get_thread_binding() % 32
             warp = T.get_thread_binding() // 32
@@ -229,11 +187,12 @@ def contract_cluster_fwd(
             column = warp * CLUSTER_COLUMNS
             h = rank * width + column
             ring = T.alloc_shared((stages, GROUP, cluster_row(n, width)), T.bfloat16)
+            # The same in pairs of neighbours.
+            words = T.view(ring, (stages, GROUP, cluster_row(n, width) // 2), T.int32)
             warp_sums = T.alloc_shared((2, warps, count), T.float32)
             parts = T.alloc_shared((SLOTS, cluster, count), T.float32)
-            mine = T.alloc_shared((SLOTS, count), T.float32)
             gates = T.alloc_shared((2, products), T.float32)
-            full = T.alloc_cluster_barrier([cluster] * SLOTS)
+            full = T.alloc_cluster_barrier([1] * SLOTS)
             steps = T.alloc_local((1,), T.int32)
             count_steps(tokens, first, clusters, steps)
             # Indices of global memory are variables: written out where they are used they become
@@ -243,18 +202,19 @@ def contract_cluster_fwd(
             if warp < warps:
                 raw = T.alloc_local((VECTOR,), T.float32)
                 w = T.alloc_local((n * BLOCKS * VECTOR,), T.bfloat16)
-                values = T.alloc_local((VECTOR,), T.bfloat16)
-                a = T.alloc_local((VECTOR,), T.bfloat16)
+                weights = T.view(w, (n * BLOCKS * WORDS,), T.int32)
+                values = T.alloc_local((WORDS,), T.int32)
+                a = T.alloc_local((4,), T.int32)
                 sums = T.alloc_local((chains, 4), T.float32)
                 mix = T.alloc_local((n,), T.float32)
-                streams = T.alloc_local((n, VECTOR), T.bfloat16)
+                streams = T.alloc_local((n, WORDS), T.int32)
                 total = T.alloc_local((VECTOR,), T.float32)
                 vectors[0] = (lane // CHUNKS % n * hidden_size + h) // VECTOR + lane % CHUNKS
                 vectors[1] = h // VECTOR + lane % CHUNKS
                 for s in T.unroll(ahead):
                     if s < steps[0]:
                         t0[0] = (first + s * clusters) * GROUP
-                        load_group(x, t0, vectors[0], n, ring, s, column, width)
+                        load_tokens(x, t0[0], tokens - 1, vectors[0], n, ring, s, column, width)
                     T.ptx_commit_group()
                 # The rows of the operand: high parts, then low parts, then zeros.
                 row = lane // 4
@@ -273,70 +233,103 @@ def contract_cluster_fwd(
                             high_part(raw[v]),
                             T.if_then_else(row < 2 * n, low_part(raw[v]), T.cast(0, T.bfloat16)),
                         )
-                for step in T.serial(steps[0] + 1):
-                    # Here and not within the condition, past which registers would be kept alive
-                    # for what they hold where it is false.
-                    for c in T.unroll(chains):
-                        for k in T.unroll(4):
-                            sums[c, k] = 0.0
-                    for v in T.unroll(VECTOR):
-                        values[v] = T.cast(0, T.bfloat16)
-                    if step < steps[0]:
-                        T.ptx_wait_group(ahead - 1)
-                        T.sync_warp()
-                        # Below the weights' rows the tokens themselves: their squares come along.
-                        # Loops over a tuple are unrolled as they are traced: operands of products
-                        # are chosen by a number, not by an expression.
-                        for b in tuple(range(n * BLOCKS)):
-                            for v in T.vectorized(VECTOR):
-                                values[v] = ring[
-                                    step % stages,
-                                    lane // 4,
-                                    b // BLOCKS * width
-                                    + column
-                                    + b % BLOCKS * BLOCK
-                                    + lane % 4 * VECTOR
-                                    + v,
-                                ]
-                            for at in (0, 4):
-                                stack(w, b * VECTOR + at, values, at, a)
-                                multiply(a, values, at, sums, (2 * b + at // 4) % chains)
-                        for c in tuple(range(1, chains)):
-                            for k in T.unroll(4):
-                                sums[0, k] += sums[c, k]
-                        for k in T.unroll(2):
-                            # A lane has two tokens of a row; the low part's row is n rows on.
-                            g = lane % 4 * 2 + k
-                            sums[0, k] += T.shfl_xor(sums[0, k], 4 * n)
-                            if lane // 4 < n:
-                                warp_sums[step % 2, warp, g * n + lane // 4] = sums[0, k]
-                            if lane // 4 == g:
-                                warp_sums[step % 2, warp, products + g] = sums[0, 2 + k]
-                    T.sync_threads(BARRIER, threads)
-                    if step >= 1:
-                        t0[0] = (first + (step - 1) * clusters) * GROUP
-                        for j in T.unroll(GROUP * CHUNKS // 32):
-                            g = j * (32 // CHUNKS) + lane // CHUNKS
-                            c = column + lane % CHUNKS * VECTOR
-                            if t0[0] + g < tokens:
+                # No condition around the products: TileLang puts it before each statement. The last
+                # group, the only one that may have fewer tokens, is finished after the loop.
+                for last in (False, True):
+                    for step in T.serial(
+                        steps[0] if last else 0, steps[0] + 1 if last else steps[0]
+                    ):
+                        if not last:
+                            T.ptx_wait_group(ahead - 1)
+                            T.sync_warp()
+                            for c in T.unroll(chains):
+                                for k in T.unroll(4):
+                                    sums[c, k] = 0.0
+                            # Below the weights' rows the tokens themselves: their squares come
+                            # along. Loops over a tuple are unrolled as they are traced: operands of
+                            # products are chosen by a number, not by an expression.
+                            for b in tuple(range(n * BLOCKS)):
+                                c = b // BLOCKS * width + column + b % BLOCKS * BLOCK
+                                for v in T.vectorized(WORDS):
+                                    values[v] = words[
+                                        step % stages, lane // 4, c // 2 + lane % 4 * WORDS + v
+                                    ]
+                                for half in (0, 1):
+                                    # Which columns a lane's values come from does not matter, as
+                                    # long as both operands agree: a lane has eight neighbours,
+                                    # where the tensor core's layout has pairs.
+                                    for k in (0, 1):
+                                        a[k * 2] = weights[b * WORDS + half * 2 + k]
+                                        a[k * 2 + 1] = values[half * 2 + k]
+                                    multiply(a, values, half * 2, sums, (2 * b + half) % chains)
+                            for c in tuple(range(1, chains)):
+                                for k in T.unroll(4):
+                                    sums[0, k] += sums[c, k]
+                            for k in T.unroll(2):
+                                # A lane has two tokens of a row; the low part's row is n rows on.
+                                g = lane % 4 * 2 + k
+                                sums[0, k] += T.shfl_xor(sums[0, k], 4 * n)
+                                if lane // 4 < n:
+                                    warp_sums[step % 2, warp, g * n + lane // 4] = sums[0, k]
+                                if lane // 4 == g:
+                                    warp_sums[step % 2, warp, products + g] = sums[0, 2 + k]
+                        T.sync_threads(BARRIER, threads)
+                        if step >= 1:
+                            t0[0] = (first + (step - 1) * clusters) * GROUP + lane // CHUNKS
+                            for j in T.unroll(GROUP * CHUNKS // 32):
+                                g = j * (32 // CHUNKS)
+                                c = column // 2 + lane % CHUNKS * WORDS
                                 for i in T.unroll(n):
-                                    mix[i] = gates[step % 2, g * n + i]
-                                    for v in T.vectorized(VECTOR):
-                                        streams[i, v] = ring[
-                                            (step - 1) % stages, g, i * width + c + v
+                                    mix[i] = gates[step % 2, (g + lane // CHUNKS) * n + i]
+                                    for v in T.vectorized(WORDS):
+                                        streams[i, v] = words[
+                                            (step - 1) % stages,
+                                            g + lane // CHUNKS,
+                                            i * (width // 2) + c + v,
                                         ]
-                                weighted_sum(mix, streams, n, total)
-                                for v in T.vectorized(VECTOR):
-                                    out[t0[0] + g, vectors[1] * VECTOR + v] = T.cast(
-                                        total[v], T.bfloat16
+                                # As `weighted_sum`.
+                                for v in T.unroll(VECTOR):
+                                    total[v] = 0.0
+                                for i in T.unroll(n):
+                                    for v in T.unroll(WORDS):
+                                        total[2 * v] += mix[i] * first_of(streams[i, v])
+                                        total[2 * v + 1] += mix[i] * second_of(streams[i, v])
+                                if last:
+                                    if t0[0] + g < tokens:
+                                        for v in T.vectorized(VECTOR):
+                                            out[t0[0] + g, vectors[1] * VECTOR + v] = T.cast(
+                                                total[v], T.bfloat16
+                                            )
+                                else:
+                                    for v in T.vectorized(VECTOR):
+                                        out[t0[0] + g, vectors[1] * VECTOR + v] = T.cast(
+                                            total[v], T.bfloat16
+                                        )
+                        if not last:
+                            # The ring has a part of each warp's own: what it has read may be
+                            # overwritten.
+                            T.sync_warp()
+                            if step + ahead < steps[0]:
+                                t0[0] = (first + (step + ahead) * clusters) * GROUP
+                                slot = (step + ahead) % stages
+                                # Both ways past one condition: addresses have much in common.
+                                if t0[0] + GROUP <= tokens:
+                                    load_tokens(
+                                        x, t0[0], None, vectors[0], n, ring, slot, column, width
                                     )
-                    # The ring has a part of each warp's own: what it has read may be overwritten.
-                    T.sync_warp()
-                    if step + ahead < steps[0]:
-                        t0[0] = (first + (step + ahead) * clusters) * GROUP
-                        slot = (step + ahead) % stages
-                        load_group(x, t0, vectors[0], n, ring, slot, column, width)
-                    T.ptx_commit_group()
+                                else:
+                                    load_tokens(
+                                        x,
+                                        t0[0],
+                                        tokens - 1,
+                                        vectors[0],
+                                        n,
+                                        ring,
+                                        slot,
+                                        column,
+                                        width,
+                                    )
+                            T.ptx_commit_group()
             else:
                 value = T.alloc_local((2,), T.float32)
                 exact = T.alloc_local((2,), T.float64)
@@ -387,10 +380,9 @@ def contract_cluster_fwd(
                                     inv_rms[t0[0]] = value[1]
                     T.sync_threads(BARRIER, threads)
                     if step < steps[0]:
-                        push_sums(
+                        push_vectors(
                             warp_sums,
                             step % 2,
-                            mine,
                             parts,
                             full,
                             step % SLOTS,
@@ -399,7 +391,7 @@ def contract_cluster_fwd(
                             warps,
                             count,
                         )
-            # Nobody leaves while others may still push to it, or read what it pushed.
+            # Nobody leaves while others may push to it, or what it pushed may be under way.
             if cluster > 1:
                 T.cluster_sync()
 
@@ -457,6 +449,7 @@ def contract_cluster_bwd(
         clusters: T.int32,
     ):
         with T.Kernel(clusters * cluster, threads=threads, cluster_dims=(cluster, 1, 1)) as cta:
+            T.import_source(SOURCE if cluster > 1 else None)
             follow_previous()
             lane = T.get_thread_binding() % 32
             warp = T.get_thread_binding() // 32
@@ -466,26 +459,29 @@ def contract_cluster_bwd(
             h = rank * width + column
             ring = T.alloc_shared((stages, GROUP, cluster_row(n, width)), T.bfloat16)
             grad_ring = T.alloc_shared((stages, GROUP, cluster_row(1, width)), T.bfloat16)
+            # The same in pairs of neighbours.
+            words = T.view(ring, (stages, GROUP, cluster_row(n, width) // 2), T.int32)
+            grad_words = T.view(grad_ring, (stages, GROUP, cluster_row(1, width) // 2), T.int32)
             warp_sums = T.alloc_shared((2, warps, products), T.float32)
             parts = T.alloc_shared((SLOTS, cluster, products), T.float32)
-            mine = T.alloc_shared((SLOTS, products), T.float32)
             given = T.alloc_shared((2, GROUP, factors), T.float32)
-            full = T.alloc_cluster_barrier([cluster] * SLOTS)
+            full = T.alloc_cluster_barrier([1] * SLOTS)
             steps = T.alloc_local((1,), T.int32)
             count_steps(tokens, first, clusters, steps)
             t0 = T.alloc_local((1,), T.int32)
             vectors = T.alloc_local((3,), T.int32)
             if warp < warps:
-                values = T.alloc_local((2 * VECTOR,), T.bfloat16)
-                grads = T.alloc_local((VECTOR,), T.bfloat16)
-                a = T.alloc_local((VECTOR,), T.bfloat16)
-                sums = T.alloc_local((n // 2, 4), T.float32)
+                values = T.alloc_local((WORDS,), T.int32)
+                grads = T.alloc_local((WORDS,), T.int32)
+                pairs = T.alloc_local((WORDS,), T.int32)
+                sums = T.alloc_local((2 * n, 4), T.float32)
                 w = T.alloc_local((n, vector), T.float32)
                 grad_w = T.alloc_local((n, vector), T.float32)
-                streams = T.alloc_local((vector,), T.bfloat16)
-                outer = T.alloc_local((vector,), T.bfloat16)
+                streams = T.alloc_local((vector // 2,), T.int32)
+                outer = T.alloc_local((vector // 2,), T.int32)
                 factor = T.alloc_local((factors,), T.float32)
-                element = T.alloc_local((1,), T.float32)
+                element = T.alloc_local((2,), T.float32)
+                given_to = T.alloc_local((2,), T.float32)
                 pre = T.alloc_local((1,), T.float32)
                 total = T.alloc_local((vector,), T.float32)
                 stream = lane // owners
@@ -495,8 +491,10 @@ def contract_cluster_bwd(
                 for s in T.unroll(ahead):
                     if s < steps[0]:
                         t0[0] = (first + s * clusters) * GROUP
-                        load_group(x, t0, vectors[0], n, ring, s, column, width)
-                        load_group(grad, t0, vectors[1], 1, grad_ring, s, column, width)
+                        load_tokens(x, t0[0], tokens - 1, vectors[0], n, ring, s, column, width)
+                        load_tokens(
+                            grad, t0[0], tokens - 1, vectors[1], 1, grad_ring, s, column, width
+                        )
                     T.ptx_commit_group()
                 for m in T.unroll(n):
                     for q in T.unroll(vector // 4):
@@ -510,73 +508,123 @@ def contract_cluster_bwd(
                         if tf32 != 0:
                             w[m, v] = rounded_to_tf32(w[m, v])
                         grad_w[m, v] = 0.0
-                for step in T.serial(steps[0] + 1):
-                    # As in the forward.
-                    for p in T.unroll(n // 2):
-                        for k in T.unroll(4):
-                            sums[p, k] = 0.0
-                    for v in T.unroll(VECTOR):
-                        grads[v] = T.cast(0, T.bfloat16)
-                        for i in T.unroll(2):
-                            values[i * VECTOR + v] = T.cast(0, T.bfloat16)
-                    if step < steps[0]:
-                        T.ptx_wait_group(ahead - 1)
-                        T.sync_warp()
-                        for b in tuple(range(BLOCKS)):
-                            c = column + b * BLOCK + lane % 4 * VECTOR
-                            for v in T.vectorized(VECTOR):
-                                grads[v] = grad_ring[step % stages, lane // 4, c + v]
-                            # Each product multiplies the tokens of two streams with those of the
-                            # gradient; its diagonals pair a token with itself.
-                            for p in tuple(range(n // 2)):
-                                for i in T.unroll(2):
-                                    for v in T.vectorized(VECTOR):
-                                        values[i * VECTOR + v] = ring[
-                                            step % stages, lane // 4, (2 * p + i) * width + c + v
+                for last in (False, True):
+                    for step in T.serial(
+                        steps[0] if last else 0, steps[0] + 1 if last else steps[0]
+                    ):
+                        if not last:
+                            T.ptx_wait_group(ahead - 1)
+                            T.sync_warp()
+                            for p in T.unroll(2 * n):
+                                for k in T.unroll(4):
+                                    sums[p, k] = 0.0
+                            for b in tuple(range(BLOCKS)):
+                                c = (column + b * BLOCK) // 2 + lane % 4 * WORDS
+                                for v in T.vectorized(WORDS):
+                                    grads[v] = grad_words[step % stages, lane // 4, c + v]
+                                # Each product multiplies the tokens of a stream with those of the
+                                # gradient; its diagonal pairs a token with itself. As pairs lie in
+                                # registers, the first and third are upper rows, the others lower.
+                                for half in (0, 1):
+                                    pairs[half * 2] = grads[half]
+                                    pairs[half * 2 + 1] = grads[half + 2]
+                                for i in tuple(range(n)):
+                                    for v in T.vectorized(WORDS):
+                                        values[v] = words[
+                                            step % stages, lane // 4, i * (width // 2) + c + v
                                         ]
-                                for at in (0, 4):
-                                    stack(values, at, values, VECTOR + at, a)
-                                    multiply(a, grads, at, sums, p)
-                        for k in T.unroll(2):
-                            if lane // 4 == lane % 4 * 2 + k:
-                                for i in T.unroll(n):
-                                    warp_sums[step % 2, warp, lane // 4 * n + i] = sums[
-                                        i // 2, i % 2 * 2 + k
+                                    for half in (0, 1):
+                                        multiply(values, pairs, half * 2, sums, i * 2 + half)
+                            for k in T.unroll(2):
+                                if lane // 4 == lane % 4 * 2 + k:
+                                    for i in T.unroll(n):
+                                        warp_sums[step % 2, warp, lane // 4 * n + i] = (
+                                            sums[i * 2, k] + sums[i * 2 + 1, 2 + k]
+                                        )
+                        T.sync_threads(BARRIER, threads)
+                        if step >= 1:
+                            t0[0] = (first + (step - 1) * clusters) * GROUP
+                            c = (column + lane % owners * vector) // 2
+                            for g in T.unroll(GROUP):
+                                for q in T.unroll(factors // 4):
+                                    for v in T.vectorized(4):
+                                        factor[q * 4 + v] = given[step % 2, g, q * 4 + v]
+                                pre[0] = given[step % 2, g, stream]
+                                for v in T.vectorized(vector // 2):
+                                    streams[v] = words[
+                                        (step - 1) % stages, g, stream * (width // 2) + c + v
                                     ]
-                    T.sync_threads(BARRIER, threads)
-                    if step >= 1:
-                        t0[0] = (first + (step - 1) * clusters) * GROUP
-                        c = column + lane % owners * vector
-                        for g in T.unroll(GROUP):
-                            for q in T.unroll(factors // 4):
-                                for v in T.vectorized(4):
-                                    factor[q * 4 + v] = given[step % 2, g, q * 4 + v]
-                            pre[0] = given[step % 2, g, stream]
-                            for v in T.vectorized(vector):
-                                streams[v] = ring[(step - 1) % stages, g, stream * width + c + v]
-                            for v in T.vectorized(vector):
-                                outer[v] = grad_ring[(step - 1) % stages, g, c + v]
-                            for v in T.unroll(vector):
-                                element[0] = T.cast(streams[v], T.float32)
-                                total[v] = pre[0] * T.cast(outer[v], T.float32)
-                                # x joins one r first: r * r may be lost where x is large.
-                                total[v] += (element[0] * factor[2 * n]) * factor[2 * n + 1]
-                                for m in T.unroll(n):
-                                    total[v] += factor[n + m] * w[m, v]
-                                    grad_w[m, v] += factor[n + m] * element[0]
-                            if t0[0] + g < tokens:
-                                for v in T.vectorized(vector):
-                                    grad_x[t0[0] + g, vectors[2] * vector + v] = T.cast(
-                                        total[v], T.bfloat16
+                                for v in T.vectorized(vector // 2):
+                                    outer[v] = grad_words[(step - 1) % stages, g, c + v]
+                                for p in T.unroll(vector // 2):
+                                    element[0] = first_of(streams[p])
+                                    element[1] = second_of(streams[p])
+                                    given_to[0] = first_of(outer[p])
+                                    given_to[1] = second_of(outer[p])
+                                    for k in T.unroll(2):
+                                        v = 2 * p + k
+                                        total[v] = pre[0] * given_to[k]
+                                        # x joins one r first: r * r may be lost where x is large.
+                                        total[v] += (element[k] * factor[2 * n]) * factor[2 * n + 1]
+                                        for m in T.unroll(n):
+                                            total[v] += factor[n + m] * w[m, v]
+                                            grad_w[m, v] += factor[n + m] * element[k]
+                                if last:
+                                    if t0[0] + g < tokens:
+                                        for v in T.vectorized(vector):
+                                            grad_x[t0[0] + g, vectors[2] * vector + v] = T.cast(
+                                                total[v], T.bfloat16
+                                            )
+                                else:
+                                    for v in T.vectorized(vector):
+                                        grad_x[t0[0] + g, vectors[2] * vector + v] = T.cast(
+                                            total[v], T.bfloat16
+                                        )
+                        if not last:
+                            # As in the forward.
+                            T.sync_warp()
+                            if step + ahead < steps[0]:
+                                t0[0] = (first + (step + ahead) * clusters) * GROUP
+                                slot = (step + ahead) % stages
+                                if t0[0] + GROUP <= tokens:
+                                    load_tokens(
+                                        x, t0[0], None, vectors[0], n, ring, slot, column, width
                                     )
-                    # As in the forward.
-                    T.sync_warp()
-                    if step + ahead < steps[0]:
-                        t0[0] = (first + (step + ahead) * clusters) * GROUP
-                        slot = (step + ahead) % stages
-                        load_group(x, t0, vectors[0], n, ring, slot, column, width)
-                        load_group(grad, t0, vectors[1], 1, grad_ring, slot, column, width)
-                    T.ptx_commit_group()
+                                    load_tokens(
+                                        grad,
+                                        t0[0],
+                                        None,
+                                        vectors[1],
+                                        1,
+                                        grad_ring,
+                                        slot,
+                                        column,
+                                        width,
+                                    )
+                                else:
+                                    load_tokens(
+                                        x,
+                                        t0[0],
+                                        tokens - 1,
+                                        vectors[0],
+                                        n,
+                                        ring,
+                                        slot,
+                                        column,
+                                        width,
+                                    )
+                                    load_tokens(
+                                        grad,
+                                        t0[0],
+                                        tokens - 1,
+                                        vectors[1],
+                                        1,
+                                        grad_ring,
+                                        slot,
+                                        column,
+                                        width,
+                                    )
+                            T.ptx_commit_group()
                 for m in T.unroll(n):
                     for q in T.unroll(vector // 4):
                         for v in T.vectorized(4):
@@ -636,10 +684,9 @@ def contract_cluster_bwd(
                         if t0[0] < tokens:
                             mix[0] = mixes[t0[0], lane % n]
                             rms[0] = inv_rms[t0[0]]
-                        push_sums(
+                        push_vectors(
                             warp_sums,
                             step % 2,
-                            mine,
                             parts,
                             full,
                             step % SLOTS,

@@ -9,13 +9,23 @@ third one's products are taken.
 
 The backward leaves products with the weight, and those of its gradient, to the tensor cores: thread
 by thread they would be 16 of 22 instructions an element.
+
+A step is bound by the instructions of its warps, and by the way of a group's sums through the
+cluster and back, for which all wait. So: no condition around a product, which TileLang puts before
+each statement; the last group, the only one that may have fewer tokens, by itself after the loop;
+values of the ring by twos, each unpacked by one instruction; and the warp with the sums does before
+its wait, or past its push, all that can be done there. Where the ring has room for a group more,
+the sums have two steps for their way (`lag`).
 """
+
+from typing import Any
 
 import tilelang.language as T
 from tilelang import tvm
 
 from tile_mhc.kernels._arch import Architecture
-from tile_mhc.kernels._common import VECTOR, builder, follow_previous, weighted_sum
+from tile_mhc.kernels._common import VECTOR, builder, follow_previous, reciprocal
+from tile_mhc.kernels._push import SOURCE, push_vectors
 from tile_mhc.kernels._shapes import (
     CLUSTER_SLOTS,
     CLUSTER_TOKENS,
@@ -24,24 +34,27 @@ from tile_mhc.kernels._shapes import (
     IDENTITY_MIXES,
     IDENTITY_STREAMS,
     cluster_row,
+    identity_blocks,
     identity_cluster_size,
+    identity_lag,
     identity_stages,
     identity_sums,
+    identity_warps,
 )
 from tile_mhc.kernels.contract_cluster import (
     BARRIER,
     BLOCK,
     BLOCKS,
-    CHAIN,
     CHUNKS,
     RING,
+    WORDS,
     count_steps,
-    load_group,
+    first_of,
     multiply,
-    push_sums,
-    stack,
+    second_of,
+    token_to_load,
 )
-from tile_mhc.kernels.mixes import logit, sigmoid, sigmoid_slope
+from tile_mhc.kernels.mixes import logit, sigmoid
 from tile_mhc.kernels.projection import (
     LARGE_SQUARES,
     RESCUE_SCALE,
@@ -57,11 +70,51 @@ GROUP = CLUSTER_TOKENS
 N = IDENTITY_STREAMS
 MIXES = IDENTITY_MIXES
 LOAD_MATRIX = tvm.ir.Op.get("tl.ptx_ldmatrix")
-# The backward: vectors of a token in a warp's columns of one stream, and of all.
+# The backward: vectors of a token in a block of columns of one stream, and of all.
 PIECES = IDENTITY_BACKWARD_COLUMNS // VECTOR
 ROW = N * PIECES
 # Numbers per token: n gates, 1 / rms, the factor of x / rms, the inverse of the power of two.
 FACTORS = 8
+
+
+def mean(total: T.float32, count: int):
+    """total / count as IEEE divides, of a finite total: a division has a branch for the others."""
+    estimate = total * T.float32(1 / count)
+    rest = T.ieee_fmaf(-estimate, T.float32(count), total)
+    return T.ieee_fmaf(rest, T.float32(1 / count), estimate)
+
+
+@T.macro
+def slope_of_sigmoid(z: T.float32, out: T.Buffer, index: T.int32):
+    """out[index] = sigmoid(z) * sigmoid(-z), as `sigmoid_slope` but with one exponential."""
+    small = T.alloc_local((1,), T.float32)
+    inverse = T.alloc_local((1,), T.float32)
+    small[0] = T.exp(-T.abs(z))
+    reciprocal(1.0 + small[0], inverse, 0)
+    out[index] = small[0] * inverse[0] * inverse[0]
+
+
+@T.macro
+def load_tokens(
+    source: T.Tensor,
+    t: T.int32,
+    last: Any,
+    vector: T.int32,
+    ring: T.Buffer,
+    start: T.int32,
+    length: int,
+):
+    """Start the loads of a block of columns, of the tokens from t on; see `token_to_load`.
+
+    `vector` is the index, within a token, of the vector that this lane loads, `start` its place in
+    the ring, where a token has `length` elements.
+    """
+    for g in tuple(range(GROUP)):
+        T.ptx_cp_async(
+            T.access_ptr(ring[start + g * length], "w", VECTOR),
+            T.access_ptr(source[token_to_load(t + g, last), vector * VECTOR], "r", VECTOR),
+            VECTOR,
+        )
 
 
 @builder(RING)
@@ -78,13 +131,19 @@ def identity_cluster_fwd(
     size = N * hidden_size
     cluster = identity_cluster_size(N, hidden_size, False, False, limits)
     width = hidden_size // cluster
-    warps = width // IDENTITY_COLUMNS
+    warps = identity_warps(width, False)
+    blocks = tuple(range(identity_blocks(width, False)))
     threads = warps * 32 + 32
     stages = identity_stages(cluster, width, False, False, limits)
-    ahead = stages - 1
+    # Steps from a group's products to its weighted sum. With two, no CTA of the cluster waits for
+    # another one's sums of the step before; loads are then one group less ahead.
+    lag = identity_lag(stages)
+    ahead = stages - lag
+    length = cluster_row(N, width)
+    group = GROUP * length
     products = GROUP * MIXES
+    rounds = products // 32
     count = identity_sums(False)
-    chains = -(-N * IDENTITY_COLUMNS // CHAIN)
     has_norm = norm_weight_dtype != ""
 
     @T.prim_func
@@ -106,19 +165,21 @@ def identity_cluster_fwd(
         clusters: T.int32,
     ):
         with T.Kernel(clusters * cluster, threads=threads, cluster_dims=(cluster, 1, 1)) as cta:
+            T.import_source(SOURCE if cluster > 1 else None)
             follow_previous()
             lane = T.get_thread_binding() % 32
             warp = T.get_thread_binding() // 32
             rank = cta % cluster
             first = cta // cluster
-            column = warp * IDENTITY_COLUMNS
+            column = warp * (len(blocks) * IDENTITY_COLUMNS)
             h = rank * width + column
-            ring = T.alloc_shared((stages, GROUP, cluster_row(N, width)), T.bfloat16)
+            ring = T.alloc_shared((stages * group,), T.bfloat16)
+            # The same in pairs of neighbours.
+            words = T.view(ring, (stages * group // 2,), T.int32)
             warp_sums = T.alloc_shared((2, warps, count), T.float32)
             parts = T.alloc_shared((CLUSTER_SLOTS, cluster, count), T.float32)
-            mine = T.alloc_shared((CLUSTER_SLOTS, count), T.float32)
             gates = T.alloc_shared((2, GROUP, N), T.float32)
-            full = T.alloc_cluster_barrier([cluster] * CLUSTER_SLOTS)
+            full = T.alloc_cluster_barrier([1] * CLUSTER_SLOTS)
             steps = T.alloc_local((1,), T.int32)
             count_steps(tokens, first, clusters, steps)
             # Indices of global memory as variables: see `contract_cluster_fwd`.
@@ -126,25 +187,46 @@ def identity_cluster_fwd(
             vectors = T.alloc_local((2,), T.int32)
             if warp < warps:
                 raw = T.alloc_local((VECTOR,), T.float32)
-                high = T.alloc_local((N * BLOCKS * VECTOR,), T.bfloat16)
-                low = T.alloc_local((N * BLOCKS * VECTOR,), T.bfloat16)
-                values = T.alloc_local((VECTOR,), T.bfloat16)
-                a = T.alloc_local((VECTOR,), T.bfloat16)
-                sums = T.alloc_local((chains, 4), T.float32)
-                squares = T.alloc_local((chains, 4), T.float32)
+                # Operands of the tensor cores: of four neighbours their high and low parts.
+                w = T.alloc_local((len(blocks) * N * BLOCKS * 2 * VECTOR,), T.bfloat16)
+                values = T.alloc_local((WORDS,), T.int32)
+                pairs = T.alloc_local((WORDS,), T.int32)
+                sums = T.alloc_local((2, 4), T.float32)
+                squares = T.alloc_local((2, 4), T.float32)
+                streams = T.alloc_local((N, WORDS), T.int32)
                 mix = T.alloc_local((N,), T.float32)
-                streams = T.alloc_local((N, VECTOR), T.bfloat16)
                 total = T.alloc_local((VECTOR,), T.float32)
+                places = T.alloc_local((3,), T.int32)
+                at = T.alloc_local((1,), T.int32)
                 vectors[0] = (lane // CHUNKS % N * hidden_size + h) // VECTOR + lane % CHUNKS
                 vectors[1] = h // VECTOR + lane % CHUNKS
+                # Within a group: what this lane loads; in words what it multiplies, and finishes.
+                places[0] = lane // CHUNKS * width + column + lane % CHUNKS * VECTOR
+                places[1] = (lane // 4 * length + column + lane % 4 * VECTOR) // 2
+                places[2] = (lane // CHUNKS * length + column + lane % CHUNKS * VECTOR) // 2
                 for s in T.unroll(ahead):
                     if s < steps[0]:
                         t0[0] = (first + s * clusters) * GROUP
-                        load_group(x, t0, vectors[0], N, ring, s, column, width)
+                        for c in blocks:
+                            load_tokens(
+                                x,
+                                t0[0],
+                                tokens - 1,
+                                vectors[0] + c * CHUNKS,
+                                ring,
+                                s * group + c * IDENTITY_COLUMNS + places[0],
+                                length,
+                            )
                     T.ptx_commit_group()
-                # A lane has the weights of one mix, of every block of columns its eight neighbours.
-                for b in T.unroll(N * BLOCKS):
-                    k = b // BLOCKS * hidden_size + h + b % BLOCKS * BLOCK + lane % 4 * VECTOR
+                # A lane has the weights of one mix, of every 32 columns its eight neighbours.
+                for b in T.unroll(len(blocks) * N * BLOCKS):
+                    k = (
+                        b // BLOCKS % N * hidden_size
+                        + h
+                        + b // (N * BLOCKS) * IDENTITY_COLUMNS
+                        + b % BLOCKS * BLOCK
+                        + lane % 4 * VECTOR
+                    )
                     for q in T.unroll(VECTOR // 4):
                         for v in T.vectorized(4):
                             raw[q * 4 + v] = T.cast(weight[lane // 4, k + q * 4 + v], T.float32)
@@ -153,78 +235,117 @@ def identity_cluster_fwd(
                             raw[v] *= T.cast(norm_weight[k + v], T.float32)
                         if tf32 != 0:
                             raw[v] = rounded_to_tf32(raw[v])
-                        high[b * VECTOR + v] = high_part(raw[v])
-                        low[b * VECTOR + v] = low_part(raw[v])
-                for step in T.serial(steps[0] + 1):
-                    # Here and not within the condition, past which registers would be kept alive
-                    # for what they hold where it is false.
-                    for c in T.unroll(chains):
-                        for k in T.unroll(4):
-                            sums[c, k] = 0.0
-                            squares[c, k] = 0.0
-                    for v in T.unroll(VECTOR):
-                        values[v] = T.cast(0, T.bfloat16)
-                    if step < steps[0]:
-                        T.ptx_wait_group(ahead - 1)
-                        T.sync_warp()
-                        # Loops over a tuple: see `contract_cluster_fwd`.
-                        for b in tuple(range(N * BLOCKS)):
-                            for v in T.vectorized(VECTOR):
-                                values[v] = ring[
-                                    step % stages,
-                                    lane // 4,
-                                    b // BLOCKS * width
-                                    + column
+                        # Both parts of a pair of neighbours, then those of the next.
+                        e = (b * VECTOR + v // 2 * 2) * 2 + v % 2
+                        w[e] = high_part(raw[v])
+                        w[e + 2] = low_part(raw[v])
+                for last in (False, True):
+                    for step in T.serial(
+                        steps[0] if last else 0, steps[0] + lag if last else steps[0]
+                    ):
+                        if not last:
+                            T.ptx_wait_group(ahead - 1)
+                            T.sync_warp()
+                            at[0] = step % stages * (group // 2) + places[1]
+                            for c in T.unroll(2):
+                                for k in T.unroll(4):
+                                    sums[c, k] = 0.0
+                                    squares[c, k] = 0.0
+                            # Loops over a tuple: see `contract_cluster_fwd`.
+                            for b in tuple(range(len(blocks) * N * BLOCKS)):
+                                k = (
+                                    b // BLOCKS % N * width
+                                    + b // (N * BLOCKS) * IDENTITY_COLUMNS
                                     + b % BLOCKS * BLOCK
-                                    + lane % 4 * VECTOR
-                                    + v,
-                                ]
-                            for at in (0, 4):
-                                chain = (2 * b + at // 4) % chains
-                                stack(high, b * VECTOR + at, low, b * VECTOR + at, a)
-                                multiply(a, values, at, sums, chain)
-                                # The tokens by themselves, for the diagonal.
-                                stack(values, at, values, at, a)
-                                multiply(a, values, at, squares, chain)
-                        for c in tuple(range(1, chains)):
+                                )
+                                for v in T.vectorized(WORDS):
+                                    values[v] = words[at[0] + k // 2 + v]
+                                # The tokens by themselves, for a diagonal: as the pairs lie in
+                                # registers, the first and third are upper rows, the others lower.
+                                for half in (0, 1):
+                                    pairs[half * 2] = values[half]
+                                    pairs[half * 2 + 1] = values[half + 2]
+                                for half in (0, 1):
+                                    operand = (b * 2 + half) * VECTOR
+                                    multiply(w, values, half * 2, sums, half, operand)
+                                    multiply(values, pairs, half * 2, squares, half)
                             for k in T.unroll(4):
-                                sums[0, k] += sums[c, k]
-                                squares[0, k] += squares[c, k]
-                        for k in T.unroll(2):
-                            # A lane has two tokens of a mix, by its high part and by its low one.
-                            g = lane % 4 * 2 + k
-                            warp_sums[step % 2, warp, g * MIXES + lane // 4] = (
-                                sums[0, k] + sums[0, 2 + k]
-                            )
-                            if lane // 4 == g:
-                                warp_sums[step % 2, warp, products + g] = squares[0, k]
-                    T.sync_threads(BARRIER, threads)
-                    if step >= 1:
-                        t0[0] = (first + (step - 1) * clusters) * GROUP
-                        for j in T.unroll(GROUP * CHUNKS // 32):
-                            g = j * (32 // CHUNKS) + lane // CHUNKS
-                            c = column + lane % CHUNKS * VECTOR
-                            if t0[0] + g < tokens:
+                                sums[0, k] += sums[1, k]
+                            for k in T.unroll(2):
+                                squares[0, k] += squares[1, 2 + k]
+                                # A lane has two tokens of a mix, by its high part and its low one.
+                                g = lane % 4 * 2 + k
+                                warp_sums[step % 2, warp, g * MIXES + lane // 4] = (
+                                    sums[0, k] + sums[0, 2 + k]
+                                )
+                                if lane // 4 == g:
+                                    warp_sums[step % 2, warp, products + g] = squares[0, k]
+                        T.sync_threads(BARRIER, threads)
+                        if step >= lag:
+                            t0[0] = (first + (step - lag) * clusters) * GROUP + lane // CHUNKS
+                            at[0] = (step - lag) % stages * (group // 2) + places[2]
+                            for j in tuple(range(len(blocks) * GROUP * CHUNKS // 32)):
+                                c = j % len(blocks)
+                                g = j // len(blocks) * (32 // CHUNKS)
+                                k = (g * length + c * IDENTITY_COLUMNS) // 2
                                 for i in T.unroll(N):
-                                    mix[i] = gates[step % 2, g, i]
+                                    mix[i] = gates[(step + lag) % 2, g + lane // CHUNKS, i]
+                                    for v in T.vectorized(WORDS):
+                                        streams[i, v] = words[at[0] + k + i * (width // 2) + v]
+                                # As `weighted_sum`.
+                                for v in T.unroll(VECTOR):
+                                    total[v] = 0.0
+                                for i in T.unroll(N):
+                                    for v in T.unroll(WORDS):
+                                        total[2 * v] += mix[i] * first_of(streams[i, v])
+                                        total[2 * v + 1] += mix[i] * second_of(streams[i, v])
+                                k = (vectors[1] + c * CHUNKS) * VECTOR
+                                if last:
+                                    if t0[0] + g < tokens:
+                                        for v in T.vectorized(VECTOR):
+                                            layer_input[t0[0] + g, k + v] = T.cast(
+                                                total[v], T.bfloat16
+                                            )
+                                else:
                                     for v in T.vectorized(VECTOR):
-                                        streams[i, v] = ring[
-                                            (step - 1) % stages, g, i * width + c + v
-                                        ]
-                                weighted_sum(mix, streams, N, total)
-                                for v in T.vectorized(VECTOR):
-                                    layer_input[t0[0] + g, vectors[1] * VECTOR + v] = T.cast(
-                                        total[v], T.bfloat16
-                                    )
-                    # The ring has a part of each warp's own: what it has read may be overwritten.
-                    T.sync_warp()
-                    if step + ahead < steps[0]:
-                        t0[0] = (first + (step + ahead) * clusters) * GROUP
-                        slot = (step + ahead) % stages
-                        load_group(x, t0, vectors[0], N, ring, slot, column, width)
-                    T.ptx_commit_group()
+                                        layer_input[t0[0] + g, k + v] = T.cast(total[v], T.bfloat16)
+                        if not last:
+                            # The ring has a part of each warp's own: what it has read may be
+                            # overwritten.
+                            T.sync_warp()
+                            if step + ahead < steps[0]:
+                                t0[0] = (first + (step + ahead) * clusters) * GROUP
+                                at[0] = (step + ahead) % stages * group + places[0]
+                                # Both ways past one condition: addresses have much in common.
+                                if t0[0] + GROUP <= tokens:
+                                    for c in blocks:
+                                        load_tokens(
+                                            x,
+                                            t0[0],
+                                            None,
+                                            vectors[0] + c * CHUNKS,
+                                            ring,
+                                            at[0] + c * IDENTITY_COLUMNS,
+                                            length,
+                                        )
+                                else:
+                                    for c in blocks:
+                                        load_tokens(
+                                            x,
+                                            t0[0],
+                                            tokens - 1,
+                                            vectors[0] + c * CHUNKS,
+                                            ring,
+                                            at[0] + c * IDENTITY_COLUMNS,
+                                            length,
+                                        )
+                            T.ptx_commit_group()
             else:
-                value = T.alloc_local((2,), T.float32)
+                # All of a lane's mixes side by side: everyone waits for this warp.
+                value = T.alloc_local((rounds,), T.float32)
+                square = T.alloc_local((rounds,), T.float32)
+                opened = T.alloc_local((rounds,), T.float32)
+                large = T.alloc_local((rounds,), T.int32)
                 exact = T.alloc_local((2,), T.float64)
                 z = T.alloc_local((1,), T.float32)
                 # Read once: beside the stream of loads a miss costs a microsecond.
@@ -232,55 +353,57 @@ def identity_cluster_fwd(
                 gate_bias = T.alloc_local((1,), T.float32)
                 gate_scale[0] = T.cast(scale[lane % MIXES // N], T.float32)
                 gate_bias[0] = T.cast(bias[lane % MIXES], T.float32)
-                for step in T.serial(steps[0] + 1):
-                    if step >= 1:
-                        slot = (step - 1) % CLUSTER_SLOTS
+                for step in T.serial(steps[0] + lag):
+                    if step >= lag:
+                        slot = (step - lag) % CLUSTER_SLOTS
                         if cluster > 1:
-                            T.mbarrier_wait_parity(full[slot], (step - 1) // CLUSTER_SLOTS % 2)
+                            T.mbarrier_wait_parity(full[slot], (step - lag) // CLUSTER_SLOTS % 2)
                         m = lane % MIXES
-                        for r in T.unroll(products // 32):
-                            g = r * (32 // MIXES) + lane // MIXES
-                            t0[0] = (first + (step - 1) * clusters) * GROUP + g
-                            value[0] = 0.0
-                            value[1] = 0.0
-                            for c in T.unroll(cluster):
-                                value[0] += parts[slot, c, g * MIXES + m]
-                                value[1] += parts[slot, c, products + g]
-                            if not value[1] < LARGE_SQUARES and t0[0] < tokens:
-                                # As in `token_mix`.
-                                exact[0] = 0.0
-                                exact[1] = 0.0
-                                for k in T.unroll(size, unroll_factor=1):
-                                    z[0] = T.cast(x[t0[0], k], T.float32) * RESCUE_SCALE
-                                    exact[0] += T.cast(z[0] * z[0], T.float64)
-                                    exact[1] += T.cast(z[0], T.float64) * T.cast(
-                                        weight_value(
-                                            weight, norm_weight, norm_weight_dtype, m, k, tf32
-                                        ),
-                                        T.float64,
-                                    )
-                                z[0] = T.rsqrt(T.cast(exact[0], T.float32) / size)
-                                value[0] = T.cast(exact[1], T.float32) * z[0]
-                                value[1] = z[0] * RESCUE_SCALE
-                            else:
-                                value[1] = T.rsqrt(value[1] / size + norm_eps)
-                                value[0] = value[0] * value[1]
-                            logit(value[0], gate_scale[0], gate_bias[0], z)
+                        t0[0] = (first + (step - lag) * clusters) * GROUP + lane // MIXES
+                        for r in T.unroll(rounds):
+                            value[r] = 0.0
+                            square[r] = 0.0
+                        for c in T.unroll(cluster):
+                            for r in T.unroll(rounds):
+                                g = r * (32 // MIXES) + lane // MIXES
+                                value[r] += parts[slot, c, g * MIXES + m]
+                                square[r] += parts[slot, c, products + g]
+                        for r in T.unroll(rounds):
+                            large[r] = T.Select(square[r] < LARGE_SQUARES, 0, 1)
+                            square[r] = T.rsqrt(mean(square[r], size) + norm_eps)
+                            value[r] = value[r] * square[r]
+                        if large[0] + large[1] > 0:
+                            for r in T.unroll(rounds):
+                                t = t0[0] + r * (32 // MIXES)
+                                if large[r] > 0 and t < tokens:
+                                    # As in `token_mix`.
+                                    exact[0] = 0.0
+                                    exact[1] = 0.0
+                                    for k in T.unroll(size, unroll_factor=1):
+                                        z[0] = T.cast(x[t, k], T.float32) * RESCUE_SCALE
+                                        exact[0] += T.cast(z[0] * z[0], T.float64)
+                                        exact[1] += T.cast(z[0], T.float64) * T.cast(
+                                            weight_value(
+                                                weight, norm_weight, norm_weight_dtype, m, k, tf32
+                                            ),
+                                            T.float64,
+                                        )
+                                    z[0] = T.rsqrt(T.cast(exact[0], T.float32) / size)
+                                    value[r] = T.cast(exact[1], T.float32) * z[0]
+                                    square[r] = z[0] * RESCUE_SCALE
+                        for r in T.unroll(rounds):
+                            logit(value[r], gate_scale[0], gate_bias[0], z)
                             sigmoid(z[0], z)
+                            opened[r] = z[0]
                             if m < N:
-                                gates[step % 2, g, m] = z[0] + pre_eps
-                            if rank == 0 and t0[0] < tokens:
-                                mixes[t0[0], m] = value[0]
-                                if m == 0:
-                                    inv_rms[t0[0]] = value[1]
-                                if m >= N:
-                                    post_mix[t0[0], m - N] = z[0] * post_mult + post_eps
+                                gates[(step + lag) % 2, r * (32 // MIXES) + lane // MIXES, m] = (
+                                    z[0] + pre_eps
+                                )
                     T.sync_threads(BARRIER, threads)
                     if step < steps[0]:
-                        push_sums(
+                        push_vectors(
                             warp_sums,
                             step % 2,
-                            mine,
                             parts,
                             full,
                             step % CLUSTER_SLOTS,
@@ -289,15 +412,26 @@ def identity_cluster_fwd(
                             warps,
                             count,
                         )
-            # Nobody leaves while others may still push to it, or read what it pushed.
+                    # Past the push, for which the other CTAs wait.
+                    if step >= lag and rank == 0:
+                        for r in T.unroll(rounds):
+                            t = t0[0] + r * (32 // MIXES)
+                            m = lane % MIXES
+                            if t < tokens:
+                                mixes[t, m] = value[r]
+                                if m == 0:
+                                    inv_rms[t] = square[r]
+                                if m >= N:
+                                    post_mix[t, m - N] = opened[r] * post_mult + post_eps
+            # Nobody leaves while others may push to it, or what it pushed may be under way.
             if cluster > 1:
                 T.cluster_sync()
 
     return identity_cluster_fwd_kernel
 
 
-def place(warp: T.int32, token: T.int32, piece: T.int32):
-    """Where vector `piece` of a token's row in a warp's part of a ring lies, in vectors.
+def place(block: T.int32, token: T.int32, piece: T.int32):
+    """Where vector `piece` of a token's row in a block of columns lies in a ring, in vectors.
 
     A row is twice as long as a row of all banks of shared memory. With a piece's number changed by
     the bits of the token in reverse, the same piece of all eight tokens lies in eight places (the
@@ -306,7 +440,7 @@ def place(warp: T.int32, token: T.int32, piece: T.int32):
     or: a lane keeps one place, not all that it reads.
     """
     reverse = token % 2 * 4 + token // 2 % 2 * 2 + token // 4
-    return (warp * GROUP + token) * ROW + T.bitwise_xor(piece, reverse)
+    return (block * GROUP + token) * ROW + T.bitwise_xor(piece, reverse)
 
 
 def moved(start: T.int32, pieces: int, tokens: int = 0, unit: int = 1):
@@ -318,43 +452,35 @@ def moved(start: T.int32, pieces: int, tokens: int = 0, unit: int = 1):
 
 
 @T.macro
-def load_rows(source: T.Tensor, t0: T.Buffer, vector: T.int32, ring: T.Buffer, start: T.int32):
-    """Start the loads of a warp's columns of all streams; zeros past the last token.
+def load_rows(
+    source: T.Tensor,
+    t: T.int32,
+    last: Any,
+    vector: T.int32,
+    ring: T.Buffer,
+    start: T.int32,
+):
+    """Start the loads of a block of columns of all streams, of every second token from t on.
 
-    `vector` is the index, within a token, of the vector that this lane loads, `start` the place of
-    the first one.
+    `vector` and `last` are as in `load_tokens`, `start` is the place of the first one.
     """
-    lane = T.get_thread_binding() % 32
     for e in tuple(range(GROUP * ROW // 32)):
-        g = e * (32 // ROW) + lane // ROW
-        if t0[0] + g < source.shape[0]:
-            T.ptx_cp_async(
-                T.access_ptr(ring[moved(start, 0, e * (32 // ROW)) * VECTOR], "w", VECTOR),
-                T.access_ptr(source[t0[0] + g, vector * VECTOR], "r", VECTOR),
-                VECTOR,
-            )
-        else:
-            for v in T.vectorized(VECTOR):
-                ring[moved(start, 0, e * (32 // ROW)) * VECTOR + v] = T.cast(0, T.bfloat16)
+        tokens = e * (32 // ROW)
+        T.ptx_cp_async(
+            T.access_ptr(ring[moved(start, 0, tokens) * VECTOR], "w", VECTOR),
+            T.access_ptr(source[token_to_load(t + tokens, last), vector * VECTOR], "r", VECTOR),
+            VECTOR,
+        )
 
 
 @T.macro
-def load_inputs(
-    source: T.Tensor, t0: T.Buffer, vector: T.int32, ring: T.Buffer, slot: T.int32, warp: T.int32
-):
-    """The same for one stream: a vector a lane."""
-    lane = T.get_thread_binding() % 32
-    g = lane // PIECES
-    at = lane % PIECES * VECTOR
-    if t0[0] + g < source.shape[0]:
-        T.ptx_cp_async(
-            T.access_ptr(ring[slot, warp, g, at], "w", VECTOR),
-            T.access_ptr(source[t0[0] + g, vector * VECTOR], "r", VECTOR),
-            VECTOR,
-        )
-    else:
-        for v in T.vectorized(VECTOR):
-            ring[slot, warp, g, at + v] = T.cast(0, T.bfloat16)
+def load_vector(source: T.Tensor, t: T.int32, vector: T.int32, ring: T.Buffer, start: T.int32):
+    """Start the load of one vector of token t."""
+    T.ptx_cp_async(
+        T.access_ptr(ring[start * VECTOR], "w", VECTOR),
+        T.access_ptr(source[t, vector * VECTOR], "r", VECTOR),
+        VECTOR,
+    )
 
 
 @builder(RING)
@@ -380,13 +506,19 @@ def identity_cluster_bwd(
     has_held = held_dtype != ""
     cluster = identity_cluster_size(N, hidden_size, True, has_held, limits)
     width = hidden_size // cluster
-    warps = width // IDENTITY_BACKWARD_COLUMNS
+    warps = identity_warps(width, True)
+    blocks = tuple(range(identity_blocks(width, True)))
     threads = warps * 32 + 32
     stages = identity_stages(cluster, width, True, has_held, limits)
-    ahead = stages - 1
+    # As in the forward.
+    lag = identity_lag(stages)
+    ahead = stages - lag
     count = identity_sums(True)
-    # Vectors of a group of tokens.
-    group = warps * GROUP * ROW
+    # Vectors of a block of columns, and of all, of a group of tokens.
+    block = GROUP * ROW
+    group = warps * len(blocks) * block
+    grad_block = GROUP * PIECES
+    grad_group = warps * len(blocks) * grad_block
     has_norm = norm_weight_dtype != ""
 
     @T.prim_func
@@ -410,51 +542,60 @@ def identity_cluster_bwd(
         clusters: T.int32,
     ):
         with T.Kernel(clusters * cluster, threads=threads, cluster_dims=(cluster, 1, 1)) as cta:
+            T.import_source(SOURCE if cluster > 1 else None)
             follow_previous()
             lane = T.get_thread_binding() % 32
             warp = T.get_thread_binding() // 32
             rank = cta % cluster
             first = cta // cluster
-            h = rank * width + warp * IDENTITY_BACKWARD_COLUMNS
+            h = rank * width + warp * (len(blocks) * IDENTITY_BACKWARD_COLUMNS)
             # Whole groups one after another; within one, warp by warp.
             ring = T.alloc_shared((stages * group * VECTOR,), T.bfloat16)
-            grad_ring = T.alloc_shared((stages, warps, GROUP, PIECES * VECTOR), T.bfloat16)
+            grad_ring = T.alloc_shared((stages * grad_group * VECTOR,), T.bfloat16)
+            # The same in pairs of neighbours.
+            words = T.view(ring, (stages * group * WORDS,), T.int32)
+            grad_words = T.view(grad_ring, (stages * grad_group * WORDS,), T.int32)
             if has_held:
                 held_ring = T.alloc_shared((stages * group * VECTOR,), T.bfloat16)
+                held_words = T.view(held_ring, (stages * group * WORDS,), T.int32)
             warp_sums = T.alloc_shared((2, warps, count), T.float32)
             parts = T.alloc_shared((CLUSTER_SLOTS, cluster, count), T.float32)
-            mine = T.alloc_shared((CLUSTER_SLOTS, count), T.float32)
-            # The gradient of the bare product, in two parts: by token and by mix.
-            by_token = T.alloc_shared((2, GROUP, 2 * MIXES), T.bfloat16)
-            by_mix = T.alloc_shared((2, MIXES, 2 * GROUP), T.bfloat16)
+            # The gradient of the bare product, in two parts, by token and mix. A lane takes in one
+            # access, of two mixes of a token, each part twice; of two tokens of a mix, both parts.
+            by_token = T.alloc_shared((2, GROUP, MIXES // 2, 8), T.bfloat16)
+            by_mix = T.alloc_shared((2, MIXES, GROUP // 2, 4), T.bfloat16)
             given = T.alloc_shared((2, GROUP, FACTORS), T.float32)
-            full = T.alloc_cluster_barrier([cluster] * CLUSTER_SLOTS)
+            full = T.alloc_cluster_barrier([1] * CLUSTER_SLOTS)
             steps = T.alloc_local((1,), T.int32)
             count_steps(tokens, first, clusters, steps)
             t0 = T.alloc_local((1,), T.int32)
             vectors = T.alloc_local((3,), T.int32)
-            places = T.alloc_local((4,), T.int32)
+            places = T.alloc_local((6,), T.int32)
             at = T.alloc_local((3,), T.int32)
-            # Of the ring: where this step's group is, and where the one before was.
+            # Of what the gates' warp makes, by the group's number.
+            buffer = T.alloc_local((1,), T.int32)
+            # Of the ring: where this step's group is, and where the one is that it finishes.
             slots = T.alloc_local((2,), T.int32)
             if warp < warps:
                 raw = T.alloc_local((2, 4), T.float32)
                 # Of a stream two operands of 16 columns and eight mixes, both parts side by side.
-                w = T.alloc_local((2 * N * VECTOR,), T.bfloat16)
-                grad_w = T.alloc_local((2 * N, 4), T.float32)
-                values = T.alloc_local((2 * VECTOR,), T.bfloat16)
-                grads = T.alloc_local((VECTOR,), T.bfloat16)
+                w = T.alloc_local((len(blocks) * 2 * N * VECTOR,), T.bfloat16)
+                grad_w = T.alloc_local((len(blocks) * 2 * N, 4), T.float32)
+                values = T.alloc_local((WORDS,), T.int32)
+                grads = T.alloc_local((WORDS,), T.int32)
+                pairs = T.alloc_local((len(blocks) * WORDS,), T.int32)
                 a = T.alloc_local((VECTOR,), T.bfloat16)
                 of_tokens = T.alloc_local((8,), T.bfloat16)
                 of_mixes = T.alloc_local((4,), T.bfloat16)
                 sums = T.alloc_local((2, 4), T.float32)
+                diagonal = T.alloc_local((2 * N,), T.float32)
                 product = T.alloc_local((2, 4), T.float32)
                 factor = T.alloc_local((4,), T.float32)
                 pre = T.alloc_local((1,), T.float32)
                 lifted = T.alloc_local((1,), T.float32)
-                streams = T.alloc_local((4,), T.bfloat16)
-                outer = T.alloc_local((8,), T.float32)
-                element = T.alloc_local((1,), T.float32)
+                streams = T.alloc_local((2,), T.int32)
+                outer = T.alloc_local((len(blocks) * 8,), T.float32)
+                element = T.alloc_local((4,), T.float32)
                 total = T.alloc_local((4,), T.float32)
                 vectors[0] = (lane // PIECES % N * hidden_size + h) // VECTOR + lane % PIECES
                 vectors[1] = h // VECTOR + lane % PIECES
@@ -462,229 +603,358 @@ def identity_cluster_bwd(
                 vectors[2] = h // 4 + lane // 4
                 # Of the first stream: what this lane loads; multiplies by the gradient; gives to a
                 # transposed load; and four columns of a token, of which it finishes two.
-                places[0] = place(warp, lane // ROW, lane % ROW)
-                places[1] = place(warp, lane // 4, lane % 4)
-                places[2] = place(warp, lane % 8, lane // 8 % 2)
-                places[3] = place(warp, lane % 4, lane // 8) * 2 + lane // 4 % 2
+                places[0] = place(warp * len(blocks), lane // ROW, lane % ROW)
+                places[1] = place(warp * len(blocks), lane // 4, lane % 4)
+                places[2] = place(warp * len(blocks), lane % 8, lane // 8 % 2)
+                places[3] = place(warp * len(blocks), lane % 4, lane // 8) * 2 + lane // 4 % 2
+                # Of the gradient: what this lane loads and multiplies, and, in words, finishes.
+                places[4] = warp * (len(blocks) * grad_block) + lane
+                places[5] = (warp * (len(blocks) * GROUP) + lane % 4) * (
+                    PIECES * WORDS
+                ) + lane // 4 * 2
                 for s in T.unroll(ahead):
                     if s < steps[0]:
                         t0[0] = (first + s * clusters) * GROUP
-                        load_rows(x, t0, vectors[0], ring, s * group + places[0])
-                        load_inputs(grad, t0, vectors[1], grad_ring, s, warp)
-                        if has_held:
-                            load_rows(held, t0, vectors[0], held_ring, s * group + places[0])
+                        at[0] = s * group + places[0]
+                        at[1] = s * grad_group + places[4]
+                        for c in blocks:
+                            load_rows(
+                                x,
+                                t0[0] + lane // ROW,
+                                tokens - 1,
+                                vectors[0] + c * PIECES,
+                                ring,
+                                at[0] + c * block,
+                            )
+                            load_vector(
+                                grad,
+                                token_to_load(t0[0] + lane // PIECES, tokens - 1),
+                                vectors[1] + c * PIECES,
+                                grad_ring,
+                                at[1] + c * grad_block,
+                            )
+                            if has_held:
+                                load_rows(
+                                    held,
+                                    t0[0] + lane // ROW,
+                                    tokens - 1,
+                                    vectors[0] + c * PIECES,
+                                    held_ring,
+                                    at[0] + c * block,
+                                )
                     T.ptx_commit_group()
                 # Which column a row of an operand stands for does not matter: here a lane has four
                 # neighbours of a stream, which it stores at once, and of each two mixes.
-                for i in T.unroll(N):
+                for i in T.unroll(len(blocks) * N):
+                    # Of blocks of 32 columns the stream and the four columns.
+                    k = (i % N * hidden_size + i // N * IDENTITY_BACKWARD_COLUMNS) // 4 + vectors[2]
                     for e in T.unroll(2):
                         for v in T.vectorized(4):
-                            raw[e, v] = T.cast(
-                                weight[
-                                    lane % 4 * 2 + e, (i * (hidden_size // 4) + vectors[2]) * 4 + v
-                                ],
-                                T.float32,
-                            )
+                            raw[e, v] = T.cast(weight[lane % 4 * 2 + e, k * 4 + v], T.float32)
                         for v in T.unroll(4):
                             if has_norm:
-                                raw[e, v] *= T.cast(
-                                    norm_weight[(i * (hidden_size // 4) + vectors[2]) * 4 + v],
-                                    T.float32,
-                                )
+                                raw[e, v] *= T.cast(norm_weight[k * 4 + v], T.float32)
                             if tf32 != 0:
                                 raw[e, v] = rounded_to_tf32(raw[e, v])
-                            w[(i * 4 + v) * 4 + e] = high_part(raw[e, v])
-                            w[(i * 4 + v) * 4 + 2 + e] = low_part(raw[e, v])
-                for b in T.unroll(2 * N):
+                            # Two high parts, of rows above and below, then two low ones.
+                            at_w = (i * 2 + v // 2) * VECTOR + v % 2 * 2 + e
+                            w[at_w] = high_part(raw[e, v])
+                            w[at_w + 4] = low_part(raw[e, v])
+                for b in T.unroll(len(blocks) * 2 * N):
                     for k in T.unroll(4):
                         grad_w[b, k] = 0.0
                 slots[0] = 0
-                for step in T.serial(steps[0] + 1):
-                    slots[1] = T.Select(slots[0] == 0, stages - 1, slots[0] - 1)
-                    # As in the forward.
-                    for p in T.unroll(2):
-                        for k in T.unroll(4):
-                            sums[p, k] = 0.0
-                    for v in T.unroll(VECTOR):
-                        grads[v] = T.cast(0, T.bfloat16)
-                        for i in T.unroll(2):
-                            values[i * VECTOR + v] = T.cast(0, T.bfloat16)
-                    if step < steps[0]:
-                        T.ptx_wait_group(ahead - 1)
-                        T.sync_warp()
-                        at[0] = slots[0] * group + places[1]
-                        for v in T.vectorized(VECTOR):
-                            grads[v] = grad_ring[slots[0], warp, lane // 4, lane % 4 * VECTOR + v]
-                        # As in `contract_cluster_bwd`: the tokens of two streams by the gradient's.
-                        for p in tuple(range(2)):
-                            for i in tuple(range(2)):
-                                for v in T.vectorized(VECTOR):
-                                    values[i * VECTOR + v] = ring[
-                                        moved(at[0], (2 * p + i) * PIECES) * VECTOR + v
-                                    ]
-                            for half in (0, 4):
-                                stack(values, half, values, VECTOR + half, a)
-                                multiply(a, grads, half, sums, p)
-                        for k in T.unroll(2):
-                            if lane // 4 == lane % 4 * 2 + k:
-                                for i in T.unroll(N):
-                                    warp_sums[step % 2, warp, lane // 4 * N + i] = sums[
-                                        i // 2, i % 2 * 2 + k
-                                    ]
-                    T.sync_threads(BARRIER, threads)
-                    if step >= 1:
-                        t0[0] = (first + (step - 1) * clusters) * GROUP
-                        # Column q of the operand by token is token q // 2 + q % 2 * 4: a lane's two
-                        # columns are then the tokens whose rows it reads without conflicts.
-                        for part in T.unroll(2):
-                            # Each part of it twice, for both parts of the weight.
-                            for half in T.unroll(2):
-                                for k in T.vectorized(2):
-                                    of_tokens[part * 4 + half * 2 + k] = by_token[
-                                        step % 2,
-                                        lane // 8 + lane // 4 % 2 * 4,
-                                        part * MIXES + lane % 4 * 2 + k,
-                                    ]
-                            for k in T.vectorized(2):
-                                of_mixes[part * 2 + k] = by_mix[
-                                    step % 2, lane // 4, part * GROUP + lane % 4 * 2 + k
-                                ]
-                        lifted[0] = given[step % 2, 0, N + 2]
-                        for k in tuple(range(2)):
-                            g = lane % 4 + k * 4
-                            for v in T.vectorized(2):
-                                factor[k * 2 + v] = given[step % 2, g, N + v]
-                            for v in T.vectorized(4):
-                                streams[v] = grad_ring[slots[1], warp, g, lane // 4 * 4 + v]
-                            for v in T.unroll(4):
-                                outer[k * 4 + v] = T.cast(streams[v], T.float32)
-                        at[0] = slots[1] * group + places[2]
-                        at[1] = slots[1] * (2 * group) + places[3]
-                        at[2] = moved(at[1], 0, 4, 2)
-                        for i in tuple(range(N)):
-                            # One stream after the other: what is loaded for all of them at once
-                            # does not fit the registers.
+                slots[1] = stages - lag
+                # The last groups by themselves: only there may one have fewer tokens.
+                for last in (False, True):
+                    for step in T.serial(
+                        steps[0] if last else 0, steps[0] + lag if last else steps[0]
+                    ):
+                        if not last:
+                            T.ptx_wait_group(ahead - 1)
                             T.sync_warp()
-                            for b in tuple(range(2)):
-                                # Its eight tokens twice, for both parts of the other one.
-                                T.evaluate(
-                                    T.call_intrin(
-                                        "handle",
-                                        LOAD_MATRIX,
-                                        T.int32(1),
-                                        4,
-                                        T.access_ptr(
-                                            ring[moved(at[0], i * PIECES + b * 2) * VECTOR],
-                                            "r",
-                                            VECTOR,
-                                        ),
-                                        T.access_ptr(a[0], "w", VECTOR),
-                                    )
-                                )
-                                for k in T.unroll(4):
-                                    product[b, k] = 0.0
-                                multiply(a, of_mixes, 0, product, b)
-                                # Tensor cores truncate their sums: a group's, no more.
-                                for k in T.unroll(4):
-                                    grad_w[i * 2 + b, k] += product[b, k] * lifted[0]
-                            # All but the weight's part, to which tensor cores add that.
-                            for k in tuple(range(2)):
-                                for v in T.vectorized(4):
-                                    streams[v] = ring[moved(at[1 + k], i * PIECES, 0, 2) * 4 + v]
-                                pre[0] = given[step % 2, lane % 4 + k * 4, i]
-                                for v in T.unroll(4):
-                                    # x joins one r first: r * r may be lost where x is large.
-                                    element[0] = T.cast(streams[v], T.float32) * factor[k * 2]
-                                    product[v // 2, v % 2 * 2 + k] = (
-                                        pre[0] * outer[k * 4 + v] + element[0] * factor[k * 2 + 1]
-                                    )
-                            for b in tuple(range(2)):
-                                operand = (i * 2 + b) * VECTOR
-                                stack(w, operand, w, operand + 4, a)
-                                multiply(a, of_tokens, 0, product, b)
-                                multiply(a, of_tokens, 4, product, b)
-                            for k in tuple(range(2)):
-                                for v in T.unroll(4):
-                                    total[v] = product[v // 2, v % 2 * 2 + k]
-                                if has_held:
-                                    for v in T.vectorized(4):
-                                        streams[v] = held_ring[
-                                            moved(at[1 + k], i * PIECES, 0, 2) * 4 + v
+                            at[0] = slots[0] * group + places[1]
+                            for c in blocks:
+                                for v in T.vectorized(WORDS):
+                                    grads[v] = grad_words[
+                                        (slots[0] * grad_group + c * grad_block + places[4]) * WORDS
+                                        + v
+                                    ]
+                                # As in the forward: the first and third pair are upper rows.
+                                for half in (0, 1):
+                                    pairs[c * WORDS + half * 2] = grads[half]
+                                    pairs[c * WORDS + half * 2 + 1] = grads[half + 2]
+                            # As in `contract_cluster_bwd`: the tokens of a stream by those of the
+                            # gradient.
+                            for i in tuple(range(N)):
+                                if len(blocks) == 1 and i % 2 == 0:
+                                    T.sync_warp()
+                                for half in (0, 1):
+                                    for k in T.unroll(4):
+                                        sums[half, k] = 0.0
+                                for c in blocks:
+                                    for v in T.vectorized(WORDS):
+                                        values[v] = words[
+                                            (moved(at[0], i * PIECES) + c * block) * WORDS + v
                                         ]
+                                    for half in (0, 1):
+                                        multiply(values, pairs, c * WORDS + half * 2, sums, half)
+                                for k in T.unroll(2):
+                                    diagonal[k * N + i] = sums[0, k] + sums[1, 2 + k]
+                            for k in T.unroll(2):
+                                if lane // 4 == lane % 4 * 2 + k:
+                                    for i in T.vectorized(N):
+                                        warp_sums[step % 2, warp, lane // 4 * N + i] = diagonal[
+                                            k * N + i
+                                        ]
+                        T.sync_threads(BARRIER, threads)
+                        if step >= lag:
+                            t0[0] = (first + (step - lag) * clusters) * GROUP + lane % 4
+                            buffer[0] = (step - lag) % 2
+                            # Column q of the operand by token is token q // 2 + q % 2 * 4: a lane's
+                            # two columns are then the tokens whose rows it reads without conflicts.
+                            for v in T.vectorized(8):
+                                of_tokens[v] = by_token[
+                                    buffer[0], lane // 8 + lane // 4 % 2 * 4, lane % 4, v
+                                ]
+                            for v in T.vectorized(4):
+                                of_mixes[v] = by_mix[buffer[0], lane // 4, lane % 4, v]
+                            lifted[0] = given[buffer[0], 0, N + 2]
+                            for k in tuple(range(2)):
+                                for v in T.vectorized(2):
+                                    factor[k * 2 + v] = given[buffer[0], lane % 4 + k * 4, N + v]
+                                for c in blocks:
+                                    for v in T.vectorized(2):
+                                        streams[v] = grad_words[
+                                            slots[1] * (grad_group * WORDS)
+                                            + places[5]
+                                            + (k * 4 * PIECES + c * grad_block) * WORDS
+                                            + v
+                                        ]
+                                    for v in T.unroll(2):
+                                        outer[(c * 2 + k) * 4 + 2 * v] = first_of(streams[v])
+                                        outer[(c * 2 + k) * 4 + 2 * v + 1] = second_of(streams[v])
+                            at[0] = slots[1] * group + places[2]
+                            at[1] = slots[1] * (2 * group) + places[3]
+                            at[2] = moved(at[1], 0, 4, 2)
+                            for i in tuple(range(len(blocks) * N)):
+                                # What is loaded for all of a group at once does not fit the
+                                # registers of fourteen warps.
+                                if len(blocks) == 1:
+                                    T.sync_warp()
+                                c = i // N
+                                piece = i % N * PIECES
+                                for b in (0, 1):
+                                    # Its eight tokens twice, for both parts of the other one.
+                                    T.evaluate(
+                                        T.call_intrin(
+                                            "handle",
+                                            LOAD_MATRIX,
+                                            T.int32(1),
+                                            4,
+                                            T.access_ptr(
+                                                ring[
+                                                    (moved(at[0], piece + b * 2) + c * block)
+                                                    * VECTOR
+                                                ],
+                                                "r",
+                                                VECTOR,
+                                            ),
+                                            T.access_ptr(a[0], "w", VECTOR),
+                                        )
+                                    )
+                                    for k in T.unroll(4):
+                                        product[b, k] = 0.0
+                                    multiply(a, of_mixes, 0, product, b)
+                                    # Tensor cores truncate their sums: a group's, no more.
+                                    for k in T.unroll(4):
+                                        grad_w[i * 2 + b, k] += product[b, k] * lifted[0]
+                                # All but the weight's part, to which tensor cores add that.
+                                for k in (0, 1):
+                                    for v in T.vectorized(2):
+                                        streams[v] = words[
+                                            (moved(at[1 + k], piece, 0, 2) + c * (2 * block)) * 2
+                                            + v
+                                        ]
+                                    pre[0] = given[buffer[0], lane % 4 + k * 4, i % N]
+                                    for v in T.unroll(2):
+                                        element[2 * v] = first_of(streams[v])
+                                        element[2 * v + 1] = second_of(streams[v])
                                     for v in T.unroll(4):
-                                        total[v] += T.cast(streams[v], T.float32)
-                                if t0[0] + lane % 4 + k * 4 < tokens:
-                                    for v in T.vectorized(4):
-                                        grad_x[
-                                            t0[0] + lane % 4 + k * 4,
-                                            (i * (hidden_size // 4) + vectors[2]) * 4 + v,
-                                        ] = T.cast(total[v], T.bfloat16)
-                    # As in the forward.
-                    T.sync_warp()
-                    if step + ahead < steps[0]:
-                        t0[0] = (first + (step + ahead) * clusters) * GROUP
-                        # Its place is that of the group which was finished just now.
-                        at[0] = slots[1] * group + places[0]
-                        load_rows(x, t0, vectors[0], ring, at[0])
-                        load_inputs(grad, t0, vectors[1], grad_ring, slots[1], warp)
-                        if has_held:
-                            load_rows(held, t0, vectors[0], held_ring, at[0])
-                    T.ptx_commit_group()
-                    slots[0] = T.Select(slots[0] == stages - 1, 0, slots[0] + 1)
+                                        # x joins one r first: r * r may be lost where x is large.
+                                        element[v] *= factor[k * 2]
+                                        product[v // 2, v % 2 * 2 + k] = (
+                                            pre[0] * outer[(c * 2 + k) * 4 + v]
+                                            + element[v] * factor[k * 2 + 1]
+                                        )
+                                for b in (0, 1):
+                                    operand = (i * 2 + b) * VECTOR
+                                    multiply(w, of_tokens, 0, product, b, operand)
+                                    multiply(w, of_tokens, 4, product, b, operand)
+                                for k in (0, 1):
+                                    for v in T.unroll(4):
+                                        total[v] = product[v // 2, v % 2 * 2 + k]
+                                    if has_held:
+                                        for v in T.vectorized(2):
+                                            streams[v] = held_words[
+                                                (moved(at[1 + k], piece, 0, 2) + c * (2 * block))
+                                                * 2
+                                                + v
+                                            ]
+                                        for v in T.unroll(2):
+                                            total[2 * v] += first_of(streams[v])
+                                            total[2 * v + 1] += second_of(streams[v])
+                                    column = (
+                                        i % N * (hidden_size // 4)
+                                        + c * (IDENTITY_BACKWARD_COLUMNS // 4)
+                                        + vectors[2]
+                                    )
+                                    if last:
+                                        if t0[0] + k * 4 < tokens:
+                                            for v in T.vectorized(4):
+                                                grad_x[t0[0] + k * 4, column * 4 + v] = T.cast(
+                                                    total[v], T.bfloat16
+                                                )
+                                    else:
+                                        for v in T.vectorized(4):
+                                            grad_x[t0[0] + k * 4, column * 4 + v] = T.cast(
+                                                total[v], T.bfloat16
+                                            )
+                        if not last:
+                            # As in the forward.
+                            T.sync_warp()
+                            if step + ahead < steps[0]:
+                                t0[0] = (first + (step + ahead) * clusters) * GROUP
+                                # Its place is that of the group which was finished just now.
+                                at[0] = slots[1] * group + places[0]
+                                at[1] = slots[1] * grad_group + places[4]
+                                if t0[0] + GROUP <= tokens:
+                                    for c in blocks:
+                                        load_rows(
+                                            x,
+                                            t0[0] + lane // ROW,
+                                            None,
+                                            vectors[0] + c * PIECES,
+                                            ring,
+                                            at[0] + c * block,
+                                        )
+                                        load_vector(
+                                            grad,
+                                            token_to_load(t0[0] + lane // PIECES, None),
+                                            vectors[1] + c * PIECES,
+                                            grad_ring,
+                                            at[1] + c * grad_block,
+                                        )
+                                        if has_held:
+                                            load_rows(
+                                                held,
+                                                t0[0] + lane // ROW,
+                                                None,
+                                                vectors[0] + c * PIECES,
+                                                held_ring,
+                                                at[0] + c * block,
+                                            )
+                                else:
+                                    for c in blocks:
+                                        load_rows(
+                                            x,
+                                            t0[0] + lane // ROW,
+                                            tokens - 1,
+                                            vectors[0] + c * PIECES,
+                                            ring,
+                                            at[0] + c * block,
+                                        )
+                                        load_vector(
+                                            grad,
+                                            token_to_load(t0[0] + lane // PIECES, tokens - 1),
+                                            vectors[1] + c * PIECES,
+                                            grad_ring,
+                                            at[1] + c * grad_block,
+                                        )
+                                        if has_held:
+                                            load_rows(
+                                                held,
+                                                t0[0] + lane // ROW,
+                                                tokens - 1,
+                                                vectors[0] + c * PIECES,
+                                                held_ring,
+                                                at[0] + c * block,
+                                            )
+                            T.ptx_commit_group()
+                        slots[0] = T.Select(slots[0] == stages - 1, 0, slots[0] + 1)
+                        slots[1] = T.Select(slots[1] == stages - 1, 0, slots[1] + 1)
                 # Rows of the transposed operand are columns: 8 * q + lane // 4 of a stream.
-                for b in T.unroll(2 * N):
+                for b in T.unroll(len(blocks) * 2 * N):
                     for k in T.unroll(4):
                         partials[
                             first,
                             lane % 4 * 2 + k % 2,
-                            b // 2 * hidden_size + h + (b % 2 * 2 + k // 2) * 8 + lane // 4,
+                            b // 2 % N * hidden_size
+                            + h
+                            + b // (2 * N) * IDENTITY_BACKWARD_COLUMNS
+                            + (b % 2 * 2 + k // 2) * 8
+                            + lane // 4,
                         ] = grad_w[b, k]
             else:
+                # Of the group that comes, and of the next: loads take longer than a step's rest.
                 mix = T.alloc_local((2,), T.float32)
                 rms = T.alloc_local((1,), T.float32)
                 post = T.alloc_local((1,), T.float32)
+                next_mix = T.alloc_local((2,), T.float32)
+                next_rms = T.alloc_local((1,), T.float32)
+                next_post = T.alloc_local((1,), T.float32)
+                slope = T.alloc_local((2,), T.float32)
                 value = T.alloc_local((2,), T.float32)
                 along = T.alloc_local((1,), T.float32)
-                z = T.alloc_local((2,), T.float32)
-                slope = T.alloc_local((1,), T.float32)
+                z = T.alloc_local((1,), T.float32)
                 gate = T.alloc_local((1,), T.float32)
                 largest = T.alloc_local((1,), T.float32)
                 lift = T.alloc_local((1,), T.int32)
                 piece = T.alloc_local((2,), T.bfloat16)
-                # By lane: the gradients of its two mixes' biases, and its parts of both scales'.
+                # By lane: the gradients of its two mixes' biases, and its parts of both scales'; of
+                # one group, and of all.
+                gate_grads = T.alloc_local((4,), T.float32)
                 gate_sums = T.alloc_local((4,), T.float64)
                 gate_scale = T.alloc_local((2,), T.float32)
                 gate_bias = T.alloc_local((2,), T.float32)
+                g = lane // N
+                i = lane % N
                 for k in T.unroll(2):
                     gate_scale[k] = T.cast(scale[k], T.float32)
-                    gate_bias[k] = T.cast(bias[k * N + lane % N], T.float32)
+                    gate_bias[k] = T.cast(bias[k * N + i], T.float32)
                     mix[k] = 0.0
+                    slope[k] = 0.0
+                    next_mix[k] = 0.0
                 rms[0] = 0.0
                 post[0] = 0.0
+                next_rms[0] = 0.0
+                next_post[0] = 0.0
                 for k in T.unroll(4):
                     gate_sums[k] = 0.0
-                for step in T.serial(steps[0] + 1):
-                    if step >= 1:
-                        slot = (step - 1) % CLUSTER_SLOTS
+                t0[0] = first * GROUP + g
+                if t0[0] < tokens:
+                    for k in T.unroll(2):
+                        next_mix[k] = mixes[t0[0], k * N + i]
+                    next_rms[0] = inv_rms[t0[0]]
+                    next_post[0] = grad_post[t0[0], i]
+                for step in T.serial(steps[0] + lag):
+                    buffer[0] = (step + lag) % 2
+                    if step >= lag:
+                        slot = (step - lag) % CLUSTER_SLOTS
                         if cluster > 1:
-                            T.mbarrier_wait_parity(full[slot], (step - 1) // CLUSTER_SLOTS % 2)
-                        g = lane // N
-                        i = lane % N
+                            T.mbarrier_wait_parity(full[slot], (step - lag) // CLUSTER_SLOTS % 2)
                         value[0] = 0.0
                         for c in T.unroll(cluster):
                             value[0] += parts[slot, c, lane]
-                        value[1] = post[0] * post_mult
+                        value[1] = post[0]
                         along[0] = 0.0
                         largest[0] = 0.0
                         for k in T.unroll(2):
-                            logit(mix[k], gate_scale[k], gate_bias[k], slope)
-                            z[k] = slope[0]
-                            sigmoid_slope(z[k], slope)
-                            value[k] *= slope[0]
-                            if (first + (step - 1) * clusters) * GROUP + g >= tokens:
+                            value[k] *= slope[k]
+                            if (first + (step - lag) * clusters) * GROUP + g >= tokens:
                                 value[k] = 0.0
-                            gate_sums[k] += T.cast(value[k], T.float64)
-                            gate_sums[2 + k] += T.cast(value[k] * mix[k], T.float64)
+                            gate_grads[k] = value[k]
+                            gate_grads[2 + k] = value[k] * mix[k]
                             value[k] *= gate_scale[k]
                             along[0] += value[k] * mix[k]
                             value[k] *= rms[0]
@@ -704,34 +974,27 @@ def identity_cluster_bwd(
                             piece[0] = high_part(value[k])
                             piece[1] = low_part(value[k])
                             for part in T.unroll(2):
-                                by_token[step % 2, g, part * MIXES + k * N + i] = piece[part]
+                                for twice in T.unroll(2):
+                                    by_token[
+                                        buffer[0], g, (k * N + i) // 2, part * 4 + twice * 2 + i % 2
+                                    ] = piece[part]
                             value[k] *= largest[0]
                             piece[0] = high_part(value[k])
                             piece[1] = low_part(value[k])
                             for part in T.unroll(2):
-                                by_mix[step % 2, k * N + i, part * GROUP + g] = piece[part]
-                        sigmoid(z[0], gate)
-                        given[step % 2, g, i] = gate[0] + pre_eps
+                                by_mix[buffer[0], k * N + i, g // 2, part * 2 + g % 2] = piece[part]
                         if i == 0:
-                            given[step % 2, g, N] = rms[0]
-                            given[step % 2, g, N + 1] = -along[0] * rms[0] / size
-                            given[step % 2, g, N + 2] = T.reinterpret(
+                            given[buffer[0], g, N] = rms[0]
+                            given[buffer[0], g, N + 1] = -along[0] * rms[0] * (1.0 / size)
+                            given[buffer[0], g, N + 2] = T.reinterpret(
                                 (127 - lift[0]) << 23, T.float32
                             )
-                            given[step % 2, g, N + 3] = 0.0
+                            given[buffer[0], g, N + 3] = 0.0
                     T.sync_threads(BARRIER, threads)
                     if step < steps[0]:
-                        # Of the tokens whose gates are made in the next step.
-                        t0[0] = (first + step * clusters) * GROUP + lane // N
-                        if t0[0] < tokens:
-                            for k in T.unroll(2):
-                                mix[k] = mixes[t0[0], k * N + lane % N]
-                            rms[0] = inv_rms[t0[0]]
-                            post[0] = grad_post[t0[0], lane % N]
-                        push_sums(
+                        push_vectors(
                             warp_sums,
                             step % 2,
-                            mine,
                             parts,
                             full,
                             step % CLUSTER_SLOTS,
@@ -740,6 +1003,27 @@ def identity_cluster_bwd(
                             warps,
                             count,
                         )
+                    # What nobody waits for, or does not depend on the others' sums.
+                    if step >= lag:
+                        for k in T.unroll(4):
+                            gate_sums[k] += T.cast(gate_grads[k], T.float64)
+                    # Of the group whose gates are made in the next step.
+                    if lag - 1 <= step and step < steps[0] + lag - 1:
+                        for k in T.unroll(2):
+                            mix[k] = next_mix[k]
+                            logit(mix[k], gate_scale[k], gate_bias[k], z)
+                            slope_of_sigmoid(z[0], slope, k)
+                            if k == 0:
+                                sigmoid(z[0], gate)
+                                given[(step + 1 + lag) % 2, g, i] = gate[0] + pre_eps
+                        rms[0] = next_rms[0]
+                        post[0] = next_post[0] * post_mult
+                        t0[0] = (first + (step + 2 - lag) * clusters) * GROUP + g
+                        if t0[0] < tokens:
+                            for k in T.unroll(2):
+                                next_mix[k] = mixes[t0[0], k * N + i]
+                            next_rms[0] = inv_rms[t0[0]]
+                            next_post[0] = grad_post[t0[0], i]
                 # Over the tokens of a group; then of the scales over the mixes.
                 for level in T.unroll(GROUP.bit_length() - 1):
                     for k in T.unroll(4):

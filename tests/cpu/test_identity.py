@@ -26,12 +26,14 @@ from tile_mhc.kernels._shapes import (
     CLUSTER_SLOTS,
     CLUSTER_STAGES,
     CLUSTER_TOKENS,
-    IDENTITY_WARPS,
+    IDENTITY_BLOCKS,
     PORTABLE_CLUSTER,
+    identity_blocks,
     identity_cluster_size,
     identity_columns,
     identity_stages,
     identity_sums,
+    identity_warps,
 )
 from tile_mhc.ops.identity_pre import _passed
 
@@ -339,14 +341,18 @@ def test_clusters_fit_an_sm(backward, held):
         if size == 0:
             continue
         width = hidden // size
-        warps = width // identity_columns(backward)
-        assert warps * identity_columns(backward) * size == hidden
-        assert warps <= IDENTITY_WARPS
+        blocks = width // identity_columns(backward)
+        assert blocks * identity_columns(backward) * size == hidden
+        assert blocks <= IDENTITY_BLOCKS
+        warps, each = identity_warps(width, backward), identity_blocks(width, backward)
+        assert warps * each == blocks
+        # And one for the sums: 255 registers a thread with two blocks, 128 with one.
+        assert warps + 1 <= HOPPER.warps(255 if each == 2 else 128)
         stages = identity_stages(size, width, backward, held, HOPPER)
         assert 3 <= stages <= CLUSTER_STAGES
         rows = (4 * (1 + held) + 1) if backward else 4
         ring = stages * CLUSTER_TOKENS * rows * width * 2
-        sums = 4 * identity_sums(backward) * (2 * warps + CLUSTER_SLOTS * (size + 1))
+        sums = 4 * identity_sums(backward) * (2 * warps + CLUSTER_SLOTS * size)
         assert ring + sums < HOPPER.shared_bytes
     assert identity_cluster_size(2, 256, backward, held, HOPPER) == 0
     assert identity_cluster_size(8, 256, backward, held, HOPPER) == 0

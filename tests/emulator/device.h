@@ -105,6 +105,16 @@ T __shfl_xor_sync(uint, T value, int mask, int width = 32, int line = __builtin_
   return value;
 }
 
+// The functions that `contract_cluster` brings along.
+inline void expect_bytes(emu::Mbarrier &full, uint32_t bytes) {
+  full.bytes += bytes;
+  full.arrive();
+}
+template <typename T>
+void push_vector(emu::Address<T> to, const float *from, int rank, emu::Mbarrier &full) {
+  emu::push_registers({to.buffer, to.at}, from, rank, 16, full);
+}
+
 namespace tl {
 
 enum class DataType { kBFloat16, kTensorFloat32, kFloat32 };

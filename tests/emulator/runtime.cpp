@@ -173,15 +173,15 @@ Mbarrier *mbarriers(int count) {
   return state.cta->mbarriers;
 }
 
-void push(Address<void> to, Address<const void> from, int rank, int bytes,
-          Mbarrier &mine) {
+// The mbarrier of the other CTA; what comes is in its `pushes` until it is waited for. `stays` is
+// where it must not change meanwhile, if anywhere.
+static Mbarrier &push_bytes(Address<void> to, const char *from, int rank, int bytes,
+                            Mbarrier &mine, const char *stays) {
   if (rank < 0 || rank >= state.cluster) fail("the cluster has no CTA %d", rank);
   Cta &cta = *state.cta, &other = *state.ctas[rank];
   Mbarrier &full = other.mbarriers[&mine - cta.mbarriers];
-  Barrier &barrier = full.barrier;
   if (!other.left) fail("copy to a CTA that has left");
-  if (!barrier.expected) fail("mbarrier without a count");
-  check(*from.buffer, from.at, bytes, 16, false);
+  if (!full.barrier.expected) fail("mbarrier without a count");
   if ((to.at - to.buffer->base) % 16 || bytes % 16) fail("copy is not aligned to 16 bytes");
   Buffer *there = &other.shared_buffers[to.buffer - cta.shared_buffers.data()];
   char *destination = there->base + (to.at - to.buffer->base);
@@ -193,12 +193,35 @@ void push(Address<void> to, Address<const void> from, int rank, int bytes,
     cell.writer = COMING;
   }
   memset(destination, POISON, bytes);
-  full.pushes.push_back({&cta, there, destination, from.at, {from.at, from.at + bytes},
-                         barrier.generation});
-  if (++barrier.arrived == barrier.expected) {
-    barrier.arrived = 0;
-    ++barrier.generation;
-  }
+  full.pushes.push_back({&cta, there, destination, stays, {from, from + bytes},
+                         full.barrier.generation});
+  return full;
+}
+
+void push(Address<void> to, Address<const void> from, int rank, int bytes,
+          Mbarrier &mine) {
+  check(*from.buffer, from.at, bytes, 16, false);
+  push_bytes(to, from.at, rank, bytes, mine, from.at).arrive();
+}
+
+void push_registers(Address<void> to, const void *from, int rank, int bytes, Mbarrier &mine) {
+  push_bytes(to, (const char *)from, rank, bytes, mine, nullptr).come(-bytes);
+}
+
+void Mbarrier::come(int count) {
+  bytes += count;
+  if (barrier.arrived != barrier.expected) return;
+  if (bytes < 0) fail("more bytes have come to an mbarrier than were announced");
+  if (bytes) return;
+  barrier.arrived = 0;
+  ++barrier.generation;
+}
+
+void Mbarrier::arrive() {
+  if (!barrier.expected) fail("mbarrier without a count");
+  if (barrier.arrived == barrier.expected) fail("one arrival more than the mbarrier counts");
+  ++barrier.arrived;
+  come(0);
 }
 
 void Mbarrier::wait(uint32_t parity) {
@@ -218,8 +241,9 @@ void Mbarrier::wait(uint32_t parity) {
       rest.push_back(push);
       continue;
     }
-    if (!push.from->left) fail("a CTA has left before what it copied was waited for");
-    if (memcmp(push.source, push.bytes.data(), push.bytes.size()))
+    if (push.source && !push.from->left)
+      fail("a CTA has left before what it copied was waited for");
+    if (push.source && memcmp(push.source, push.bytes.data(), push.bytes.size()))
       fail("what was copied to %s changed before the copy was waited for", push.to->name);
     memcpy(push.destination, push.bytes.data(), push.bytes.size());
     Cta &cta = *state.cta;

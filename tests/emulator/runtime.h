@@ -87,15 +87,20 @@ struct Push {
   uint64_t phase;
 };
 
-// Full when as many copies as `init` said have come: then the next phase begins.
+// Full when as many arrivals as `init` said have come, and all bytes that they announced: then the
+// next phase begins.
 struct Mbarrier {
   Barrier barrier;
   std::vector<Push> pushes;
+  int64_t bytes = 0;  // announced, and not there yet: below zero what came before it was announced
 
   void init(int count) {
     barrier = Barrier();
     barrier.expected = count;
+    bytes = 0;
   }
+  void arrive();
+  void come(int count);
   void wait(uint32_t parity);
 };
 
@@ -232,6 +237,10 @@ Mbarrier *mbarriers(int count);
 // waited for, and here what it takes must stay.
 void push(Address<void> to, Address<const void> from, int rank, int bytes,
           Mbarrier &mine);
+
+// The same of values in registers, which need not stay: `mine` must have been told of the bytes, in
+// CTA `rank`, for which the copy does not arrive.
+void push_registers(Address<void> to, const void *from, int rank, int bytes, Mbarrier &mine);
 
 // cp.async: the destination is undefined until the copy has been waited for.
 void start_copy(Address<void> to, Address<const void> from, int bytes, int copied);

@@ -113,12 +113,14 @@ SLOT, SLOT_BEFORE = "((step_1 & 3) * 80)", "(((step_1 + 3) & 3) * 80)"
 # Of the forward's source in clusters of two: what becomes of what, and the fault.
 BROKEN = {
     "no wait": ((r"full\[[^;]*\.wait\([^;]*;", ""), "never written|under way"),
-    "no barrier of the warp": ((r"__syncwarp\(\);(?![\s\S]*__syncwarp)", ""), "never written"),
+    "no barrier of the warp": (
+        (r"__syncwarp\(\);(?![\s\S]*__syncwarp)", ""),
+        "never written|since the last barrier",
+    ),
     "one slot of sums": (
         (f"{re.escape(SLOT)}|{re.escape(SLOT_BEFORE)}", "0"),
         "no wait between|under way",
     ),
-    "leaves at once": ((r"tl::cluster_sync\(\);(?![\s\S]*cluster_sync)", ""), "has left"),
 }
 
 

@@ -33,11 +33,13 @@ KERNELS = (
     "expand_bwd", "projection_fwd", "projection_norm", "projection_norm_bwd", "projection_bwd",
     "split_mixes_fwd", "split_mixes_bwd", "column_sums", "sinkhorn_bwd", "gates_bwd",
     "aggregate_bwd", "post_bwd", "contract_cluster_fwd", "contract_cluster_bwd", "fused_pre",
-    "post_pre_fwd", "post_pre_bwd", "delayed_mixes", "delayed_sums",
+    "post_pre_fwd", "post_pre_bwd", "delayed_mixes", "delayed_sums", "identity_cluster_fwd",
+    "identity_cluster_bwd", "identity_post_fwd", "identity_post_bwd", "stream_mean_fwd",
+    "stream_mean_bwd",
 )  # fmt: skip
 PER_KIND = 3
 # Of the largest sources, which take g++ longest.
-FEWER = {"post_pre_fwd": 2, "post_pre_bwd": 2}
+FEWER = {"post_pre_fwd": 2, "post_pre_bwd": 2, "identity_cluster_bwd": 2}
 SEEDS = (0, 1)
 # Above the tolerances of the suite, by dtype.
 OFF = {torch.bfloat16: 2.0**-6, torch.float32: 2.0**-10}
