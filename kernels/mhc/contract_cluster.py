@@ -95,7 +95,10 @@ def load_tokens(
     lane = T.get_thread_binding() % 32
     at = lane // CHUNKS % rows * width + column + lane % CHUNKS * VECTOR
     each = 32 // (rows * CHUNKS)
-    for e in tuple(range(GROUP // each)):
+    # Where there are few registers, tokens that may be past the last one come one by one.
+    for e in (
+        tuple(range(GROUP // each)) if last is None else T.unroll(GROUP // each, unroll_factor=1)
+    ):
         T.ptx_cp_async(
             T.access_ptr(ring[slot, e * each + lane // (rows * CHUNKS), at], "w", VECTOR),
             T.access_ptr(
