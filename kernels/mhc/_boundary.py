@@ -361,10 +361,11 @@ def backward_pass(
     def at(k: T.int32) -> T.int32:
         """Where column k of the product lies: of eight neighbours four in each half of the row.
 
-        Eight threads then read 16 bytes each in a row, and those that write a column, of a token
-        each, are four banks apart.
+        Eight threads then read 16 bytes each in a row. Those that write a column at a time have
+        eight neighbours of four tokens, two apart: all banks, as a half is four banks on, and two
+        tokens are eight.
         """
-        half = k // 4 % 2 * (product_row // 2)
+        half = k // 4 % 2 * (wide // 2 + VECTOR // 2)
         return half + k // VECTOR * 4 + k % 4
 
     @T.macro
