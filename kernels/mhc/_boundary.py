@@ -306,6 +306,22 @@ def halve(values: T.Buffer, count: int, lane_bit: T.int32, distance: int):
         values[k] = kept + T.shfl_xor(given, distance)
 
 
+def words_of(values: T.Buffer) -> T.Buffer:
+    """The same registers of bfloat16 values, two to a word."""
+    rows, count = (1, *values.shape)[-2:]
+    return T.view(values, (rows, count // 2), T.uint32)
+
+
+def element(words: T.Buffer, row: T.int32, v: T.int32) -> T.float32:
+    """Value v of a row of `words_of` as float32, in one instruction.
+
+    Of a bfloat16 value in the upper half of a register nvcc takes two, a move and a shift. With an
+    index known when compiled this is a shift or a mask.
+    """
+    shifted = words[row, v // 2] << T.cast((1 - v % 2) * 16, T.uint32)
+    return T.reinterpret(shifted & T.uint32(0xFFFF0000), T.float32)
+
+
 @T.macro
 def still_read(shared: T.Buffer, last: T.Buffer):
     """Keep the pipeline from loading the next tile over one that the tensor cores still read.
@@ -427,6 +443,12 @@ def backward_pass(
             per_token = T.alloc_local((width,), T.float32)
             added = T.alloc_local((sums_count,), T.float32)
             last = T.alloc_local((1,), T.bfloat16)
+            term = T.alloc_local((1,), T.float32)
+            stream_words = words_of(streams)
+            rounded_words = words_of(rounded)
+            output_words = words_of(output)
+            wide_words = words_of(wide_grad)
+            other_words = words_of(others)
             store_weight_parts(
                 weight,
                 norm_weight,
@@ -493,10 +515,10 @@ def backward_pass(
                     if makes:
                         # In the order of a post's forward: the streams that were projected.
                         for v in T.unroll(VECTOR):
-                            total[v] = post[j] * T.cast(output[v], T.float32)
+                            total[v] = post[j] * element(output_words, 0, v)
                         for i in T.unroll(STREAMS):
                             for v in T.unroll(VECTOR):
-                                total[v] += comb[i, j] * T.cast(streams[i, v], T.float32)
+                                total[v] += comb[i, j] * element(stream_words, i, v)
                         for v in T.vectorized(VECTOR):
                             rounded[j, v] = T.cast(total[v], T.bfloat16)
                     else:
@@ -538,32 +560,29 @@ def backward_pass(
                         total[v] = product_shared[row, at(j * columns + c) + v]
                     for v in T.vectorized(4):
                         total[4 + v] = product_shared[row, at(j * columns + c + 4) + v]
-                    for v in T.unroll(VECTOR):
-                        total[v] = (
-                            total[v] * per_token[2]
-                            + (T.cast(rounded[j, v], T.float32) * per_token[0]) * per_token[1]
-                        )
-                    for v in T.unroll(VECTOR):
-                        total[v] += per_token[3 + j] * T.cast(wide_grad[v], T.float32)
                     if has_held:
                         for v in T.vectorized(VECTOR):
                             others[v] = held_shared[row, j, c + v]
-                        for v in T.unroll(VECTOR):
-                            total[v] += T.cast(others[v], T.float32)
                     for v in T.unroll(VECTOR):
-                        added[sums_count - STREAMS + j] += T.cast(
-                            rounded[j, v], T.float32
-                        ) * T.cast(wide_grad[v], T.float32)
+                        term[0] = per_token[3 + j] * element(wide_words, 0, v)
+                        if has_held:
+                            term[0] += element(other_words, 0, v)
+                        total[v] = total[v] * per_token[2] + term[0]
+                        # A stream joins 1 / rms first: both factors at once may be lost.
+                        term[0] = element(rounded_words, j, v) * per_token[0]
+                        total[v] += term[0] * per_token[1]
+                    for v in T.unroll(VECTOR):
+                        added[sums_count - STREAMS + j] += element(rounded_words, j, v) * element(
+                            wide_words, 0, v
+                        )
                     if makes:
                         for v in T.unroll(VECTOR):
                             of_output[v] += post[j] * total[v]
-                            added[STREAMS * STREAMS + j] += T.cast(output[v], T.float32) * total[v]
+                            added[STREAMS * STREAMS + j] += element(output_words, 0, v) * total[v]
                         for i in T.unroll(STREAMS):
                             for v in T.unroll(VECTOR):
                                 of_streams[i, v] += comb[i, j] * total[v]
-                                added[i * STREAMS + j] += (
-                                    T.cast(streams[i, v], T.float32) * total[v]
-                                )
+                                added[i * STREAMS + j] += element(stream_words, i, v) * total[v]
                     elif has_tma:
                         for v in T.vectorized(VECTOR):
                             out_shared[row, j, c + v] = T.cast(total[v], T.bfloat16)
