@@ -439,15 +439,19 @@ def place(block: T.int32, token: T.int32, piece: T.int32):
     change a piece's number by a power of two is then to change the place by it, with an exclusive
     or: a lane keeps one place, not all that it reads.
     """
-    reverse = token % 2 * 4 + token // 2 % 2 * 2 + token // 4
-    return (block * GROUP + token) * ROW + T.bitwise_xor(piece, reverse)
+    return (block * GROUP + token) * ROW + T.bitwise_xor(piece, reverse(token))
+
+
+def reverse(token: Any):
+    """The three bits of a token's number in reverse."""
+    return token % 2 * 4 + token // 2 % 2 * 2 + token // 4
 
 
 def moved(start: T.int32, pieces: int, tokens: int = 0, unit: int = 1):
     """The place so many pieces and tokens on: numbers whose bits are not in what `start` was made
-    of; tokens are even. A place has `unit` to a vector.
+    of. A place has `unit` to a vector.
     """
-    changed = pieces % 8 ^ (tokens // 2 % 2 * 2 + tokens // 4)
+    changed = pieces % 8 ^ reverse(tokens)
     return T.bitwise_xor(start, changed * unit) + (pieces // 8 * 8 + tokens * ROW) * unit
 
 
@@ -459,13 +463,14 @@ def load_rows(
     vector: T.int32,
     ring: T.Buffer,
     start: T.int32,
+    each: int,
 ):
-    """Start the loads of a block of columns of all streams, of every second token from t on.
+    """Start the loads of a warp's columns of all streams, of a group of tokens: `each` at a time.
 
-    `vector` and `last` are as in `load_tokens`, `start` is the place of the first one.
+    `vector` and `last` are as in `load_tokens`; t is the first token that this lane loads of, and
+    `start` its place.
     """
-    for e in tuple(range(GROUP * ROW // 32)):
-        tokens = e * (32 // ROW)
+    for tokens in tuple(range(0, GROUP, each)):
         T.ptx_cp_async(
             T.access_ptr(ring[moved(start, 0, tokens) * VECTOR], "w", VECTOR),
             T.access_ptr(source[token_to_load(t + tokens, last), vector * VECTOR], "r", VECTOR),
@@ -474,13 +479,22 @@ def load_rows(
 
 
 @T.macro
-def load_vector(source: T.Tensor, t: T.int32, vector: T.int32, ring: T.Buffer, start: T.int32):
-    """Start the load of one vector of token t."""
-    T.ptx_cp_async(
-        T.access_ptr(ring[start * VECTOR], "w", VECTOR),
-        T.access_ptr(source[t, vector * VECTOR], "r", VECTOR),
-        VECTOR,
-    )
+def load_inputs(
+    source: T.Tensor,
+    t: T.int32,
+    last: Any,
+    vector: T.int32,
+    ring: T.Buffer,
+    start: T.int32,
+    each: int,
+):
+    """The same of one stream."""
+    for tokens in tuple(range(0, GROUP, each)):
+        T.ptx_cp_async(
+            T.access_ptr(ring[(start + tokens * PIECES) * VECTOR], "w", VECTOR),
+            T.access_ptr(source[token_to_load(t + tokens, last), vector * VECTOR], "r", VECTOR),
+            VECTOR,
+        )
 
 
 @builder(RING)
@@ -519,6 +533,13 @@ def identity_cluster_bwd(
     group = warps * len(blocks) * block
     grad_block = GROUP * PIECES
     grad_group = warps * len(blocks) * grad_block
+    # Vectors of a warp's columns of one stream, and tokens of all streams and of one that a warp
+    # loads at a time.
+    wide = len(blocks) * PIECES
+    at_once = 32 // (N * wide)
+    inputs_at_once = 32 // wide
+    # Neighbours of a stream that a lane finishes.
+    each = len(blocks) * 4
     has_norm = norm_weight_dtype != ""
 
     @T.prim_func
@@ -570,7 +591,7 @@ def identity_cluster_bwd(
             count_steps(tokens, first, clusters, steps)
             t0 = T.alloc_local((1,), T.int32)
             vectors = T.alloc_local((3,), T.int32)
-            places = T.alloc_local((6,), T.int32)
+            places = T.alloc_local((7,), T.int32)
             at = T.alloc_local((3,), T.int32)
             # Of what the gates' warp makes, by the group's number.
             buffer = T.alloc_local((1,), T.int32)
@@ -578,6 +599,7 @@ def identity_cluster_bwd(
             slots = T.alloc_local((2,), T.int32)
             if warp < warps:
                 raw = T.alloc_local((2, 4), T.float32)
+                both = T.alloc_local((2,), T.float32)
                 # Of a stream two operands of 16 columns and eight mixes, both parts side by side.
                 w = T.alloc_local((len(blocks) * 2 * N * VECTOR,), T.bfloat16)
                 grad_w = T.alloc_local((len(blocks) * 2 * N, 4), T.float32)
@@ -589,77 +611,95 @@ def identity_cluster_bwd(
                 of_mixes = T.alloc_local((4,), T.bfloat16)
                 sums = T.alloc_local((2, 4), T.float32)
                 diagonal = T.alloc_local((2 * N,), T.float32)
-                product = T.alloc_local((2, 4), T.float32)
+                product = T.alloc_local((2 * len(blocks), 4), T.float32)
                 factor = T.alloc_local((4,), T.float32)
-                pre = T.alloc_local((1,), T.float32)
+                pre = T.alloc_local((2, N), T.float32)
                 lifted = T.alloc_local((1,), T.float32)
-                streams = T.alloc_local((2,), T.int32)
-                outer = T.alloc_local((len(blocks) * 8,), T.float32)
-                element = T.alloc_local((4,), T.float32)
-                total = T.alloc_local((4,), T.float32)
-                vectors[0] = (lane // PIECES % N * hidden_size + h) // VECTOR + lane % PIECES
-                vectors[1] = h // VECTOR + lane % PIECES
-                # Four columns of the first stream, in units of four.
-                vectors[2] = h // 4 + lane // 4
-                # Of the first stream: what this lane loads; multiplies by the gradient; gives to a
-                # transposed load; and four columns of a token, of which it finishes two.
-                places[0] = place(warp * len(blocks), lane // ROW, lane % ROW)
-                places[1] = place(warp * len(blocks), lane // 4, lane % 4)
-                places[2] = place(warp * len(blocks), lane % 8, lane // 8 % 2)
-                places[3] = place(warp * len(blocks), lane % 4, lane // 8) * 2 + lane // 4 % 2
-                # Of the gradient: what this lane loads and multiplies, and, in words, finishes.
-                places[4] = warp * (len(blocks) * grad_block) + lane
-                places[5] = (warp * (len(blocks) * GROUP) + lane % 4) * (
-                    PIECES * WORDS
-                ) + lane // 4 * 2
+                streams = T.alloc_local((each // 2,), T.int32)
+                outer = T.alloc_local((2 * each,), T.float32)
+                element = T.alloc_local((each,), T.float32)
+                total = T.alloc_local((each,), T.float32)
+                # The vector that this lane loads, of all streams and of one; and, in units of their
+                # number, the columns that it finishes.
+                vectors[0] = (lane // wide % N * hidden_size + h) // VECTOR + lane % wide
+                vectors[1] = h // VECTOR + lane % wide
+                vectors[2] = h // each + lane // 4
+                # What this lane loads; of the first stream what it multiplies by the gradient, what
+                # it gives to a transposed load and, in words, what it finishes of a token, of two.
+                first_block = warp * len(blocks)
+                load_of = first_block + lane % wide // PIECES
+                places[0] = place(
+                    load_of, lane // (N * wide), lane // wide % N * PIECES + lane % PIECES
+                )
+                places[1] = place(first_block, lane // 4, lane % 4)
+                places[2] = place(first_block, lane % 8, lane // 8 % 2)
+                mine = first_block + lane // 4 * each // IDENTITY_BACKWARD_COLUMNS
+                piece = lane // 4 * each % IDENTITY_BACKWARD_COLUMNS // VECTOR
+                half = lane // 4 * each % VECTOR // 2
+                places[3] = place(mine, lane % 4, piece) * WORDS + half
+                # Of the gradient: what this lane loads; multiplies; and, in words, finishes.
+                places[4] = load_of * grad_block + lane // wide * PIECES + lane % PIECES
+                places[5] = first_block * grad_block + lane
+                places[6] = (mine * grad_block + lane % 4 * PIECES + piece) * WORDS + half
                 for s in T.unroll(ahead):
                     if s < steps[0]:
                         t0[0] = (first + s * clusters) * GROUP
                         at[0] = s * group + places[0]
                         at[1] = s * grad_group + places[4]
-                        for c in blocks:
+                        load_rows(
+                            x,
+                            t0[0] + lane // (N * wide),
+                            tokens - 1,
+                            vectors[0],
+                            ring,
+                            at[0],
+                            at_once,
+                        )
+                        load_inputs(
+                            grad,
+                            t0[0] + lane // wide,
+                            tokens - 1,
+                            vectors[1],
+                            grad_ring,
+                            at[1],
+                            inputs_at_once,
+                        )
+                        if has_held:
                             load_rows(
-                                x,
-                                t0[0] + lane // ROW,
+                                held,
+                                t0[0] + lane // (N * wide),
                                 tokens - 1,
-                                vectors[0] + c * PIECES,
-                                ring,
-                                at[0] + c * block,
+                                vectors[0],
+                                held_ring,
+                                at[0],
+                                at_once,
                             )
-                            load_vector(
-                                grad,
-                                token_to_load(t0[0] + lane // PIECES, tokens - 1),
-                                vectors[1] + c * PIECES,
-                                grad_ring,
-                                at[1] + c * grad_block,
-                            )
-                            if has_held:
-                                load_rows(
-                                    held,
-                                    t0[0] + lane // ROW,
-                                    tokens - 1,
-                                    vectors[0] + c * PIECES,
-                                    held_ring,
-                                    at[0] + c * block,
-                                )
                     T.ptx_commit_group()
-                # Which column a row of an operand stands for does not matter: here a lane has four
+                # Which column a row of an operand stands for does not matter: here a lane has
                 # neighbours of a stream, which it stores at once, and of each two mixes.
-                for i in T.unroll(len(blocks) * N):
-                    # Of blocks of 32 columns the stream and the four columns.
-                    k = (i % N * hidden_size + i // N * IDENTITY_BACKWARD_COLUMNS) // 4 + vectors[2]
+                for i in T.unroll(N * len(blocks)):
+                    # Four of them, as two operands.
+                    k = (i // len(blocks) * (hidden_size // each) + vectors[2]) * each + i % len(
+                        blocks
+                    ) * 4
                     for e in T.unroll(2):
                         for v in T.vectorized(4):
-                            raw[e, v] = T.cast(weight[lane % 4 * 2 + e, k * 4 + v], T.float32)
-                        for v in T.unroll(4):
+                            raw[e, v] = T.cast(weight[lane % 4 * 2 + e, k + v], T.float32)
+                    for v in T.unroll(4):
+                        for e in T.unroll(2):
+                            both[e] = raw[e, v]
                             if has_norm:
-                                raw[e, v] *= T.cast(norm_weight[k * 4 + v], T.float32)
+                                both[e] *= T.cast(norm_weight[k + v], T.float32)
                             if tf32 != 0:
-                                raw[e, v] = rounded_to_tf32(raw[e, v])
-                            # Two high parts, of rows above and below, then two low ones.
-                            at_w = (i * 2 + v // 2) * VECTOR + v % 2 * 2 + e
-                            w[at_w] = high_part(raw[e, v])
-                            w[at_w + 4] = low_part(raw[e, v])
+                                both[e] = rounded_to_tf32(both[e])
+                        # Two high parts, of rows above and below, then two low ones.
+                        at_w = (i * 2 + v // 2) * VECTOR + v % 2 * 2
+                        for e in T.vectorized(2):
+                            w[at_w + e] = T.cast(both[e], T.bfloat16)
+                        for e in T.unroll(2):
+                            both[e] -= T.cast(w[at_w + e], T.float32)
+                        for e in T.vectorized(2):
+                            w[at_w + 4 + e] = T.cast(both[e], T.bfloat16)
                 for b in T.unroll(len(blocks) * 2 * N):
                     for k in T.unroll(4):
                         grad_w[b, k] = 0.0
@@ -677,7 +717,7 @@ def identity_cluster_bwd(
                             for c in blocks:
                                 for v in T.vectorized(WORDS):
                                     grads[v] = grad_words[
-                                        (slots[0] * grad_group + c * grad_block + places[4]) * WORDS
+                                        (slots[0] * grad_group + c * grad_block + places[5]) * WORDS
                                         + v
                                     ]
                                 # As in the forward: the first and third pair are upper rows.
@@ -721,31 +761,31 @@ def identity_cluster_bwd(
                                 of_mixes[v] = by_mix[buffer[0], lane // 4, lane % 4, v]
                             lifted[0] = given[buffer[0], 0, N + 2]
                             for k in tuple(range(2)):
+                                for v in T.vectorized(N):
+                                    pre[k, v] = given[buffer[0], lane % 4 + k * 4, v]
                                 for v in T.vectorized(2):
                                     factor[k * 2 + v] = given[buffer[0], lane % 4 + k * 4, N + v]
-                                for c in blocks:
-                                    for v in T.vectorized(2):
-                                        streams[v] = grad_words[
-                                            slots[1] * (grad_group * WORDS)
-                                            + places[5]
-                                            + (k * 4 * PIECES + c * grad_block) * WORDS
-                                            + v
-                                        ]
-                                    for v in T.unroll(2):
-                                        outer[(c * 2 + k) * 4 + 2 * v] = first_of(streams[v])
-                                        outer[(c * 2 + k) * 4 + 2 * v + 1] = second_of(streams[v])
+                                for v in T.vectorized(each // 2):
+                                    streams[v] = grad_words[
+                                        slots[1] * (grad_group * WORDS)
+                                        + places[6]
+                                        + k * (4 * PIECES * WORDS)
+                                        + v
+                                    ]
+                                for v in T.unroll(each // 2):
+                                    outer[k * each + 2 * v] = first_of(streams[v])
+                                    outer[k * each + 2 * v + 1] = second_of(streams[v])
                             at[0] = slots[1] * group + places[2]
-                            at[1] = slots[1] * (2 * group) + places[3]
-                            at[2] = moved(at[1], 0, 4, 2)
-                            for i in tuple(range(len(blocks) * N)):
+                            at[1] = slots[1] * (group * WORDS) + places[3]
+                            at[2] = moved(at[1], 0, 4, WORDS)
+                            for i in tuple(range(N)):
                                 # What is loaded for all of a group at once does not fit the
                                 # registers of fourteen warps.
                                 if len(blocks) == 1:
                                     T.sync_warp()
-                                c = i // N
-                                piece = i % N * PIECES
-                                for b in (0, 1):
+                                for b in tuple(range(2 * len(blocks))):
                                     # Its eight tokens twice, for both parts of the other one.
+                                    piece = i * PIECES + b % 2 * 2
                                     T.evaluate(
                                         T.call_intrin(
                                             "handle",
@@ -754,8 +794,7 @@ def identity_cluster_bwd(
                                             4,
                                             T.access_ptr(
                                                 ring[
-                                                    (moved(at[0], piece + b * 2) + c * block)
-                                                    * VECTOR
+                                                    (moved(at[0], piece) + b // 2 * block) * VECTOR
                                                 ],
                                                 "r",
                                                 VECTOR,
@@ -768,56 +807,50 @@ def identity_cluster_bwd(
                                     multiply(a, of_mixes, 0, product, b)
                                     # Tensor cores truncate their sums: a group's, no more.
                                     for k in T.unroll(4):
-                                        grad_w[i * 2 + b, k] += product[b, k] * lifted[0]
+                                        grad_w[i * 2 * len(blocks) + b, k] += (
+                                            product[b, k] * lifted[0]
+                                        )
                                 # All but the weight's part, to which tensor cores add that.
                                 for k in (0, 1):
-                                    for v in T.vectorized(2):
+                                    for v in T.vectorized(each // 2):
                                         streams[v] = words[
-                                            (moved(at[1 + k], piece, 0, 2) + c * (2 * block)) * 2
-                                            + v
+                                            moved(at[1 + k], i * PIECES, 0, WORDS) + v
                                         ]
-                                    pre[0] = given[buffer[0], lane % 4 + k * 4, i % N]
-                                    for v in T.unroll(2):
+                                    for v in T.unroll(each // 2):
                                         element[2 * v] = first_of(streams[v])
                                         element[2 * v + 1] = second_of(streams[v])
-                                    for v in T.unroll(4):
+                                    for v in T.unroll(each):
                                         # x joins one r first: r * r may be lost where x is large.
                                         element[v] *= factor[k * 2]
                                         product[v // 2, v % 2 * 2 + k] = (
-                                            pre[0] * outer[(c * 2 + k) * 4 + v]
+                                            pre[k, i] * outer[k * each + v]
                                             + element[v] * factor[k * 2 + 1]
                                         )
-                                for b in (0, 1):
-                                    operand = (i * 2 + b) * VECTOR
+                                for b in tuple(range(2 * len(blocks))):
+                                    operand = (i * 2 * len(blocks) + b) * VECTOR
                                     multiply(w, of_tokens, 0, product, b, operand)
                                     multiply(w, of_tokens, 4, product, b, operand)
                                 for k in (0, 1):
-                                    for v in T.unroll(4):
+                                    for v in T.unroll(each):
                                         total[v] = product[v // 2, v % 2 * 2 + k]
                                     if has_held:
-                                        for v in T.vectorized(2):
+                                        for v in T.vectorized(each // 2):
                                             streams[v] = held_words[
-                                                (moved(at[1 + k], piece, 0, 2) + c * (2 * block))
-                                                * 2
-                                                + v
+                                                moved(at[1 + k], i * PIECES, 0, WORDS) + v
                                             ]
-                                        for v in T.unroll(2):
+                                        for v in T.unroll(each // 2):
                                             total[2 * v] += first_of(streams[v])
                                             total[2 * v + 1] += second_of(streams[v])
-                                    column = (
-                                        i % N * (hidden_size // 4)
-                                        + c * (IDENTITY_BACKWARD_COLUMNS // 4)
-                                        + vectors[2]
-                                    )
+                                    column = i * (hidden_size // each) + vectors[2]
                                     if last:
                                         if t0[0] + k * 4 < tokens:
-                                            for v in T.vectorized(4):
-                                                grad_x[t0[0] + k * 4, column * 4 + v] = T.cast(
+                                            for v in T.vectorized(each):
+                                                grad_x[t0[0] + k * 4, column * each + v] = T.cast(
                                                     total[v], T.bfloat16
                                                 )
                                     else:
-                                        for v in T.vectorized(4):
-                                            grad_x[t0[0] + k * 4, column * 4 + v] = T.cast(
+                                        for v in T.vectorized(each):
+                                            grad_x[t0[0] + k * 4, column * each + v] = T.cast(
                                                 total[v], T.bfloat16
                                             )
                         if not last:
@@ -829,57 +862,63 @@ def identity_cluster_bwd(
                                 at[0] = slots[1] * group + places[0]
                                 at[1] = slots[1] * grad_group + places[4]
                                 if t0[0] + GROUP <= tokens:
-                                    for c in blocks:
+                                    load_rows(
+                                        x,
+                                        t0[0] + lane // (N * wide),
+                                        None,
+                                        vectors[0],
+                                        ring,
+                                        at[0],
+                                        at_once,
+                                    )
+                                    load_inputs(
+                                        grad,
+                                        t0[0] + lane // wide,
+                                        None,
+                                        vectors[1],
+                                        grad_ring,
+                                        at[1],
+                                        inputs_at_once,
+                                    )
+                                    if has_held:
                                         load_rows(
-                                            x,
-                                            t0[0] + lane // ROW,
+                                            held,
+                                            t0[0] + lane // (N * wide),
                                             None,
-                                            vectors[0] + c * PIECES,
-                                            ring,
-                                            at[0] + c * block,
+                                            vectors[0],
+                                            held_ring,
+                                            at[0],
+                                            at_once,
                                         )
-                                        load_vector(
-                                            grad,
-                                            token_to_load(t0[0] + lane // PIECES, None),
-                                            vectors[1] + c * PIECES,
-                                            grad_ring,
-                                            at[1] + c * grad_block,
-                                        )
-                                        if has_held:
-                                            load_rows(
-                                                held,
-                                                t0[0] + lane // ROW,
-                                                None,
-                                                vectors[0] + c * PIECES,
-                                                held_ring,
-                                                at[0] + c * block,
-                                            )
                                 else:
-                                    for c in blocks:
+                                    load_rows(
+                                        x,
+                                        t0[0] + lane // (N * wide),
+                                        tokens - 1,
+                                        vectors[0],
+                                        ring,
+                                        at[0],
+                                        at_once,
+                                    )
+                                    load_inputs(
+                                        grad,
+                                        t0[0] + lane // wide,
+                                        tokens - 1,
+                                        vectors[1],
+                                        grad_ring,
+                                        at[1],
+                                        inputs_at_once,
+                                    )
+                                    if has_held:
                                         load_rows(
-                                            x,
-                                            t0[0] + lane // ROW,
+                                            held,
+                                            t0[0] + lane // (N * wide),
                                             tokens - 1,
-                                            vectors[0] + c * PIECES,
-                                            ring,
-                                            at[0] + c * block,
+                                            vectors[0],
+                                            held_ring,
+                                            at[0],
+                                            at_once,
                                         )
-                                        load_vector(
-                                            grad,
-                                            token_to_load(t0[0] + lane // PIECES, tokens - 1),
-                                            vectors[1] + c * PIECES,
-                                            grad_ring,
-                                            at[1] + c * grad_block,
-                                        )
-                                        if has_held:
-                                            load_rows(
-                                                held,
-                                                t0[0] + lane // ROW,
-                                                tokens - 1,
-                                                vectors[0] + c * PIECES,
-                                                held_ring,
-                                                at[0] + c * block,
-                                            )
                             T.ptx_commit_group()
                         slots[0] = T.Select(slots[0] == stages - 1, 0, slots[0] + 1)
                         slots[1] = T.Select(slots[1] == stages - 1, 0, slots[1] + 1)
@@ -889,10 +928,9 @@ def identity_cluster_bwd(
                         partials[
                             first,
                             lane % 4 * 2 + k % 2,
-                            b // 2 % N * hidden_size
+                            b // (2 * len(blocks)) * hidden_size
                             + h
-                            + b // (2 * N) * IDENTITY_BACKWARD_COLUMNS
-                            + (b % 2 * 2 + k // 2) * 8
+                            + (b % (2 * len(blocks)) * 2 + k // 2) * 8
                             + lane // 4,
                         ] = grad_w[b, k]
             else:
