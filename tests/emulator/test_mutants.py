@@ -54,6 +54,10 @@ HARMLESS = (
     ("mask", r"^0 <= ((own|t)\[0\]$|\(\(\(step \* )", "nor can a split's or a token's index"),
     ("mask", r"^\(bool\)1$", "it is true as it is"),
     ("mask", r"blockIdx\.x\) - num_tokens\) < num_tokens", "the grid ends there"),
+    ("mask", r"^step_\d+ < steps\[0\]$", "nobody reads what is pushed past the last group"),
+    ("mask", r"^\(1 <= step_\d+\) && \(step_\d+ <= steps\[0\]\)$", "nor gates of none"),
+    ("mask", r"^\(0 < large\[", "the statements beside it have it, too"),
+    ("index", r"^ \+ 0$", "nothing is added"),
     (
         "wait",
         "",
