@@ -28,6 +28,7 @@ from tile_mhc.kernels._shapes import (
     cluster_size,
     identity_cluster_size,
     is_no_eps,
+    pre_cluster,
 )
 
 # What the start of the backward's pipeline costs a CTA, in tiles.
@@ -41,6 +42,9 @@ DELAYED_START = 2
 DELAYED_START_TILES = 0.5
 # SMs of a GPU that has at least one GPC of 16: of eight GPCs with 14 or fewer it would have 112.
 LARGE_CLUSTER_SMS = 113
+# fused_pre, post_pre: tokens times columns of a stream from which one pass over them is faster than
+# two.
+ONCE_ELEMENTS = 1 << 23
 # Blocks of a split in the batch-invariant mode: more of them leave a GPU with few tokens idle,
 # fewer make more partial sums where there are many.
 INVARIANT_BLOCKS = 16
@@ -125,8 +129,38 @@ def identity_reads_twice(
     return not once or size > PORTABLE_CLUSTER
 
 
+def has_pre_cluster(
+    dtype: torch.dtype, n: int, hidden_size: int, has_post: bool, limits: Architecture
+) -> bool:
+    """fused_pre, post_pre: whether a kernel's clusters of CTAs hold these streams."""
+    return dtype == torch.bfloat16 and pre_cluster(n, hidden_size, has_post, limits)[0] > 0
+
+
+def pre_reads_once(
+    dtype: torch.dtype,
+    num_tokens: int,
+    n: int,
+    hidden_size: int,
+    num_splits: int | None,
+    has_post: bool,
+) -> bool:
+    """fused_pre, post_pre: whether they are made in one pass over the streams.
+
+    Not of few tokens, not with an explicit `num_splits`, which asks for the bits of `projection`,
+    and not in the batch-invariant mode, in which all numbers of tokens have the same kernels.
+    """
+    limits = _device.limits()
+    return (
+        num_splits is None
+        and num_tokens * hidden_size >= ONCE_ELEMENTS
+        and not config.get_batch_invariant()
+        and has_pre_cluster(dtype, n, hidden_size, has_post, limits)
+        and has_clusters_of(pre_cluster(n, hidden_size, has_post, limits)[0])
+    )
+
+
 def has_clusters_of(size: int) -> bool:
-    """identity_pre: whether clusters of so many CTAs are launched.
+    """identity_pre, fused_pre, post_pre: whether clusters of so many CTAs are launched.
 
     Of more than PORTABLE_CLUSTER where a GPC of the GPU has enough SMs, and not in the
     batch-invariant mode, whose bits are those of every GPU.

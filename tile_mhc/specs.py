@@ -281,6 +281,18 @@ def _clusters(backward: bool) -> Callable[[Sizes], list[Arguments]]:
     return of
 
 
+def _pre_clusters(has_post: bool) -> Callable[[Sizes], list[Arguments]]:
+    """All of a pre in one pass, with the post before it or without, where it has a kernel."""
+
+    def of(s: Sizes) -> list[Arguments]:
+        dtype = getattr(torch, s.dtype)
+        if not selection.has_pre_cluster(dtype, s.n, s.hidden, has_post, s.limits):
+            return []
+        return [_kernel(s.hidden, **dtypes) for dtypes in _parameters(s)]
+
+    return of
+
+
 def _identity_gates(s: Sizes) -> list[Arguments]:
     # Where it makes two passes, as it does into an accumulator.
     twice = selection.identity_reads_twice(getattr(torch, s.dtype), s.n, s.hidden, True, s.limits)
@@ -625,6 +637,20 @@ SPECS = (
         _clusters(backward=True),
     ),
     Spec("fused_pre", "fused_pre", _PRE_OPS, _PRE, _fused_pres),
+    Spec(
+        "pre_cluster_fwd",
+        "pre_cluster",
+        ("fused_pre",),
+        ("hidden_size",),
+        _pre_clusters(has_post=False),
+    ),
+    Spec(
+        "post_pre_cluster_fwd",
+        "pre_cluster",
+        ("post_pre",),
+        ("hidden_size",),
+        _pre_clusters(has_post=True),
+    ),
     Spec("delayed_mixes", "delayed_pre", _PRE_OPS, _PRE, _delayed_mixes),
     Spec("weight_parts", "delayed_pre", _PRE_OPS, _MATMUL, _weight_parts),
     Spec("delayed_pre_fwd", "delayed_pre", _PRE_OPS, _PASS, _passes),

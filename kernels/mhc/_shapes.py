@@ -210,3 +210,48 @@ def identity_cluster_size(
         if whole and identity_stages(size, width, backward, held, limits) >= 3:
             return size
     return 0
+
+
+# pre_cluster: its streams and their mixes, whose weight in two parts fills three operands of a
+# tensor core. CLUSTER_TOKENS and CLUSTER_SLOTS are those of contract_cluster, identity_cluster.
+PRE_STREAMS = 4
+PRE_MIXES = PRE_STREAMS * (PRE_STREAMS + 2)
+PRE_OPERANDS = 3
+# Columns of H per warp, and warps of a CTA, beside two more for the sums and for Sinkhorn.
+PRE_COLUMNS = 32
+PRE_WARPS = 14
+# With no more warps than this a thread has registers for all three operands.
+PRE_KEPT_WARPS = 10
+# Sums that every CTA of a cluster gets: the first mixes, and squares.
+PRE_SHARED = (PRE_STREAMS + 1) * CLUSTER_TOKENS
+# Of shared memory beside what is counted: gates, logits, mbarriers.
+PRE_BYTES = 4096
+
+
+def pre_stages(size: int, warps: int, has_post: bool, kept: int, limits: Architecture) -> int:
+    """pre_cluster: groups of tokens that fit a CTA of a cluster of `size`, beside the sums."""
+    sums = (PRE_MIXES + 1) * CLUSTER_TOKENS
+    beside = 2 * warps * sums + CLUSTER_SLOTS * size * PRE_SHARED
+    beside += size * (sums - PRE_STREAMS * CLUSTER_TOKENS)
+    operand = warps * 2 * PRE_STREAMS * 32 * 16
+    room = limits.shared_bytes - PRE_BYTES - beside * 4 - (PRE_OPERANDS - kept) * operand
+    return min(room // (warps * (PRE_STREAMS + has_post) * 32 * 16), CLUSTER_STAGES)
+
+
+@functools.cache
+def pre_cluster(
+    n: int, hidden_size: int, has_post: bool, limits: Architecture
+) -> tuple[int, int, int, int]:
+    """pre_cluster: CTAs that share a token, 0 where there is no such kernel; steps until gates have
+    come; groups of tokens that a CTA holds; operands in registers.
+    """
+    if n == PRE_STREAMS and limits.ring_bytes:
+        for size in (4, 8, 16):
+            warps = hidden_size // (size * PRE_COLUMNS)
+            if hidden_size % (size * PRE_COLUMNS) or warps > PRE_WARPS:
+                continue
+            kept = PRE_OPERANDS if warps <= PRE_KEPT_WARPS else PRE_OPERANDS - 1
+            stages = pre_stages(size, warps, has_post, kept, limits)
+            if stages >= 3:
+                return size, 2 if stages >= 5 else 1, stages, kept
+    return 0, 0, 0, 0

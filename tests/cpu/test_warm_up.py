@@ -19,6 +19,7 @@ from tile_mhc import (
     jit,
     post_pre,
     recompute,
+    selection,
     specs,
     warm_up,
 )
@@ -33,6 +34,7 @@ N = 4
 @pytest.fixture(autouse=True)
 def settings(monkeypatch):
     monkeypatch.setattr(config, "_num_sms", replaying.NUM_SMS)
+    monkeypatch.setattr(selection, "has_clusters_of", lambda _: True)
     monkeypatch.setattr(config, "settings", (replaying.NUM_SMS, False))
     monkeypatch.setattr(config, "_jit", None)
     monkeypatch.delenv("TILE_MHC_JIT", raising=False)
@@ -166,16 +168,16 @@ def test_each_kernel_is_compiled_once_several_at_a_time(gpu):
     served = Served()
     # The first two wait for one another.
     gpu.together = threading.Barrier(2)
-    done = warm_up(served, [8192, 1, 7, 16, 8192], jobs=2)
+    done = warm_up(served, [2047, 1, 7, 16, 2047], jobs=2)
     assert sorted(gpu.compiled) == sorted(set(gpu.compiled)) == sorted(done.kernels)
     assert gpu.most == 2
     assert names(done.kernels) == {"projection_fwd", "fused_pre"}
     # Few splits of K and many.
     assert len(done.kernels) == 3
     assert (done.built, done.loaded) == (3, 0)
-    assert done.token_counts == (8192, 1, 7, 16)
+    assert done.token_counts == (2047, 1, 7, 16)
     # Of those that launch the same the smallest.
-    assert served.ran == [1, 8192]
+    assert served.ran == [1, 2047]
 
 
 def test_again_nothing_is_compiled(gpu):

@@ -115,6 +115,19 @@ void push_vector(emu::Address<T> to, const float *from, int rank, emu::Mbarrier 
   emu::push_registers({to.buffer, to.at}, from, rank, 16, full);
 }
 
+// An address is no number here.
+template <typename T> emu::Address<T> smem_ptr_to_uint(emu::Address<T> address) { return address; }
+inline emu::Mbarrier &smem_ptr_to_uint(emu::Mbarrier *full) { return *full; }
+
+namespace cute {
+
+template <typename T>
+void store_shared_remote(uint32_t value, emu::Address<T> to, emu::Mbarrier &full, uint32_t rank) {
+  emu::push_registers({to.buffer, to.at}, &value, rank, sizeof value, full);
+}
+
+}  // namespace cute
+
 namespace tl {
 
 enum class DataType { kBFloat16, kTensorFloat32, kFloat32 };

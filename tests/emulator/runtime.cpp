@@ -182,7 +182,10 @@ static Mbarrier &push_bytes(Address<void> to, const char *from, int rank, int by
   Mbarrier &full = other.mbarriers[&mine - cta.mbarriers];
   if (!other.left) fail("copy to a CTA that has left");
   if (!full.barrier.expected) fail("mbarrier without a count");
-  if ((to.at - to.buffer->base) % 16 || bytes % 16) fail("copy is not aligned to 16 bytes");
+  // A store of one number, or vectors.
+  const int whole = bytes == CELL ? CELL : 16;
+  if ((to.at - to.buffer->base) % whole || bytes % whole)
+    fail("copy is not aligned to %d bytes", whole);
   Buffer *there = &other.shared_buffers[to.buffer - cta.shared_buffers.data()];
   char *destination = there->base + (to.at - to.buffer->base);
   if (to.at < to.buffer->base || to.at + bytes > to.buffer->base + to.buffer->bytes)
@@ -222,6 +225,11 @@ void Mbarrier::arrive() {
   if (barrier.arrived == barrier.expected) fail("one arrival more than the mbarrier counts");
   ++barrier.arrived;
   come(0);
+}
+
+void Mbarrier::arrive_and_expect_tx(int count) {
+  bytes += count;
+  arrive();
 }
 
 void Mbarrier::wait(uint32_t parity) {

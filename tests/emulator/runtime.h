@@ -100,6 +100,7 @@ struct Mbarrier {
     bytes = 0;
   }
   void arrive();
+  void arrive_and_expect_tx(int count);
   void come(int count);
   void wait(uint32_t parity);
 };

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tile_mhc import errors, jit, reference, selection
 from tile_mhc.kernels._shapes import is_no_eps
-from tile_mhc.ops import _flops
+from tile_mhc.ops import _flops, pre_cluster
 from tile_mhc.ops import delayed_pre as delayed_op
 from tile_mhc.ops import gates as gates_op
 from tile_mhc.ops import log_sinkhorn as log_sinkhorn_op
@@ -124,10 +124,12 @@ def fused_pre(
     mixes = projection(residual, weight);  pre_mix, post_mix, logits = split_mixes(mixes)
     layer_input = aggregate(residual, pre_mix);  comb_mix = sinkhorn(logits)
 
-    The outputs are the bits of the four ops one after another, with the same `num_splits`; but for
-    a `pre_mix` with `num_splits` None, see `post_pre`. The
-    gradient of the residual is rounded once for both its uses, where the four ops round it twice
-    and autograd their sum.
+    With an explicit `num_splits` the outputs are the bits of the four ops one after another.
+    Without, what hangs on the projection may differ in its last bits, as its sums are taken in
+    another order: with a `pre_mix`, see `post_pre`; and for many tokens where clusters of CTAs hold
+    them (bfloat16, n = 4, the usual H up to 7168, no layer_norm_weight), which read the streams
+    once. Not so in the batch-invariant mode. The gradient of the residual is rounded once for both
+    its uses, where the four ops round it twice and autograd their sum.
 
     With `passes_residual` the residual is an output too, for the `post` of the sub-layer to read.
     The gradient that comes back for it is then added inside this op's backward, before the one
@@ -276,7 +278,28 @@ def launch(
     layer_norm: Norm | None = None,
 ) -> tuple[Tensor, ...]:
     outputs = empty(residual)
-    if residual.numel():
+    if not residual.numel():
+        return outputs
+    n, hidden_size = residual.shape[-2:]
+    num_tokens = residual.numel() // (n * hidden_size)
+    if layer_norm is None and selection.pre_reads_once(
+        residual.dtype, num_tokens, n, hidden_size, num_splits, has_post=False
+    ):
+        pre_cluster.forward(
+            residual,
+            weight,
+            scale,
+            bias,
+            norm_weight,
+            norm_eps,
+            pre_eps,
+            sinkhorn_eps,
+            post_mult,
+            sinkhorn_repeat,
+            tf32,
+            outputs,
+        )
+    else:
         sums = projection_op.split_products(residual, weight, norm_weight, num_splits, tf32)
         launch_from(
             *sums,

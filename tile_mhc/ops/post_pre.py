@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tile_mhc import errors, jit, reference, selection
 from tile_mhc.accumulator import GradAccumulator
-from tile_mhc.ops import _flops
+from tile_mhc.ops import _flops, pre_cluster
 from tile_mhc.ops import delayed_pre as delayed_op
 from tile_mhc.ops import fused_pre as fused_op
 from tile_mhc.ops import gates as gates_op
@@ -123,7 +123,8 @@ def post_pre(
     With an explicit `num_splits` the outputs are the bits of the separate ops. Without, so are the
     streams, and with a `pre_mix` the layer input; what hangs on the projection may differ in its
     last bits where one pass over the streams makes and projects them (bfloat16, n = 4, H a multiple
-    of 64, no layer_bias), which sums by columns of all streams at once.
+    of 64, no layer_bias), which sums by columns of all streams at once. Where `fused_pre` reads its
+    streams once, the same pass is theirs and the post's without a `pre_mix`: the bits of the two.
 
     Gradients of parameters that carry `main_grad` go into that: see `tile_mhc.main_grad`.
 
@@ -234,13 +235,33 @@ def _cuda(
     n, hidden_size = residual.shape[-2:]
     one_pass = selection.is_one_pass(residual.dtype, n, hidden_size, num_splits)
     norm = None if layer_norm_weight is None else (layer_norm_weight, layer_norm_eps)
-    if one_pass and layer_bias is None and residual.numel():
+    plain = layer_bias is None and residual.numel() > 0
+    if (
+        plain
+        and pre_mix is None
+        and norm is None
+        and selection.pre_reads_once(
+            residual.dtype,
+            layer_output.numel() // hidden_size,
+            n,
+            hidden_size,
+            num_splits,
+            has_post=True,
+        )
+    ):
+        outputs = fused_op.empty(residual)
+        layer_input, *mixes = outputs
+        of_pass = (layer_output, post_mix, comb_mix, streams)
+        given: list[Any] = [residual, *gates[1:], norm_weight, *steps, tf32, outputs, of_pass]
+        pre_cluster.forward(*given)
+        mixes.insert(0, delayed_op.no_mix(residual))
+    elif one_pass and plain:
         of_post = (layer_output, residual, post_mix, comb_mix)
         outputs = (delayed_op if pre_mix is not None else fused_op).empty(residual)
         layer_input, *mixes = outputs
         sums = _launch_pass(*of_post, pre_mix, weight, norm_weight, tf32, streams, layer_input)
         if pre_mix is None:
-            given: list[Any] = [*sums, *gates, norm_weight, *steps, tf32, outputs, norm]
+            given = [*sums, *gates, norm_weight, *steps, tf32, outputs, norm]
             fused_op.launch_from(*given)
             mixes.insert(0, delayed_op.no_mix(residual))
         else:
