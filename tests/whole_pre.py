@@ -32,8 +32,11 @@ NONE = {
 
 @contextlib.contextmanager
 def always() -> Iterator[None]:
-    """Within: also of few tokens."""
-    with mock.patch.object(selection, "ONCE_ELEMENTS", 0):
+    """Within: also of few tokens, and of any width that has the kernel."""
+    with (
+        mock.patch.object(selection, "ONCE_ELEMENTS", 0),
+        mock.patch.object(selection, "POST_ONCE_HIDDEN", 0),
+    ):
         yield
 
 

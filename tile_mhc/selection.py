@@ -43,8 +43,12 @@ DELAYED_START_TILES = 0.5
 # SMs of a GPU that has at least one GPC of 16: of eight GPCs with 14 or fewer it would have 112.
 LARGE_CLUSTER_SMS = 113
 # fused_pre, post_pre: tokens times columns of a stream from which one pass over them is faster than
-# two.
+# two. H200, 2026-11, us of one and of two: 72 and 75 at 2048x7168, 239 and 268 at 8192x7168, 50 and
+# 61 at 8192x1280; 30 and 29 at 512x7168.
 ONCE_ELEMENTS = 1 << 23
+# post_pre: the least width for which it is. H200, 2026-11, us of one pass and of two: 93 and 92 at
+# 4096x2560, 137 and 144 at 4096x4096, 432 and 489 at 8192x7168.
+POST_ONCE_HIDDEN = 4096
 # Blocks of a split in the batch-invariant mode: more of them leave a GPU with few tokens idle,
 # fewer make more partial sums where there are many.
 INVARIANT_BLOCKS = 16
@@ -153,6 +157,7 @@ def pre_reads_once(
     return (
         num_splits is None
         and num_tokens * hidden_size >= ONCE_ELEMENTS
+        and (hidden_size >= POST_ONCE_HIDDEN or not has_post)
         and not config.get_batch_invariant()
         and has_pre_cluster(dtype, n, hidden_size, has_post, limits)
         and has_clusters_of(pre_cluster(n, hidden_size, has_post, limits)[0])

@@ -27,7 +27,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(selection, "has_clusters_of", lambda _: True)
 
 
-def reads_once(has_post, *, tokens=ENOUGH, dtype=torch.bfloat16, n=4, hidden=1280, splits=None):
+def reads_once(has_post, *, tokens=ENOUGH, dtype=torch.bfloat16, n=4, hidden=5120, splits=None):
     return selection.pre_reads_once(dtype, tokens, n, hidden, splits, has_post)
 
 
@@ -40,7 +40,7 @@ def test_when(has_post, monkeypatch):
     assert not reads_once(has_post, hidden=1600)
     assert not reads_once(has_post, splits=1)
     monkeypatch.setattr(selection, "has_clusters_of", lambda size: size <= 8)
-    assert reads_once(has_post, hidden=2560)
+    assert reads_once(has_post, hidden=2560) == (not has_post)
     assert not reads_once(has_post, hidden=7168)
 
 
