@@ -46,9 +46,9 @@ LARGE_CLUSTER_SMS = 113
 # two. H200, 2026-11, us of one and of two: 72 and 75 at 2048x7168, 239 and 268 at 8192x7168, 50 and
 # 61 at 8192x1280; 30 and 29 at 512x7168.
 ONCE_ELEMENTS = 1 << 23
-# post_pre: the least width for which it is. H200, 2026-11, us of one pass and of two: 93 and 92 at
+# post_pre: the least width for which it is. H200, 2026-11, us of one pass and of two: 87 and 92 at
 # 4096x2560, 137 and 144 at 4096x4096, 432 and 489 at 8192x7168.
-POST_ONCE_HIDDEN = 4096
+POST_ONCE_HIDDEN = 2560
 # Blocks of a split in the batch-invariant mode: more of them leave a GPU with few tokens idle,
 # fewer make more partial sums where there are many.
 INVARIANT_BLOCKS = 16
@@ -218,17 +218,17 @@ def _clusters_at_once(size: int) -> int | None:
     return _occupancy.clusters_at_once(device, size, _device.limits().shared_bytes)
 
 
-def num_clusters(num_tokens: int, size: int, *, backward: bool) -> int:
+def num_clusters(num_tokens: int, size: int, *, bound_by_memory: bool) -> int:
     """How many clusters of `size` CTAs to launch: as many as have tokens, and as run at once.
 
     One cluster more than fits doubles the time. An H200's 132 SMs hold 30 of four CTAs and 15 of
-    eight, as GPCs with fewer than 16 SMs leave some out: for a backward the driver is asked. Where
-    it cannot be, or `set_num_sms` leaves some SMs to others, nobody knows which, an eighth is left.
-    So it is in a forward, which waits for memory alone: H200, 2026-11, 8192x7168, 14 and 15
-    clusters, us: contract 148 and 152, its backward 304 and 291. At least one, also where that
-    leaves fewer than `size`.
+    eight, as GPCs with fewer than 16 SMs leave some out: the driver is asked. Where it cannot be,
+    or `set_num_sms` leaves some SMs to others, nobody knows which, an eighth is left. So it is for
+    a kernel that waits for memory alone: H200, 2026-11, 8192x7168, us of 14 and 15 clusters:
+    contract 148 and 152, its backward, which has more to compute, 304 and 291; fused_pre at
+    4096x2560 48.2 and 46.4. At least one, also where that leaves fewer than `size`.
     """
-    at_once = None if not backward or config._leaves_sms() else _clusters_at_once(size)
+    at_once = None if bound_by_memory or config._leaves_sms() else _clusters_at_once(size)
     if at_once is None:
         sms = config.get_num_sms()
         at_once = (sms * 7 // 8 if size > 2 else sms) // size

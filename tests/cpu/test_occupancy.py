@@ -96,16 +96,19 @@ def test_without_bindings_nobody_knows(monkeypatch):
 
 
 def test_as_many_clusters_as_the_driver_says_or_an_eighth_is_left(monkeypatch):
-    def most(backward=True):
-        return [selection.num_clusters(10**6, size, backward=backward) for size in (8, 4, 2)]
+    def most(bound_by_memory=False):
+        return [
+            selection.num_clusters(10**6, size, bound_by_memory=bound_by_memory)
+            for size in (8, 4, 2)
+        ]
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(config, "_device_num_sms", lambda _: 132)
     answers = {8: 15, 4: 30, 2: 66}
     monkeypatch.setattr(selection, "_clusters_at_once", answers.get)
     assert most() == [15, 30, 66]
-    assert most(backward=False) == [14, 28, 66]
-    assert selection.num_clusters(17, 8, backward=True) == 3
+    assert most(bound_by_memory=True) == [14, 28, 66]
+    assert selection.num_clusters(17, 8, bound_by_memory=False) == 3
     monkeypatch.setattr(config, "_num_sms", 120)
     assert most() == [13, 26, 60]
     monkeypatch.setattr(config, "_num_sms", 0)

@@ -182,8 +182,7 @@ static Mbarrier &push_bytes(Address<void> to, const char *from, int rank, int by
   Mbarrier &full = other.mbarriers[&mine - cta.mbarriers];
   if (!other.left) fail("copy to a CTA that has left");
   if (!full.barrier.expected) fail("mbarrier without a count");
-  // A store of one number, or vectors.
-  const int whole = bytes == CELL ? CELL : 16;
+  const int whole = bytes == 4 ? 4 : 16;  // one number, or vectors
   if ((to.at - to.buffer->base) % whole || bytes % whole)
     fail("copy is not aligned to %d bytes", whole);
   Buffer *there = &other.shared_buffers[to.buffer - cta.shared_buffers.data()];

@@ -16,7 +16,7 @@
 namespace emu {
 
 constexpr int MAX_THREADS = 1024;
-constexpr int MAX_CLUSTER = 8;
+constexpr int MAX_CLUSTER = 16;
 constexpr int STACK_BYTES = 128 * 1024;
 constexpr int SHARED_BYTES = 232448;  // what a CTA can have on sm_90
 constexpr int CELL = 2;               // bytes that share one entry of the shadow of shared memory

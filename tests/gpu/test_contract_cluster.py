@@ -73,7 +73,9 @@ def test_few_sms(pair):
     config.set_num_sms(1)
     try:
         assert (
-            selection.num_clusters(200, cluster_size(*pair, False, _device.limits()), backward=True)
+            selection.num_clusters(
+                200, cluster_size(*pair, False, _device.limits()), bound_by_memory=False
+            )
             == 1
         )
         oracle.check(CONTRACT, Case(200, *pair, ""), tensors, {})
@@ -155,14 +157,16 @@ def test_bfloat16_parameters(pair):
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_clusters_that_run_at_once(size):
     sms = config.get_num_sms()
-    assert selection.num_clusters(1, size, backward=True) == 1
-    assert selection.num_clusters(CLUSTER_TOKENS + 1, size, backward=True) == min(2, sms // size)
-    most = selection.num_clusters(10**6, size, backward=True)
+    assert selection.num_clusters(1, size, bound_by_memory=False) == 1
+    assert selection.num_clusters(CLUSTER_TOKENS + 1, size, bound_by_memory=False) == min(
+        2, sms // size
+    )
+    most = selection.num_clusters(10**6, size, bound_by_memory=False)
     assert size * most <= sms
     if importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings"):
         assert most == selection._clusters_at_once(size)
     config.set_num_sms(sms - 1)
     try:
-        assert selection.num_clusters(10**6, size, backward=True) <= most
+        assert selection.num_clusters(10**6, size, bound_by_memory=False) <= most
     finally:
         config.set_num_sms(0)

@@ -84,7 +84,7 @@ def test_few_sms(hidden):
     config.set_num_sms(1)
     try:
         size = identity_cluster_size(4, hidden, True, True, _device.limits())
-        assert selection.num_clusters(200, size, backward=True) == 1
+        assert selection.num_clusters(200, size, bound_by_memory=False) == 1
         unmixed.check(hidden, 200, "cuda")
     finally:
         config.set_num_sms(0)

@@ -72,7 +72,7 @@ def test_few_sms(op, hidden, repeat):
     """One cluster has all the groups; and waits for Sinkhorn, where that takes long."""
     config.set_num_sms(1)
     try:
-        assert selection.num_clusters(400, SIZES[hidden], backward=False) == 1
+        assert selection.num_clusters(400, SIZES[hidden], bound_by_memory=False) == 1
         whole_pre.check(op, hidden, 400, "cuda", sinkhorn_repeat=repeat)
     finally:
         config.set_num_sms(0)

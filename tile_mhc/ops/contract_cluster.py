@@ -54,7 +54,7 @@ def forward(
         norm_eps,
         pre_eps,
         tf32,
-        selection.num_clusters(x.shape[0], size, backward=False),
+        selection.num_clusters(x.shape[0], size, bound_by_memory=True),
     )
 
 
@@ -77,7 +77,7 @@ def backward(
     of_projection = for_part(into, {1: 1, 4: 2})
     grads = gradient_buffers(of_projection, residual, weight, norm_weight)
     size = cluster_size(n, hidden_size, True, _device.limits())
-    clusters = selection.num_clusters(x.shape[0], size, backward=True)
+    clusters = selection.num_clusters(x.shape[0], size, bound_by_memory=False)
     partials = projection_op.partial_sums(clusters, grads[1], norm_weight, of_projection)
     # One row per cluster: the bias gradients, then the scale gradient.
     gate_partials = mixes.new_empty(clusters, n + 1)

@@ -53,7 +53,7 @@ def forward(
         post_eps,
         post_mult,
         tf32,
-        selection.num_clusters(x.shape[0], size, backward=False),
+        selection.num_clusters(x.shape[0], size, bound_by_memory=True),
     )
 
 
@@ -84,7 +84,7 @@ def backward(
     of_projection = for_part(into, {1: 1, 4: 2})
     grads = gradient_buffers(of_projection, residual, weight, norm_weight)
     size = backward_size(n, hidden_size, accumulated is not None)
-    clusters = selection.num_clusters(x.shape[0], size, backward=True)
+    clusters = selection.num_clusters(x.shape[0], size, bound_by_memory=False)
     partials = projection_op.partial_sums(clusters, grads[1], norm_weight, of_projection)
     # One row per cluster: the bias gradients, then the scale gradients.
     gate_partials = mixes.new_empty(clusters, 2 * n + 2)

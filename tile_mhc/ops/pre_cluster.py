@@ -63,7 +63,7 @@ def forward(
         post_mult,
         sinkhorn_repeat,
         tf32,
-        selection.num_clusters(x.shape[0], size, backward=False),
+        selection.num_clusters(x.shape[0], size, bound_by_memory=False),
     )
     if of_post is None:
         jit.kernel("pre_cluster_fwd", hidden_size, *given)(x, *parameters, *written, *options)
