@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from tile_mhc import _device, _memory, config, errors, jit
+from tile_mhc import _device, _memory, config, errors, jit, selection
 from tile_mhc._descriptors import TYPES, DLTensor
 from tile_mhc.kernels._arch import HOPPER, Architecture
 from tile_mhc.ops import _replay
@@ -73,6 +73,8 @@ def on_architecture(limits: Architecture) -> Iterator[None]:
     with (
         mock.patch.object(torch.cuda, "current_device", return_value=None),
         mock.patch.object(_device, "limits_of", return_value=limits),
+        mock.patch.object(config, "_device_num_sms", return_value=NUM_SMS),
+        mock.patch.object(selection, "_clusters_at_once", return_value=None),
     ):
         yield
 

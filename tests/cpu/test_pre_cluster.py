@@ -40,7 +40,8 @@ def test_when(has_post, monkeypatch):
     assert not reads_once(has_post, hidden=1600)
     assert not reads_once(has_post, splits=1)
     monkeypatch.setattr(selection, "has_clusters_of", lambda size: size <= 8)
-    assert reads_once(has_post, hidden=2560) == (not has_post)
+    assert reads_once(has_post, hidden=2560)
+    assert reads_once(has_post, hidden=1280) == (not has_post)
     assert not reads_once(has_post, hidden=7168)
 
 

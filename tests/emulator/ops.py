@@ -41,7 +41,6 @@ def emulated(seed: int = 0, num_sms: int = NUM_SMS, arch: str = DEFAULT) -> Iter
         mock.patch.object(config, "get_num_sms", return_value=num_sms),
         replaying.on_architecture(ARCHITECTURES[arch]),
         mock.patch.object(selection, "has_clusters_of", return_value=True),
-        mock.patch.object(selection, "_clusters_at_once", return_value=None),
         launch.settings(seed=seed),
     ):
         yield
