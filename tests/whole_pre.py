@@ -18,8 +18,9 @@ OPS = (FUSED_PRE, POST_PRE)
 KERNELS = {FUSED_PRE.name: "pre_cluster_fwd", POST_PRE.name: "post_pre_cluster_fwd"}
 OPTIONS = {"sinkhorn_repeat": 5, "post_mult": 2.0}
 OF_POST = ("layer_output", "residual", "post_mix", "comb_mix")
-# CTAs a token by width.
+# CTAs a token by width; with a post the widest has no kernel.
 SIZES = {256: 4, 1024: 4, 1280: 4, 2560: 8, 4096: 16, 5120: 16, 7168: 16}
+POST_SIZES = SIZES | {7168: 0}
 # Where there is no such kernel: streams, width, and why.
 NONE = {
     (2, 1024): "fewest streams",

@@ -47,7 +47,7 @@ LARGE_CLUSTER_SMS = 113
 # 61 at 8192x1280; 30 and 29 at 512x7168.
 ONCE_ELEMENTS = 1 << 23
 # post_pre: the least width for which it is. H200, 2026-11, us of one pass and of two: 87 and 92 at
-# 4096x2560, 137 and 144 at 4096x4096, 432 and 489 at 8192x7168.
+# 4096x2560, 137 and 144 at 4096x4096; for H = 7168 see `pre_cluster`.
 POST_ONCE_HIDDEN = 2560
 # Blocks of a split in the batch-invariant mode: more of them leave a GPU with few tokens idle,
 # fewer make more partial sums where there are many.

@@ -32,7 +32,6 @@ from tile_mhc.kernels._shapes import (
     CLUSTER_SLOTS,
     CLUSTER_TOKENS,
     PRE_COLUMNS,
-    PRE_KEPT_WARPS,
     PRE_MIXES,
     PRE_OPERANDS,
     PRE_SHARED,
@@ -177,8 +176,7 @@ def share_sums(
     rest: T.Buffer,
     full: T.Buffer,
     rank: T.int32,
-    taker: T.int32,
-    takers: int,
+    warp: T.int32,
     lane: T.int32,
     cluster: int,
     warps: int,
@@ -186,15 +184,15 @@ def share_sums(
 ):
     """Add up some of what the warps of this CTA have, and send it to those who need it.
 
-    Each of `takers` warps takes as many sums: 16 at a time, of two lanes each, which share the
-    warps and, of what goes to all, the CTAs; or 32, where takers are few.
+    Each warp takes as many sums: 16 at a time, of two lanes each, which share the warps and, of
+    what goes to all, the CTAs; or 32, where warps are few.
     """
-    sharing = 2 if takers * 16 >= COUNT else 1
+    sharing = 2 if warps * 16 >= COUNT else 1
     each = 32 // sharing
     part = lane // each
     targets = cluster // sharing
-    for turn in T.unroll(-(-COUNT // (takers * each))):
-        k = (turn * takers + taker) * each + lane % each
+    for turn in T.unroll(-(-COUNT // (warps * each))):
+        k = (turn * warps + warp) * each + lane % each
         total[0] = 0.0
         if k < COUNT:
             for q in T.unroll(-(-warps // sharing)):
@@ -306,10 +304,6 @@ def one_pass(
     # this CTA's next one its last warp must have read those that it has.
     late = cluster - lag
     rows = N + has_post
-    # Whether one warp adds up all sums: where the others have much to do themselves. H200, 2026-11,
-    # 8192x7168 with a post: 432 us, and 470 where all do; without 245 and 239, and 170 and 137 of
-    # 4096x4096 with one.
-    alone = has_post and warps > PRE_KEPT_WARPS
     # Whether registers have room for what is weighed before its gates are there.
     early = kept == PRE_OPERANDS and not has_post
     has_norm = norm_weight_dtype != ""
@@ -506,7 +500,7 @@ def one_pass(
                             for v in T.vectorized(VECTOR):
                                 held[i, v] = ring[slots[1], warp, i, lane, v]
                     T.sync_threads(BARRIER, members)
-                    if not alone and step < steps[0]:
+                    if step < steps[0]:
                         share_sums(
                             warp_sums,
                             step,
@@ -515,7 +509,6 @@ def one_pass(
                             full,
                             rank,
                             warp,
-                            warps,
                             lane,
                             cluster,
                             warps,
@@ -572,21 +565,6 @@ def one_pass(
                     if step < steps[0]:
                         if lane == 0:
                             T.mbarrier_arrive_expect_tx(full[step % SLOTS], cluster * SHARED * 4)
-                        if alone:
-                            share_sums(
-                                warp_sums,
-                                step,
-                                parts,
-                                rest,
-                                full,
-                                rank,
-                                0,
-                                1,
-                                lane,
-                                cluster,
-                                warps,
-                                two,
-                            )
                         if has_post:
                             store_factors(factors, lane, given, step % 2)
                             t[0] = (first + (step + 3) * clusters) * GROUP

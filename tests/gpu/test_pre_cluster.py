@@ -9,7 +9,7 @@ from cases import PARAMETERS, Case, Dtypes
 from launched import launched
 from tile_mhc import _device, config, selection
 from tile_mhc.kernels._shapes import pre_cluster
-from whole_pre import KERNELS, OPTIONS, SIZES
+from whole_pre import KERNELS, OPTIONS, POST_SIZES, SIZES
 
 OPS = pytest.mark.parametrize("op", whole_pre.OPS, ids=str)
 HIDDEN = pytest.mark.parametrize("hidden", SIZES)
@@ -32,6 +32,7 @@ def clusters():
 def test_which_kernels_run(op, n, hidden):
     tensors = whole_pre.inputs(op, hidden, 65, "cuda", n=n)
     size = pre_cluster(n, hidden, op.name == "post_pre", _device.limits())[0]
+    assert n != 4 or size == (POST_SIZES if op.name == "post_pre" else SIZES).get(hidden, 0)
     expected = size > 0 and selection.has_clusters_of(size)
     assert (KERNELS[op.name] in launched(lambda: op.run(**tensors))) == expected
 
@@ -78,7 +79,7 @@ def test_few_sms(op, hidden, repeat):
         config.set_num_sms(0)
 
 
-@HIDDEN
+@pytest.mark.parametrize("hidden", [h for h, size in POST_SIZES.items() if size])
 def test_bits_of_two_ops(hidden):
     whole_pre.check_two_ops(hidden, 777, "cuda")
 
