@@ -123,8 +123,9 @@ def post_pre(
     With an explicit `num_splits` the outputs are the bits of the separate ops. Without, so are the
     streams, and with a `pre_mix` the layer input; what hangs on the projection may differ in its
     last bits where one pass over the streams makes and projects them (bfloat16, n = 4, H a multiple
-    of 64, no layer_bias), which sums by columns of all streams at once. Where `fused_pre` reads its
-    streams once, the same pass is theirs and the post's without a `pre_mix`: the bits of the two.
+    of 64, no layer_bias), which sums by columns of all streams at once. Without a `pre_mix` many
+    tokens of the usual H from 2560 to 5120 take one pass for all, with the bits of `post` and then
+    `fused_pre` in one pass; in the batch-invariant mode always two.
 
     Gradients of parameters that carry `main_grad` go into that: see `tile_mhc.main_grad`.
 
