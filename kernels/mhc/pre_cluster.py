@@ -38,7 +38,7 @@ from tile_mhc.kernels._shapes import (
     PRE_STREAMS,
     pre_cluster,
 )
-from tile_mhc.kernels.contract_cluster import BARRIER, RING, count_steps
+from tile_mhc.kernels.contract_cluster import BARRIER, RING, count_steps, multiply
 from tile_mhc.kernels.mixes import logit, sigmoid
 from tile_mhc.kernels.projection import (
     LARGE_SQUARES,
@@ -70,30 +70,10 @@ COME, READ = SLOTS, SLOTS + 1
 PIECES = 2 * N
 
 
-@T.macro
-def multiply(a: T.Buffer, first: int, b: T.Buffer, at: int, out: T.Buffer, row: int):
-    """out[row] += A B for one m16n8k16 product of bfloat16, of which each lane has its part."""
-    T.ptx_mma(
-        "float32",
-        "m16n8k16",
-        "row",
-        "col",
-        "bf16",
-        "bf16",
-        "fp32",
-        a.data,
-        first,
-        b.data,
-        at,
-        out.data,
-        row * 4,
-        T.bool(False),
-    )
-
-
 def place(piece: int, v: int, lower: bool):
     """Where value v of a lane's vector lies in operand 2 * piece + v // 4, for the rows from 0 or 8
-    on: see `stack`."""
+    on. Which columns a lane's values come from does not matter, as long as both operands agree:
+    here it has eight neighbours, where the tensor core's layout has pairs."""
     return (2 * piece + v // 4) * VECTOR + v % 4 // 2 * 4 + 2 * lower + v % 2
 
 
@@ -467,14 +447,14 @@ def one_pass(
                                     values[v] = ring[slots[0], warp, i, lane, half * 4 + v]
                             for p in tuple(range(kept)):
                                 operand = p * PIECES + 2 * i + half
-                                multiply(w, operand * VECTOR, values, 0, sums, p)
+                                multiply(w, values, 0, sums, p, operand * VECTOR)
                             if kept < PRE_OPERANDS:
                                 for v in T.vectorized(VECTOR):
                                     a[v] = low[warp, 2 * i + half, lane, v]
-                                multiply(a, 0, values, 0, sums, kept)
+                                multiply(a, values, 0, sums, kept)
                             for v in T.unroll(4):
                                 own[v // 2 * 4 + v % 2] = values[v]
-                            multiply(own, 0, values, 0, sums, PRE_OPERANDS)
+                            multiply(own, values, 0, sums, PRE_OPERANDS)
                         # A lane has two tokens of each of its mixes, by high and by low parts.
                         g = lane % 4 * 2
                         for k in T.unroll(2):
