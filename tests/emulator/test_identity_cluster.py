@@ -41,7 +41,11 @@ def test_sizes_of_clusters(hidden):
     assert sizes == unmixed.SIZES[hidden]
 
 
-@pytest.mark.parametrize("norm", [True, False], ids=["norm_weight", "plain"])
+# `test_every_kernel_runs` has those without, too; a build takes ten seconds.
+PLAIN = pytest.param(False, marks=pytest.mark.scheduled)
+
+
+@pytest.mark.parametrize("norm", [True, PLAIN], ids=["norm_weight", "plain"])
 @HIDDEN
 def test_tokens(hidden, norm):
     """A part of a group, a whole one and one more."""
@@ -98,6 +102,7 @@ def test_small_gradients(hidden):
     unmixed.check_small_gradients(hidden, "cpu")
 
 
+@pytest.mark.scheduled
 @ONE
 def test_bfloat16_parameters(hidden):
     tensors = unmixed.inputs(hidden, 40, "cpu")

@@ -101,6 +101,7 @@ def test_without_eps_of_sinkhorn(op, hidden):
     whole_pre.check(op, hidden, 13, "cpu", sinkhorn_eps=0.0)
 
 
+@pytest.mark.scheduled
 @OPS
 @HIDDEN
 def test_bfloat16_parameters(op, hidden):
