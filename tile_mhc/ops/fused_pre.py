@@ -282,41 +282,29 @@ def launch(
         return outputs
     n, hidden_size = residual.shape[-2:]
     num_tokens = residual.numel() // (n * hidden_size)
+    of_both = (
+        residual,
+        weight,
+        scale,
+        bias,
+        norm_weight,
+        norm_eps,
+        pre_eps,
+        sinkhorn_eps,
+        post_mult,
+        sinkhorn_repeat,
+        tf32,
+        outputs,
+    )
     if layer_norm is None and selection.pre_reads_once(
         residual.dtype, num_tokens, n, hidden_size, num_splits, has_post=False
     ):
-        pre_cluster.forward(
-            residual,
-            weight,
-            scale,
-            bias,
-            norm_weight,
-            norm_eps,
-            pre_eps,
-            sinkhorn_eps,
-            post_mult,
-            sinkhorn_repeat,
-            tf32,
-            outputs,
-        )
+        pre_cluster.forward(*of_both)
     else:
-        sums = projection_op.split_products(residual, weight, norm_weight, num_splits, tf32)
-        launch_from(
-            *sums,
-            residual,
-            weight,
-            scale,
-            bias,
-            norm_weight,
-            norm_eps,
-            pre_eps,
-            sinkhorn_eps,
-            post_mult,
-            sinkhorn_repeat,
-            tf32,
-            outputs,
-            layer_norm,
+        products, squares = projection_op.split_products(
+            residual, weight, norm_weight, num_splits, tf32
         )
+        launch_from(products, squares, *of_both, layer_norm)
     return outputs
 
 
