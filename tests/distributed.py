@@ -302,8 +302,8 @@ def megatron_fsdp(
     strategy: str,
     parameters: torch.dtype,
     main_grads: torch.dtype,
-    units: tuple[type[nn.Module], ...] = (Layer, Head),
-    device: str = "cuda",
+    units: tuple[type[nn.Module], ...],
+    device: str,
 ) -> None:
     """The package megatron-fsdp; on the CPU with streams that are none."""
     # An older megatron-core beside it has another configuration, which it would take for its own.

@@ -5,7 +5,7 @@ import far_apart
 import oracle
 import saturation
 from cases import FUSED_PRE, PRE_OUTPUTS, Case, streams
-from tile_mhc import aggregate, fused_pre, projection, reference, sinkhorn, split_mixes
+from tile_mhc import aggregate, fused_pre, projection, reference, selection, sinkhorn, split_mixes
 
 
 def unfused(residual, weight, scale, bias, num_splits, options, norm_weight=None, tf32=False):
@@ -142,8 +142,11 @@ def test_strided_gradients():
 
 @streams
 def test_same_bits_as_the_ops(case):
+    """By themselves where both make two passes; in one pass the sums have another order."""
     tensors, options = FUSED_PRE.inputs(*case.shape, "cuda")
-    check_bits(tensors, options, None)
+    residual = tensors["residual"]
+    once = selection.pre_reads_once(residual.dtype, *residual.shape, None, has_post=False)
+    check_bits(tensors, options, 4 if once else None)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 64, 65, 130, 1000])

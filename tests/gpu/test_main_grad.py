@@ -164,7 +164,8 @@ def check_saved(folder, ranks, parameters, main_grads):
 def test_megatron_fsdp(strategy, parameters, main_grads, ranks, tmp_path):
     if importlib.util.find_spec("megatron_fsdp") is None:  # not imported: it asks for megatron-core
         pytest.skip("could not import 'megatron_fsdp'")
-    run(distributed.megatron_fsdp, ranks, tmp_path, strategy, parameters, main_grads)
+    units = distributed.Layer, distributed.Head
+    run(distributed.megatron_fsdp, ranks, tmp_path, strategy, parameters, main_grads, units, "cuda")
     check_saved(tmp_path, ranks, parameters, main_grads)
 
 
