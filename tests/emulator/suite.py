@@ -50,8 +50,9 @@ from tile_mhc.compat.tile_kernels import mhc as tile_kernels_mhc
 
 TE_DTYPES = te_cases.DTYPES[0]
 PAIRS = ((2, 64), (4, 192), (8, 128))
-# A build costs seconds, and there are hundreds. By default every kernel is built at one pair,
-# and at the others what the tests of ops run; TILE_MHC_EMULATOR=full builds all of them.
+# A build costs seconds, and there are hundreds. By default the tests of ops run at one pair, with
+# `check.sh --all` every kernel there, and at the others what tests of ops run;
+# TILE_MHC_EMULATOR=full builds all of them.
 FULL = os.environ.get("TILE_MHC_EMULATOR", "") == "full"
 VARIED = PAIRS if FULL else PAIRS[1:2]
 

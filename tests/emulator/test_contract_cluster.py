@@ -27,6 +27,8 @@ SIZES = {(4, 896): 1, (2, 64): 1, (4, 1280): 2, (2, 2560): 4, (4, 7168): 8}
 PAIRS = pytest.mark.parametrize("pair", some(SIZES, 3), ids=str)
 # With a build of its own for other dtypes.
 ONE = pytest.mark.parametrize("pair", some(SIZES), ids=str)
+# A build takes five seconds.
+PLAIN = pytest.param(False, marks=pytest.mark.scheduled)
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +50,7 @@ def test_sizes_of_clusters(pair):
     assert {cluster_size(*pair, backward, HOPPER) for backward in (False, True)} == {SIZES[pair]}
 
 
-@pytest.mark.parametrize("norm", [True, False], ids=["norm_weight", "plain"])
+@pytest.mark.parametrize("norm", [True, PLAIN], ids=["norm_weight", "plain"])
 @PAIRS
 def test_tokens(pair, norm):
     """A part of a group, a whole one and one more."""

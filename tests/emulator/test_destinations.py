@@ -88,7 +88,9 @@ def test_every_kernel_runs(pair):
 
 
 @PAIRS
-@pytest.mark.parametrize("names", [READERS, UNMIXED], ids="-".join)
+@pytest.mark.parametrize(
+    "names", [READERS, pytest.param(UNMIXED, marks=pytest.mark.scheduled)], ids="-".join
+)
 @pytest.mark.parametrize("num_tokens", [0, 1, 13, 130])
 def test_accumulator(pair, num_tokens, names):
     """Rounded once; of other gradients see `check_parameters`."""

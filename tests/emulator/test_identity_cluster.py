@@ -41,7 +41,7 @@ def test_sizes_of_clusters(hidden):
     assert sizes == unmixed.SIZES[hidden]
 
 
-# `test_every_kernel_runs` has those without, too; a build takes ten seconds.
+# A build takes ten seconds.
 PLAIN = pytest.param(False, marks=pytest.mark.scheduled)
 
 

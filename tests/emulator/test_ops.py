@@ -101,6 +101,7 @@ def test_recompute_group(case):
     run_group(case)
 
 
+@pytest.mark.scheduled
 @pytest.mark.parametrize("pair", VARIED, ids=str)
 def test_every_kernel_runs(pair):
     """What the ops launch is the table, no less and no more: tokens enough for several slices."""
@@ -178,6 +179,7 @@ def test_several_splits_and_a_ragged_one():
     assert NUM_SMS > 2
 
 
+@pytest.mark.scheduled
 @pytest.mark.parametrize(
     ("n", "hidden_size"), suite.some({(4, 1280): "", (2, 2560): "", (8, 640): ""})
 )

@@ -24,6 +24,8 @@ from whole_pre import KERNELS, OPTIONS
 SEED = 1
 OPS = pytest.mark.parametrize("op", whole_pre.OPS, ids=str)
 HIDDEN = pytest.mark.parametrize("hidden", some(whole_pre.SIZES, 1))
+# A build takes five seconds.
+PLAIN = pytest.param(False, marks=pytest.mark.scheduled)
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +46,7 @@ def test_widths_without_a_kernel(n, hidden):
 
 
 @OPS
-@pytest.mark.parametrize("norm", [True, False], ids=["norm_weight", "plain"])
+@pytest.mark.parametrize("norm", [True, PLAIN], ids=["norm_weight", "plain"])
 @HIDDEN
 def test_tokens(op, hidden, norm):
     """A part of a group, a whole one and one more."""
