@@ -105,7 +105,7 @@ T __shfl_xor_sync(uint, T value, int mask, int width = 32, int line = __builtin_
   return value;
 }
 
-// The functions that `contract_cluster` brings along.
+// The functions that `_push` brings along.
 inline void expect_bytes(emu::Mbarrier &full, uint32_t bytes) {
   full.bytes += bytes;
   full.arrive();
@@ -138,6 +138,10 @@ inline void fence_proxy_async() {}
 inline void fence_barrier_init() {}
 // The sibling without wgmma has left the products when it comes here.
 template <int pending> void wait_wgmma() {}
+
+// Registers are the compiler's here.
+template <uint32_t count> void warpgroup_reg_alloc() {}
+template <uint32_t count> void warpgroup_reg_dealloc() {}
 
 // The one thread of the CTA that sets up mbarriers.
 template <int threads> bool tl_shuffle_elect() {

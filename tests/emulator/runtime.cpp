@@ -54,19 +54,31 @@ static uint64_t next_random() {
   return state.random;
 }
 
+// What the self knows, and that all lanes of its warp come to the barrier with it, or, if not
+// `whole`, only what they did before the last one that they passed together.
+static void publish(Clock &clock, bool whole) {
+  const Thread &self = *state.self;
+  clock.join(self.seen);
+  uint32_t &own = clock.passed[self.index / 32];
+  if (own < self.passed + whole) own = self.passed + whole;
+}
+
 // `ordered`: memory before the barrier is ordered before memory after it.
 static void arrive_and_wait(Barrier &barrier, int expected, int line, bool ordered,
                             bool from_one_statement = true) {
   Thread &self = *state.self;
   state.line = line;
+  Clock &clock = barrier.clocks[barrier.generation % 2];
   if (barrier.arrived == 0) {
     barrier.expected = expected;
     barrier.line = line;
     barrier.first_thread = self.index;
+    if (ordered) clock = Clock();
   }
   if ((from_one_statement && barrier.line != line) || barrier.expected != expected)
     fail("divergent barrier: thread %d waits for it at line %d", barrier.first_thread,
          barrier.line);
+  if (ordered) publish(clock, true);
   if (++barrier.arrived == expected) {
     barrier.arrived = 0;
     ++barrier.generation;
@@ -77,7 +89,9 @@ static void arrive_and_wait(Barrier &barrier, int expected, int line, bool order
     self.waiting = nullptr;
     state.line = line;
   }
-  if (ordered) ++self.epoch;
+  if (!ordered) return;
+  self.seen.join(clock);
+  ++self.passed;
 }
 
 void block_barrier(int line) {
@@ -104,8 +118,8 @@ void named_barrier(int id, int count, int line) {
 }
 
 void warp_barrier(int line) {
-  arrive_and_wait(state.cta->warps[state.self->index / 32].barrier, lanes_of_warp(), line, false);
-  ++state.self->warp_epoch;
+  // What other warps do is ordered for all lanes by what any of them knows.
+  arrive_and_wait(state.cta->warps[state.self->index / 32].barrier, lanes_of_warp(), line, true);
 }
 
 char (*exchange(const void *mine, int bytes, int line))[64] {
@@ -116,6 +130,56 @@ char (*exchange(const void *mine, int bytes, int line))[64] {
   // Not a memory barrier: a shuffle orders no shared memory.
   arrive_and_wait(warp.barrier, lanes_of_warp(), line, false);
   return slots;
+}
+
+// Whether one that is not the self has read the cell, and no barrier is between. If not, then who has
+// is forgotten: who is ordered after the self is after them, too.
+template <typename AtOnce>
+static bool read_at_once(Cta &cta, Shadow &cell, const Thread &self, AtOnce at_once) {
+  if (cell.reader == -1 || cell.reader == self.index) return false;
+  if (cell.reader != -2) {
+    const int warp = cell.reader >= 0 ? cell.reader / 32 : -3 - cell.reader;
+    return at_once(warp, cell.read);
+  }
+  const Readers &readers = cta.readers[cell.read];
+  for (int warp = 0; warp < MAX_WARPS; ++warp) {
+    const auto &one = readers.of[warp];
+    if (one.thread != -1 && one.thread != self.index && at_once(warp, one.passed)) return true;
+  }
+  cta.free_readers.push_back(cell.read);
+  return false;
+}
+
+template <typename AtOnce>
+static void note_read(Cta &cta, Shadow &cell, const Thread &self, AtOnce at_once) {
+  const int warp = self.index / 32;
+  if (cell.reader == self.index && cell.read == self.passed) return;
+  if (!read_at_once(cta, cell, self, at_once)) {
+    cell.reader = self.index;
+    cell.read = self.passed;
+    return;
+  }
+  const int before = cell.reader >= 0 ? cell.reader / 32 : -3 - cell.reader;
+  if (cell.reader != -2 && before == warp) {
+    cell.reader = -3 - warp;
+    cell.read = self.passed;
+    return;
+  }
+  if (cell.reader != -2) {
+    if (cta.free_readers.empty()) {
+      cta.free_readers.push_back(cta.readers.size());
+      cta.readers.emplace_back();
+    }
+    const uint32_t at = cta.free_readers.back();
+    cta.free_readers.pop_back();
+    for (auto &one : cta.readers[at].of) one.thread = -1;
+    cta.readers[at].of[before] = {cell.read, int16_t(cell.reader >= 0 ? cell.reader : -2)};
+    cell.reader = -2;
+    cell.read = at;
+  }
+  auto &own = cta.readers[cell.read].of[warp];
+  const bool others = own.thread != -1 && own.thread != self.index && own.passed == self.passed;
+  own = {self.passed, int16_t(others ? -2 : self.index)};
 }
 
 void check(const Buffer &buffer, const char *at, int bytes, int alignment, bool write,
@@ -132,45 +196,43 @@ void check(const Buffer &buffer, const char *at, int bytes, int alignment, bool 
   if (!buffer.shared && !self.may_access && (write || !buffer.early))
     fail("%s of %s before the wait for the kernel before this one", verb, buffer.name);
   if (!buffer.shared) return;
+  Cta &cta = *buffer.shared;
   const int warp = self.index / 32;
-  // A barrier of the warp alone orders what its own lanes do.
-  const auto at_once = [&](int other, uint32_t epoch, uint32_t warp_epoch) {
-    return epoch == self.epoch && (other != warp || warp_epoch == self.warp_epoch);
+  const auto at_once = [&](int other, uint32_t passed) {
+    return passed >= (other == warp ? self.passed : self.seen.passed[other]);
   };
-  Shadow *cell = &buffer.shared->shadow[(at - buffer.shared->shared) / CELL];
+  Shadow *cell = &cta.shadow[(at - cta.shared) / CELL];
   for (int i = 0; i < (bytes + CELL - 1) / CELL; ++i, ++cell) {
     const long byte = offset + i * CELL;
     if (cell->writer == COMING)
       fail("%s of byte %ld of %s, to which a copy is under way", verb, byte, buffer.name);
     if (cell->writer >= 0 && cell->writer != self.index &&
-        at_once(cell->writer / 32, cell->write_epoch, cell->write_warp_epoch))
+        at_once(cell->writer / 32, cell->written))
       fail("%s of byte %ld of %s, which thread %d wrote since the last barrier", verb, byte,
            buffer.name, cell->writer);
-    // The warp of all that read it, or -1.
-    const int readers = cell->reader >= 0 ? cell->reader / 32 : -3 - cell->reader;
-    const bool read = cell->reader != -1 && cell->reader != self.index &&
-                      at_once(readers, cell->read_epoch, cell->read_warp_epoch);
     if (!write) {
       if (cell->writer == -1 && !operand)
         fail("read of byte %ld of %s, which was never written", byte, buffer.name);
-      cell->reader = !read ? self.index : readers == warp ? -3 - warp : -2;
-      cell->read_epoch = self.epoch;
-      cell->read_warp_epoch = self.warp_epoch;
+      note_read(cta, *cell, self, at_once);
     } else {
-      if (read)
+      if (read_at_once(cta, *cell, self, at_once))
         fail("write of byte %ld of %s, which another thread read since the last barrier", byte,
              buffer.name);
       cell->writer = self.index;
-      cell->write_epoch = self.epoch;
-      cell->write_warp_epoch = self.warp_epoch;
+      cell->written = self.passed;
       cell->reader = -1;
     }
   }
 }
 
 Mbarrier *mbarriers(int count) {
-  if (count > 16) fail("more mbarriers than are emulated");
+  if (count > MAX_MBARRIERS) fail("more mbarriers than are emulated");
   return state.cta->mbarriers;
+}
+
+static void forget_readers(Cta &cta, Shadow &cell) {
+  if (cell.reader == -2) cta.free_readers.push_back(cell.read);
+  cell.reader = -1;
 }
 
 // The mbarrier of the other CTA; what comes is in its `pushes` until it is waited for. `stays` is
@@ -193,6 +255,7 @@ static Mbarrier &push_bytes(Address<void> to, const char *from, int rank, int by
     Shadow &cell = other.shadow[(destination - other.shared) / CELL + i];
     if (cell.writer == COMING) fail("two copies to %s, no wait between", there->name);
     cell.writer = COMING;
+    forget_readers(other, cell);
   }
   memset(destination, POISON, bytes);
   full.pushes.push_back({&cta, there, destination, stays, {from, from + bytes},
@@ -211,12 +274,20 @@ void push_registers(Address<void> to, const void *from, int rank, int bytes, Mba
 }
 
 void Mbarrier::come(int count) {
+  // What a CTA sends to itself comes after what it knows; of other CTAs' warps nothing is kept.
+  Cta &cta = *state.cta;
+  if (this >= cta.mbarriers && this < cta.mbarriers + MAX_MBARRIERS) {
+    Clock &clock = barrier.clocks[barrier.generation % 2];
+    publish(clock, false);
+  }
   bytes += count;
   if (barrier.arrived != barrier.expected) return;
   if (bytes < 0) fail("more bytes have come to an mbarrier than were announced");
   if (bytes) return;
   barrier.arrived = 0;
   ++barrier.generation;
+  // Who waits for a phase knows what all know who came to it, and to those before.
+  barrier.clocks[barrier.generation % 2] = barrier.clocks[(barrier.generation + 1) % 2];
 }
 
 void Mbarrier::arrive() {
@@ -242,6 +313,7 @@ void Mbarrier::wait(uint32_t parity) {
     self.waiting = nullptr;
     state.line = barrier.line;
   }
+  self.seen.join(barrier.clocks[(barrier.generation + 1) % 2]);
   std::vector<Push> rest;
   for (Push &push : pushes) {
     if (push.phase >= barrier.generation) {
@@ -257,7 +329,6 @@ void Mbarrier::wait(uint32_t parity) {
     for (size_t i = 0; i < push.bytes.size() / CELL; ++i) {
       Shadow &cell = cta.shadow[(push.destination - cta.shared) / CELL + i];
       cell.writer = COPIED;
-      cell.reader = -1;
     }
   }
   pushes = rest;
@@ -333,7 +404,9 @@ static void prepare(Cta &cta) {
   cta.shared_buffers.reserve(64);
   memset(cta.shared, POISON, state.shared_bytes);
   for (int64_t i = 0; i < (state.shared_bytes + CELL - 1) / CELL; ++i)
-    cta.shadow[i] = {0, 0, 0, 0, -1, -1};
+    cta.shadow[i] = {0, 0, -1, -1};
+  cta.readers.clear();
+  cta.free_readers.clear();
 }
 
 // All CTAs of a cluster at once, from `block` on; without clusters, one.

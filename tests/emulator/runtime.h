@@ -16,7 +16,9 @@
 namespace emu {
 
 constexpr int MAX_THREADS = 1024;
+constexpr int MAX_WARPS = MAX_THREADS / 32;
 constexpr int MAX_CLUSTER = 16;
+constexpr int MAX_MBARRIERS = 32;
 constexpr int STACK_BYTES = 128 * 1024;
 constexpr int SHARED_BYTES = 232448;  // what a CTA can have on sm_90
 constexpr int CELL = 2;               // bytes that share one entry of the shadow of shared memory
@@ -35,10 +37,22 @@ struct Buffer {
   bool early = false;  // may be read before the kernel before this one has been waited for
 };
 
+// Up to which of its barriers each warp of the CTA is known to have come: what its lanes did before
+// is ordered before what now follows.
+struct Clock {
+  uint32_t passed[MAX_WARPS] = {};
+
+  void join(const Clock &other) {
+    for (int i = 0; i < MAX_WARPS; ++i)
+      if (passed[i] < other.passed[i]) passed[i] = other.passed[i];
+  }
+};
+
 // A barrier releases everyone when `expected` have come; `line` shows whether from one statement.
 struct Barrier {
   int expected = 0, arrived = 0, line = 0, first_thread = 0;
   uint64_t generation = 0;
+  Clock clocks[2];  // what those know together who come to a generation, by its parity
 };
 
 struct Copy {
@@ -56,17 +70,21 @@ struct Thread {
   bool may_access = true;         // global memory: has waited for the kernel before this one
   const Barrier *waiting = nullptr;
   uint64_t generation = 0;
-  uint32_t epoch = 0;             // barriers passed
-  uint32_t warp_epoch = 0;        // and those of its warp alone
+  uint32_t passed = 0;            // barriers, its warp's own among them: as many as of other lanes
+  Clock seen;                     // of other warps
   unsigned exchanges = 0;         // warp exchanges passed
   std::vector<Copy> open;         // cp.async since the last commit
   std::vector<std::vector<Copy>> groups;
 };
 
-// Who wrote and read a cell of shared memory last, and between which barriers.
+// Who wrote and read a cell of shared memory last, and how many barriers they had passed.
 struct Shadow {
-  uint32_t write_epoch, read_epoch, write_warp_epoch, read_warp_epoch;
+  uint32_t written, read;  // `read` of several warps: which of the CTA's `readers`
   int16_t writer, reader;  // -1: none; reader -2: several, of several warps; -3 - w: of warp w
+};
+// Those of several warps that have read a cell, none known to be before the others.
+struct Readers {
+  struct { uint32_t passed; int16_t thread; } of[MAX_WARPS];  // thread -1: none; -2: several
 };
 // Writers that are no threads: a copy from another CTA, which has been waited for, or has not.
 constexpr int COPIED = -2, COMING = -3;
@@ -111,10 +129,12 @@ struct Cta {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   Barrier barriers[16];
-  Mbarrier mbarriers[16];
+  Mbarrier mbarriers[MAX_MBARRIERS];
   std::vector<Buffer> shared_buffers;
   alignas(1024) char shared[SHARED_BYTES];
   Shadow shadow[SHARED_BYTES / CELL];
+  std::vector<Readers> readers;
+  std::vector<uint32_t> free_readers;
 };
 
 // All state of a launch. One kernel is one library, so there is one of these per kernel.
