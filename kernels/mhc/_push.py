@@ -43,6 +43,15 @@ def senders(vectors: int, cluster: int) -> int:
 
 
 @T.macro
+def announce(full: T.Buffer, slot: T.int32, cluster: int, count: int):
+    """Tell a CTA's barrier how many bytes a push of all CTAs brings."""
+    if T.get_thread_binding() % 32 == 0:
+        T.evaluate(
+            T.call_extern("handle", "expect_bytes", full[slot], T.uint32(cluster * count * 4))
+        )
+
+
+@T.macro
 def push_vectors(
     warp_sums: T.Buffer,
     buffer: T.int32,
@@ -65,10 +74,8 @@ def push_vectors(
     groups = senders(vectors, cluster)
     total = T.alloc_local((WIDTH,), T.float32)
     addend = T.alloc_local((WIDTH,), T.float32)
-    if cluster > 1 and lane == 0:
-        T.evaluate(
-            T.call_extern("handle", "expect_bytes", full[slot], T.uint32(cluster * count * 4))
-        )
+    if cluster > 1:
+        announce(full, slot, cluster, count)
     if lane < vectors * groups:
         for v in T.unroll(WIDTH):
             total[v] = 0.0
@@ -94,3 +101,47 @@ def push_vectors(
                 )
     if cluster == 1:
         T.sync_warp()
+
+
+@T.macro
+def push_shares(
+    warp_sums: T.Buffer,
+    buffer: T.int32,
+    parts: T.Buffer,
+    full: T.Buffer,
+    slot: T.int32,
+    rank: T.int32,
+    warp: T.int32,
+    cluster: int,
+    warps: int,
+    count: int,
+):
+    """The same of a cluster of several CTAs, by the warps that have the sums.
+
+    Each lane adds up one vector for one CTA; where that takes more than one warp the first ones
+    have a part each. Another warp has only to announce the bytes.
+    """
+    lane = T.get_thread_binding() % 32
+    vectors = count // WIDTH
+    each = min(vectors, 32 // cluster)
+    total = T.alloc_local((WIDTH,), T.float32)
+    addend = T.alloc_local((WIDTH,), T.float32)
+    if warp < vectors // each and lane < each * cluster:
+        for v in T.unroll(WIDTH):
+            total[v] = 0.0
+        vector = warp * each + lane % each
+        for q in T.unroll(warps):
+            for v in T.vectorized(WIDTH):
+                addend[v] = warp_sums[buffer, q, vector * WIDTH + v]
+            for v in T.unroll(WIDTH):
+                total[v] += addend[v]
+        T.evaluate(
+            T.call_extern(
+                "handle",
+                "push_vector",
+                T.access_ptr(parts[slot, rank, vector * WIDTH], "w", WIDTH),
+                T.access_ptr(total[0], "r", WIDTH),
+                lane // each,
+                full[slot],
+            )
+        )

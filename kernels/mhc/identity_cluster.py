@@ -25,7 +25,7 @@ from tilelang import tvm
 
 from tile_mhc.kernels._arch import Architecture
 from tile_mhc.kernels._common import VECTOR, builder, follow_previous, reciprocal
-from tile_mhc.kernels._push import SOURCE, push_vectors
+from tile_mhc.kernels._push import SOURCE, announce, push_shares, push_vectors
 from tile_mhc.kernels._shapes import (
     CLUSTER_SLOTS,
     CLUSTER_TOKENS,
@@ -748,6 +748,20 @@ def identity_cluster_bwd(
                                             k * N + i
                                         ]
                         T.sync_threads(BARRIER, threads)
+                        # The gates' warp has enough to do between two barriers.
+                        if not last and cluster > 1:
+                            push_shares(
+                                warp_sums,
+                                step % 2,
+                                parts,
+                                full,
+                                step % CLUSTER_SLOTS,
+                                rank,
+                                warp,
+                                cluster,
+                                warps,
+                                count,
+                            )
                         if step >= lag:
                             t0[0] = (first + (step - lag) * clusters) * GROUP + lane % 4
                             buffer[0] = (step - lag) % 2
@@ -1030,17 +1044,20 @@ def identity_cluster_bwd(
                             given[buffer[0], g, N + 3] = 0.0
                     T.sync_threads(BARRIER, threads)
                     if step < steps[0]:
-                        push_vectors(
-                            warp_sums,
-                            step % 2,
-                            parts,
-                            full,
-                            step % CLUSTER_SLOTS,
-                            rank,
-                            cluster,
-                            warps,
-                            count,
-                        )
+                        if cluster > 1:
+                            announce(full, step % CLUSTER_SLOTS, cluster, count)
+                        else:
+                            push_vectors(
+                                warp_sums,
+                                step % 2,
+                                parts,
+                                full,
+                                step % CLUSTER_SLOTS,
+                                rank,
+                                cluster,
+                                warps,
+                                count,
+                            )
                     # What nobody waits for, or does not depend on the others' sums.
                     if step >= lag:
                         for k in T.unroll(4):
