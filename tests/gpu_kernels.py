@@ -18,6 +18,7 @@ OPS_OF = {
     "fused_pre": ("fused_pre", "projection", "split_mixes", "sinkhorn", "aggregate"),
     "delayed_pre": ("fused_pre", "projection", "split_mixes", "sinkhorn", "aggregate"),
     "post_pre": ("post_pre", "fused_pre", "post"),
+    "few_pre": ("post_pre", "fused_pre"),
     "mixes": ("split_mixes",),
     "contract": ("contract", "projection", "aggregate"),
     "contract_cluster": (),

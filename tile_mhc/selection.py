@@ -21,6 +21,7 @@ from tile_mhc.kernels._shapes import (
     DELAYED_COLUMNS,
     DELAYED_TOKENS,
     FAST_HIDDEN,
+    FEW_COLUMNS,
     HISTORY_STEP,
     PORTABLE_CLUSTER,
     SUM_LANES,
@@ -46,6 +47,15 @@ LARGE_CLUSTER_SMS = 113
 # two. H200, 2026-11, us of one and of two: 72 and 75 at 2048x7168, 239 and 268 at 8192x7168, 50 and
 # 61 at 8192x1280; 30 and 29 at 512x7168.
 ONCE_ELEMENTS = 1 << 23
+# fused_pre, post_pre: the most tokens of `is_few`. H200, 2026-11, us of post_pre with a norm, L2
+# warm, by these kernels and by those for more: 15.7 and 20.6 at 128x7168, 14.4 and 15.7 at
+# 128x4096; 28.2 and 26.8 at 256x7168, 18.2 and 18.4 at 256x4096.
+FEW_TOKENS = 128
+# The same: streams of which a warp of the first launch has some columns; all four where there are
+# more tokens than the second number: 7.6 and 9.2 us of one and of four at 1x7168, 9.1 and 9.8 at
+# 16x7168, 9.9 of two and of four at 32x7168, 22.7 and 15.7 at 128x7168.
+FEW_STREAMS = (1, 4)
+FEW_TOKENS_OF_ONE = 16
 # post_pre: the least width for which it is. H200, 2026-11, us of one pass and of two: 87 and 92 at
 # 4096x2560, 137 and 144 at 4096x4096; for H = 7168 see `pre_cluster`.
 POST_ONCE_HIDDEN = 2560
@@ -88,6 +98,28 @@ def is_one_pass(
     """
     taken = n == 4 and is_fast(dtype, hidden_size) and num_splits is None
     return taken and (limits or _device.limits()).has_one_pass
+
+
+def is_few(num_tokens: int) -> bool:
+    """fused_pre, post_pre: whether so few tokens take the kernels that wait for latency alone.
+
+    Where `is_one_pass`, and not in the batch-invariant mode, in which all numbers of tokens have
+    the same kernels.
+    """
+    return num_tokens <= FEW_TOKENS and not config.get_batch_invariant()
+
+
+def few_streams(num_tokens: int) -> int:
+    """fused_pre, post_pre: of FEW_STREAMS, what so few tokens take."""
+    return FEW_STREAMS[num_tokens > FEW_TOKENS_OF_ONE]
+
+
+def few_steps(num_tokens: int, hidden_size: int, streams: int) -> int:
+    """fused_pre, post_pre: steps, of `streams` groups of tokens, that a CTA takes one after the
+    other: so many that each SM has one CTA."""
+    groups = -(-num_tokens // (streams * CLUSTER_TOKENS))
+    at_once = max(1, config.get_num_sms() // (hidden_size // FEW_COLUMNS))
+    return -(-groups // at_once)
 
 
 def has_many_splits(splits: int) -> bool:

@@ -293,6 +293,24 @@ def _pre_clusters(has_post: bool) -> Callable[[Sizes], list[Arguments]]:
     return of
 
 
+@_one_pass
+def _few_projects(s: Sizes) -> list[Arguments]:
+    # Without a post, and with one; by how many streams a warp has.
+    choices = itertools.product((False, True), selection.FEW_STREAMS, _weights(s))
+    return [_kernel(s.hidden, has_post, own, **weights) for has_post, own, weights in choices]
+
+
+@_one_pass
+def _few_pres(s: Sizes) -> list[Arguments]:
+    """With a given pre_mix and without, with a norm of the layer input and without."""
+    return [
+        _kernel(s.hidden, delayed, **dtypes, layer_norm=norm)
+        for delayed in (False, True)
+        for dtypes in _parameters(s)
+        for norm in ("", *s.parameters)
+    ]
+
+
 def _identity_gates(s: Sizes) -> list[Arguments]:
     # Where it makes two passes, as it does into an accumulator.
     twice = selection.identity_reads_twice(getattr(torch, s.dtype), s.n, s.hidden, True, s.limits)
@@ -672,6 +690,15 @@ SPECS = (
         ("hidden_size",),
         _pass_backwards,
         early=("weight", "norm_weight"),
+    ),
+    Spec("few_project", "few_pre", _PRE_OPS, ("hidden_size", "has_post", "own"), _few_projects),
+    Spec(
+        "few_pre",
+        "few_pre",
+        _PRE_OPS,
+        ("hidden_size", "delayed"),
+        _few_pres,
+        early=("scale", "bias", "given_mix", "layer_norm_weight"),
     ),
     Spec("input_norm", "post_pre", (*_PRE_OPS, "recompute"), ("hidden_size",), _input_norms),
     Spec("interleaved_aggregate_fwd", "interleaved_aggregate", _TE, _CHANNELS, _interleaved),

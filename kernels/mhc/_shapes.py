@@ -27,6 +27,10 @@ DELAYED_COLUMNS = PIECE
 # Their backward: tokens per tile; two tiles fit the shared memory beside the weight.
 DELAYED_BACKWARD_TOKENS = 32
 
+# few_pre: columns of each stream that one CTA takes, and the length of a token's row of sums.
+FEW_COLUMNS = 64
+FEW_ROW = 32
+
 # mixes, contract: tokens summed by one CTA into one row of partial sums.
 TOKENS_PER_PARTIAL = 128
 
@@ -38,6 +42,8 @@ PADDED = 32
 HISTORY_STEP = 32
 # sinkhorn: the smallest eps that its kernels, which divide by it in float32, can take.
 SMALLEST_EPS = 2.0**-100
+# The same for `sinkhorn_alone`, which takes products of four sums.
+SMALLEST_ALONE = 2.0**-26
 
 # recompute: addresses that one launch of the table kernel takes by value.
 TABLE_SLOTS = 48

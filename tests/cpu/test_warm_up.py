@@ -102,7 +102,7 @@ def test_asking_launches_nothing_and_says_what_would_be():
     with jit.asking() as asked_for:
         outputs = fused_pre(*tensors_on("meta", 16))
     assert outputs[0].shape == (16, HIDDEN)
-    assert [name for name, _ in asked_for] == ["projection_fwd", "fused_pre"]
+    assert [name for name, _ in asked_for] == ["few_project", "few_pre"]
     assert all(args in specs.BY_NAME[name].arguments(specs.Sizes(N, HIDDEN))
                for name, args in asked_for)  # fmt: skip
     assert not jit.is_asking()
@@ -171,10 +171,9 @@ def test_each_kernel_is_compiled_once_several_at_a_time(gpu):
     done = warm_up(served, [2047, 1, 7, 16, 2047], jobs=2)
     assert sorted(gpu.compiled) == sorted(set(gpu.compiled)) == sorted(done.kernels)
     assert gpu.most == 2
-    assert names(done.kernels) == {"projection_fwd", "fused_pre"}
-    # Few splits of K and many.
-    assert len(done.kernels) == 3
-    assert (done.built, done.loaded) == (3, 0)
+    assert names(done.kernels) == {"few_project", "few_pre", "projection_fwd", "fused_pre"}
+    assert len(done.kernels) == 4
+    assert (done.built, done.loaded) == (4, 0)
     assert done.token_counts == (2047, 1, 7, 16)
     # Of those that launch the same the smallest.
     assert served.ran == [1, 2047]
@@ -203,7 +202,8 @@ def test_covers(gpu):
     served = Served()
     few = warm_up(served, [1])
     assert few.covers(0)
-    assert few.covers(300)
+    assert few.covers(16)
+    assert not few.covers(17)
     assert not few.covers(8192)
     assert warm_up(served, [1, 8192]).covers(5000)
     with pytest.raises(
@@ -212,8 +212,8 @@ def test_covers(gpu):
         few.covers(-1)
 
 
-def test_five_counts_cover_every_number(gpu):
-    """What docs/serving.md says, of all that the stacks call at the widths of DeepSeek's models."""
+def test_six_counts_cover_every_number(gpu):
+    """What docs/api/serving.md says, of all that the stacks call at DeepSeek's models' widths."""
     calls = []
     real, _warm_up.warm_up = _warm_up.warm_up, lambda call, counts, **_: calls.append(call)
     try:
@@ -224,7 +224,7 @@ def test_five_counts_cover_every_number(gpu):
         _warm_up.warm_up = real
     for call in calls:
         kernels = set()
-        for count in (1, 256, 1024, 2048, 8192):
+        for count in (1, 64, 256, 1024, 2048, 8192):
             kernels.update(_warm_up._asked_for(call, count))
         for count in [*range(1, 300, 7), *range(300, 20000, 97), 1023, 1025, 65536]:
             assert set(_warm_up._asked_for(call, count)) <= kernels, count
@@ -382,4 +382,4 @@ def test_the_calls_run_without_gradients():
         post_pre(residual[:, 0].contiguous(), residual, mixes[:, 0].contiguous(), mixes, *gates,
                  layer_norm_weight=norm)  # fmt: skip
 
-    assert names(_warm_up._asked_for(call, 4)) == {"post_project_fwd", "fused_pre"}
+    assert names(_warm_up._asked_for(call, 4)) == {"few_project", "few_pre"}

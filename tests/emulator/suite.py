@@ -179,8 +179,11 @@ def run_input_norm(case: Case, dtypes: Dtypes = DEFAULT_DTYPES) -> None:
             given = dtypes.of(chosen)
             layer_norm = dtypes.of({"norm_weight": norm_weight(case.hidden_size, "cpu")})
             weight = layer_norm["norm_weight"]
-            for many_splits in (False, True):
-                with mock.patch.object(selection, "has_many_splits", return_value=many_splits):
+            for many_splits, few_tokens in ((False, 0), (True, 0), (False, case.num_tokens)):
+                with (
+                    mock.patch.object(selection, "has_many_splits", return_value=many_splits),
+                    mock.patch.object(selection, "FEW_TOKENS", few_tokens),
+                ):
                     plain = op.run(**given, **options)
                     normed = op.run(**given, **options, layer_norm_weight=weight)
                 want = reference.input_norm(plain[layer_input], weight)
@@ -258,13 +261,22 @@ def run_everything(case: Case, dtypes: Dtypes = DEFAULT_DTYPES) -> None:
                 # None of these cases has more tokens than the GPU has SMs.
                 with mock.patch.object(selection, "is_one_token_per_sm", return_value=False):
                     oracle.evaluate(op.run, given, options, upstream, op.outputs)
-            # Widths as small as these never have as many splits as share a sum, nor fill L2.
-            with (
-                mock.patch.object(selection, "has_many_splits", return_value=True),
-                mock.patch.object(selection, "reads_last", return_value=True),
-                mock.patch.object(selection, "SPLIT_WEIGHT_TOKENS", 0),
-            ):
+            for count in selection.FEW_STREAMS:
+                with (
+                    mock.patch.object(selection, "FEW_TOKENS", case.num_tokens),
+                    mock.patch.object(selection, "few_streams", return_value=count),
+                ):
+                    op.run(**given, **options)
+            # Widths as small as these never have as many splits as share a sum, nor fill L2; and
+            # most of these cases have few tokens.
+            with mock.patch.object(selection, "FEW_TOKENS", 0):
                 op.run(**given, **options)
+                with (
+                    mock.patch.object(selection, "has_many_splits", return_value=True),
+                    mock.patch.object(selection, "reads_last", return_value=True),
+                    mock.patch.object(selection, "SPLIT_WEIGHT_TOKENS", 0),
+                ):
+                    op.run(**given, **options)
     run_recompute(case, dtype=dtypes.streams)
     run_group(case, dtypes)
     run_input_norm(case, dtypes)

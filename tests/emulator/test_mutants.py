@@ -10,6 +10,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from emulator import launch
 from emulator.launch import FaultError, Kernel
 from emulator.mutate import Mutant, mutants
 from emulator.ops import emulated
+from tile_mhc import selection
 
 pytestmark = pytest.mark.scheduled
 
@@ -100,7 +102,8 @@ def recorded(built_kernels):
     torch.manual_seed(0)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
-    with emulated(num_sms=NUM_SMS), launch.settings(watch=watch):
+    every = mock.patch.object(selection, "FEW_TOKENS", 0)  # also of few tokens
+    with emulated(num_sms=NUM_SMS), launch.settings(watch=watch), every:
         for vary in (plain, few, huge_token, tf32, two_steps):
             seen.clear()
             for op in OPS:

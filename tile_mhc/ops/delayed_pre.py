@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tile_mhc import jit, reference, selection
 from tile_mhc.kernels._shapes import DELAYED_COLUMNS, is_no_eps
-from tile_mhc.ops import _flops
+from tile_mhc.ops import _flops, few_pre
 from tile_mhc.ops import aggregate as aggregate_op
 from tile_mhc.ops import gates as gates_op
 from tile_mhc.ops import log_sinkhorn as log_sinkhorn_op
@@ -64,8 +64,14 @@ def launch(
     outputs = empty(residual)
     n, hidden_size = residual.shape[-2:]
     if residual.numel():
+        steps = (norm_eps, pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat)
+        one_pass = selection.is_one_pass(residual.dtype, n, hidden_size, num_splits)
+        if one_pass and selection.is_few(residual.numel() // weight.shape[1]):
+            of_gates = (weight, scale, bias, pre_mix, norm_weight)
+            few_pre.forward(residual, *of_gates, *steps, tf32, outputs, layer_norm)
+            return outputs
         normed = None
-        if selection.is_one_pass(residual.dtype, n, hidden_size, num_splits):
+        if one_pass:
             products, squares = _launch_pass(
                 residual, weight, pre_mix, norm_weight, tf32, outputs[0]
             )
@@ -78,23 +84,8 @@ def launch(
             aggregate_op.launch(residual, pre_mix, outputs[0])
             if layer_norm is not None:
                 _launch_norm(outputs[0], *layer_norm)
-        launch_mixes(
-            products,
-            squares,
-            residual,
-            weight,
-            scale,
-            bias,
-            norm_weight,
-            norm_eps,
-            pre_eps,
-            sinkhorn_eps,
-            post_mult,
-            sinkhorn_repeat,
-            tf32,
-            outputs[1:],
-            normed,
-        )
+        of_mixes = (residual, weight, scale, bias, norm_weight, *steps, tf32, outputs[1:], normed)
+        launch_mixes(products, squares, *of_mixes)
     return outputs
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tile_mhc import errors, jit, reference, selection
 from tile_mhc.kernels._shapes import is_no_eps
-from tile_mhc.ops import _flops, pre_cluster
+from tile_mhc.ops import _flops, few_pre, pre_cluster
 from tile_mhc.ops import delayed_pre as delayed_op
 from tile_mhc.ops import gates as gates_op
 from tile_mhc.ops import log_sinkhorn as log_sinkhorn_op
@@ -126,9 +126,10 @@ def fused_pre(
 
     With an explicit `num_splits` the outputs are the bits of the four ops one after another.
     Without, what hangs on the projection may differ in its last bits, as its sums are taken in
-    another order: with a `pre_mix`, see `post_pre`; and for many tokens where clusters of CTAs hold
-    them (bfloat16, n = 4, the usual H up to 7168, no layer_norm_weight), which read the streams
-    once. Not so in the batch-invariant mode. The gradient of the residual is rounded once for both
+    another order: with a `pre_mix`, see `post_pre`; for up to 128 tokens (bfloat16, n = 4, H a
+    multiple of 64), which have kernels of their own; and for many where clusters of CTAs hold them
+    (bfloat16, n = 4, the usual H up to 7168, no layer_norm_weight), which read the streams once.
+    Not so in the batch-invariant mode. The gradient of the residual is rounded once for both
     its uses, where the four ops round it twice and autograd their sum.
 
     With `passes_residual` the residual is an output too, for the `post` of the sub-layer to read.
@@ -282,21 +283,14 @@ def launch(
         return outputs
     n, hidden_size = residual.shape[-2:]
     num_tokens = residual.numel() // (n * hidden_size)
-    of_both = (
-        residual,
-        weight,
-        scale,
-        bias,
-        norm_weight,
-        norm_eps,
-        pre_eps,
-        sinkhorn_eps,
-        post_mult,
-        sinkhorn_repeat,
-        tf32,
-        outputs,
-    )
-    if layer_norm is None and selection.pre_reads_once(
+    steps = (norm_eps, pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat)
+    of_both = (residual, weight, scale, bias, norm_weight, *steps, tf32, outputs)
+    if selection.is_one_pass(residual.dtype, n, hidden_size, num_splits) and selection.is_few(
+        num_tokens
+    ):
+        of_gates = (weight, scale, bias, None, norm_weight)
+        few_pre.forward(residual, *of_gates, *steps, tf32, outputs, layer_norm)
+    elif layer_norm is None and selection.pre_reads_once(
         residual.dtype, num_tokens, n, hidden_size, num_splits, has_post=False
     ):
         pre_cluster.forward(*of_both)

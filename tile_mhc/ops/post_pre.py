@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tile_mhc import errors, jit, reference, selection
 from tile_mhc.accumulator import GradAccumulator
-from tile_mhc.ops import _flops, pre_cluster
+from tile_mhc.ops import _flops, few_pre, pre_cluster
 from tile_mhc.ops import delayed_pre as delayed_op
 from tile_mhc.ops import fused_pre as fused_op
 from tile_mhc.ops import gates as gates_op
@@ -123,8 +123,9 @@ def post_pre(
     With an explicit `num_splits` the outputs are the bits of the separate ops. Without, so are the
     streams, and with a `pre_mix` the layer input; what hangs on the projection may differ in its
     last bits where one pass over the streams makes and projects them (bfloat16, n = 4, H a multiple
-    of 64, no layer_bias), which sums by columns of all streams at once. Without a `pre_mix` many
-    tokens of the usual H from 2560 to 5120 take one pass for all, with the bits of `post` and then
+    of 64, no layer_bias), which sums by columns of all streams at once. Up to 128 tokens have
+    kernels of their own for that, but in the batch-invariant mode. Without a `pre_mix` many tokens
+    of the usual H from 2560 to 5120 take one pass for all, with the bits of `post` and then
     `fused_pre` in one pass; in the batch-invariant mode always two.
 
     Gradients of parameters that carry `main_grad` go into that: see `tile_mhc.main_grad`.
@@ -256,6 +257,14 @@ def _cuda(
         given: list[Any] = [residual, *gates[1:], norm_weight, *steps, tf32, outputs, of_pass]
         pre_cluster.forward(*given)
         mixes.insert(0, delayed_op.no_mix(residual))
+    elif one_pass and plain and selection.is_few(layer_output.numel() // hidden_size):
+        outputs = (delayed_op if pre_mix is not None else fused_op).empty(residual)
+        layer_input, *mixes = outputs
+        of_pass = (layer_output, post_mix, comb_mix, streams)
+        of_gates = (weight, scale, bias, pre_mix, norm_weight)
+        few_pre.forward(residual, *of_gates, *steps, tf32, outputs, norm, of_pass)
+        if pre_mix is None:
+            mixes.insert(0, delayed_op.no_mix(residual))
     elif one_pass and plain:
         of_post = (layer_output, residual, post_mix, comb_mix)
         outputs = (delayed_op if pre_mix is not None else fused_op).empty(residual)
