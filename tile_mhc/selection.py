@@ -169,7 +169,7 @@ def has_pre_cluster(
     dtype: torch.dtype, n: int, hidden_size: int, has_post: bool, limits: Architecture
 ) -> bool:
     """fused_pre, post_pre: whether a kernel's clusters of CTAs hold these streams."""
-    return dtype == torch.bfloat16 and pre_cluster(n, hidden_size, has_post, limits)[0] > 0
+    return dtype == torch.bfloat16 and pre_cluster(n, hidden_size, has_post, limits).size > 0
 
 
 def pre_reads_once(
@@ -192,7 +192,7 @@ def pre_reads_once(
         and (hidden_size >= POST_ONCE_HIDDEN or not has_post)
         and not config.get_batch_invariant()
         and has_pre_cluster(dtype, n, hidden_size, has_post, limits)
-        and has_clusters_of(pre_cluster(n, hidden_size, has_post, limits)[0])
+        and has_clusters_of(pre_cluster(n, hidden_size, has_post, limits).size)
     )
 
 

@@ -1,6 +1,7 @@
 """Numbers on which a kernel and its launcher must agree."""
 
 import functools
+from typing import NamedTuple
 
 from tile_mhc.kernels._arch import Architecture
 
@@ -219,49 +220,122 @@ def identity_cluster_size(
 
 
 # pre_cluster: its streams and their mixes, whose weight in two parts fills three operands of a
-# tensor core. CLUSTER_TOKENS and CLUSTER_SLOTS are those of contract_cluster, identity_cluster.
+# tensor core. CLUSTER_TOKENS is that of contract_cluster.
 PRE_STREAMS = 4
 PRE_MIXES = PRE_STREAMS * (PRE_STREAMS + 2)
 PRE_OPERANDS = 3
-# Columns of H per warp, and warps of a CTA, beside two more for the sums and for Sinkhorn.
+# Columns of H that a warp multiplies at a time. Of so many blocks of columns a CTA has at most,
+# with a post or without, and a warp has two where there are more than so many.
 PRE_COLUMNS = 32
-PRE_WARPS = 14
-# With no more warps than this a thread has registers for all three operands.
-PRE_KEPT_WARPS = 10
-# Sums that every CTA of a cluster gets: the first mixes, and squares.
+PRE_BLOCKS = 14
+PRE_POST_BLOCKS = 10
+PRE_SINGLE_BLOCKS = 11
+# Sums of a group of tokens, and those that every CTA of a cluster gets: first mixes, and squares.
+PRE_SUMS = (PRE_MIXES + 1) * CLUSTER_TOKENS
 PRE_SHARED = (PRE_STREAMS + 1) * CLUSTER_TOKENS
-# Of shared memory beside what is counted: gates, logits, mbarriers.
-PRE_BYTES = 4096
+# Steps of which the gates are kept; with more groups than this a ring gains nothing.
+PRE_GATES = 4
+PRE_STAGES = 8
+# Of shared memory beside what is counted: gates, mbarriers; and logits or a post's factors.
+PRE_BYTES = 1024
+PRE_LOGITS = CLUSTER_TOKENS * PRE_STREAMS**2
+PRE_FACTORS = CLUSTER_TOKENS * PRE_STREAMS * (PRE_STREAMS + 1)
 
 
-def pre_stages(size: int, warps: int, has_post: bool, kept: int, limits: Architecture) -> int:
-    """pre_cluster: groups of tokens that fit a CTA of a cluster of `size`, beside the sums."""
-    sums = (PRE_MIXES + 1) * CLUSTER_TOKENS
-    beside = 2 * warps * sums + CLUSTER_SLOTS * size * PRE_SHARED
-    beside += size * (sums - PRE_STREAMS * CLUSTER_TOKENS)
-    operand = warps * 2 * PRE_STREAMS * 32 * 16
-    room = limits.shared_bytes - PRE_BYTES - beside * 4 - (PRE_OPERANDS - kept) * operand
-    return min(room // (warps * (PRE_STREAMS + has_post) * 32 * 16), CLUSTER_STAGES)
+class PreCluster(NamedTuple):
+    """pre_cluster: how it is cut.
+
+    Attributes:
+        size: CTAs that share a token; 0 where there is no such kernel.
+        blocks: blocks of columns of a warp that multiplies.
+        warps: warps of a CTA that multiply.
+        kept: operands of the weight that a warp has in registers; the others are in shared memory.
+        solvers: warps that take Sinkhorn's steps, of groups of tokens in turn.
+        lag: steps from a group's products to what its gates are for.
+        stages: groups of tokens that a CTA holds.
+    """
+
+    size: int = 0
+    blocks: int = 0
+    warps: int = 0
+    kept: int = 0
+    solvers: int = 0
+    lag: int = 0
+    stages: int = 0
+
+    @property
+    def operands(self) -> int:
+        """Operands of the weight that a warp multiplies: two halves of each vector."""
+        return PRE_OPERANDS * 2 * PRE_STREAMS * self.blocks
+
+    @property
+    def buffers(self) -> int:
+        """Of the sums of a CTA's warps: whose gates have come, that one is free."""
+        return 2 if self.lag == 2 else PRE_GATES
+
+    @property
+    def slots(self) -> int:
+        """Of the sums of a cluster's CTAs: a CTA that sends those of a group has had the gates of
+        `lag` groups before, of which the others had had them when they sent theirs."""
+        return 2 * self.buffers
+
+    @property
+    def groups(self) -> int:
+        """Groups of four warps, for which registers are shared out: those that multiply, maybe with
+        some of the other warps, and the last one."""
+        return -(-self.warps // 4) + 1
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers of a thread of the groups of warps that multiply, and of the last group."""
+        each = min(65536 // (128 * self.groups) // 8 * 8, 240)
+        last = {2: each, 3: 72}.get(self.groups, 80)
+        return (each * self.groups - last) // (self.groups - 1) // 8 * 8, last
+
+    def bytes_beside(self, has_post: bool) -> int:
+        """Of shared memory, beside the ring."""
+        sums = self.buffers * self.warps * PRE_SUMS + self.slots * self.size * PRE_SHARED
+        sums += self.solvers * self.size * (PRE_SUMS - PRE_STREAMS * CLUSTER_TOKENS)
+        sums += self.solvers * PRE_LOGITS + has_post * PRE_GATES * PRE_FACTORS
+        return PRE_BYTES + 4 * sums + (self.operands - self.kept) * self.warps * 32 * 16
+
+
+def pre_kept(warps: int, blocks: int, has_post: bool) -> int:
+    """pre_cluster: operands for which a warp has registers."""
+    if blocks == 2:
+        return 38
+    if warps <= 4:
+        return PRE_OPERANDS * 2 * PRE_STREAMS
+    if warps <= 8:
+        return 22 if has_post else 24
+    return 20 if has_post else 22
 
 
 @functools.cache
-def pre_cluster(
-    n: int, hidden_size: int, has_post: bool, limits: Architecture
-) -> tuple[int, int, int, int]:
-    """pre_cluster: CTAs that share a token, 0 where there is no such kernel; steps until gates have
-    come; groups of tokens that a CTA holds; operands in registers.
+def pre_cluster(n: int, hidden_size: int, has_post: bool, limits: Architecture) -> PreCluster:
+    """pre_cluster: how it is cut, with as few CTAs sharing a token as hold it.
 
-    A post has fewer registers left: H200, 2026-11, 8192x7168, us: 470 in one pass whose warps all
-    add up sums, 490 where one does, and 489 in two passes.
+    Gates take about 2700 cycles to come: two steps of wide CTAs, more of narrow ones. H200,
+    2026-11, us of a lag of two, three and four steps: 72.0, 63.6 and 61.7 at 4096x4096, and of two
+    and three 197.6 and 196.8 at 8192x7168, where three leave fewer groups on their way.
     """
-    most = PRE_KEPT_WARPS if has_post else PRE_WARPS
-    if n == PRE_STREAMS and limits.ring_bytes:
-        for size in (4, 8, 16):
-            warps = hidden_size // (size * PRE_COLUMNS)
-            if hidden_size % (size * PRE_COLUMNS) or warps > most:
-                continue
-            kept = PRE_OPERANDS if warps <= PRE_KEPT_WARPS else PRE_OPERANDS - 1
-            stages = pre_stages(size, warps, has_post, kept, limits)
-            if stages >= 3:
-                return size, 2 if stages >= 5 else 1, stages, kept
-    return 0, 0, 0, 0
+    most = PRE_POST_BLOCKS if has_post else PRE_BLOCKS
+    if n != PRE_STREAMS or not limits.ring_bytes:
+        return PreCluster()
+    for size in (4, 8, 16):
+        per_cta, rest = divmod(hidden_size, size * PRE_COLUMNS)
+        blocks = 1 if per_cta <= PRE_SINGLE_BLOCKS else 2
+        if rest or per_cta > most or per_cta % blocks:
+            continue
+        warps = per_cta // blocks
+        kept = pre_kept(warps, blocks, has_post)
+        # A second one where a CTA's turn comes soon, and a warp is left.
+        solvers = 2 if size <= 8 and warps % 4 else 1
+        group = per_cta * (PRE_STREAMS + has_post) * 32 * 16
+        for lag in (2,) if blocks == 2 else (4, 3, 2):
+            cut = PreCluster(size, blocks, warps, kept, solvers, lag)
+            room = limits.shared_bytes - cut.bytes_beside(has_post)
+            stages = min(room // group, PRE_STAGES)
+            if stages >= lag + 2:
+                return cut._replace(stages=stages)
+    return PreCluster()

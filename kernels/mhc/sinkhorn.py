@@ -29,7 +29,7 @@ def softmax_rows(comb: T.Buffer, n: int):
     """comb[i, :] = softmax(comb[i, :]), in place."""
     row = T.alloc_local((1,), T.float32)
     inverse = T.alloc_local((1,), T.float32)
-    for i in T.unroll(n):
+    for i in T.unroll(comb.shape[0]):
         row[0] = comb[i, 0]
         for j in T.unroll(n - 1):
             row[0] = T.max(row[0], comb[i, j + 1])
@@ -51,7 +51,7 @@ def scale_rows(comb: T.Buffer, a: T.Buffer, inv_a: T.Buffer, b: T.Buffer, n: int
     rounding, and a shorter chain of dependent operations, which is what the kernel's time is.
     """
     pair = T.alloc_local((2,), T.float32)
-    for i in T.unroll(n):
+    for i in T.unroll(comb.shape[0]):
         for j in T.unroll(2):
             pair[j] = comb[i, j] * b[j]
         for j in T.unroll(n - 2):
@@ -155,6 +155,47 @@ def sinkhorn_alone(comb: T.Buffer, repeat: T.int32, eps: T.float32):
         for i in T.unroll(4):
             comb[i, j] *= others[i] * inverse[0]
             divide(comb, i, j, inv_b[j], b[0])
+
+
+@T.macro
+def add_rows(comb: T.Buffer, a: T.Buffer, inv_b: T.Buffer, n: int, apart: int, eps: T.float32):
+    """`column_divisors`, of lanes that have a row each: the sum goes to all of them."""
+    total = T.alloc_local((n,), T.float32)
+    for j in T.unroll(n):
+        total[j] = a[0] * comb[0, j]
+    for level in T.unroll(n.bit_length() - 1):
+        for j in T.unroll(n):
+            total[j] += T.shfl_xor(total[j], apart << level)
+    for j in T.unroll(n):
+        inv_b[j] = T.ieee_fmaf(eps, inv_b[j], total[j])
+
+
+@T.macro
+def sinkhorn_rows(comb: T.Buffer, n: int, apart: int, repeat: T.int32, eps: T.float32):
+    """`sinkhorn_token` of lanes that have a row each, `apart` from one another: comb is (1, n).
+
+    For a warp that has few tokens: half of the instructions of a lane's by itself.
+    """
+    a = T.alloc_local((1,), T.float32)
+    b = T.alloc_local((n,), T.float32)
+    inv_a = T.alloc_local((1,), T.float32)
+    inv_b = T.alloc_local((n,), T.float32)
+    softmax_rows(comb, n)
+    a[0] = 1.0
+    inv_a[0] = 1.0
+    for j in T.unroll(n):
+        inv_b[j] = 1.0
+        comb[0, j] += eps
+    add_rows(comb, a, inv_b, n, apart, eps)
+    for _ in T.serial(repeat - 1):
+        for j in T.unroll(n):
+            reciprocal(inv_b[j], b, j)
+        scale_rows(comb, a, inv_a, b, n, eps)
+        add_rows(comb, a, inv_b, n, apart, eps)
+    for j in T.unroll(n):
+        reciprocal(inv_b[j], b, j)
+        comb[0, j] *= a[0]
+        divide(comb, 0, j, inv_b[j], b[j])
 
 
 @builder(SIMT)

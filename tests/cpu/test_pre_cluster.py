@@ -6,14 +6,9 @@ import torch
 from tile_mhc import config, selection
 from tile_mhc.kernels._arch import AMPERE, HOPPER
 from tile_mhc.kernels._shapes import (
-    CLUSTER_SLOTS,
-    CLUSTER_STAGES,
-    CLUSTER_TOKENS,
     PRE_COLUMNS,
-    PRE_MIXES,
-    PRE_OPERANDS,
-    PRE_SHARED,
-    PRE_WARPS,
+    PRE_GATES,
+    PRE_STAGES,
     pre_cluster,
 )
 
@@ -58,25 +53,27 @@ def test_all_numbers_of_tokens_are_alike_in_the_batch_invariant_mode(has_post):
 def test_clusters_fit_an_sm(has_post):
     """Shared memory, registers, and groups enough: some that come, some whose gates do."""
     for hidden in range(64, 16385, 64):
-        size, lag, stages, kept = pre_cluster(4, hidden, has_post, HOPPER)
-        if size == 0:
+        cut = pre_cluster(4, hidden, has_post, HOPPER)
+        if cut.size == 0:
             continue
-        assert size in (4, 8, 16)
-        warps = hidden // size // PRE_COLUMNS
-        assert warps * PRE_COLUMNS * size == hidden
-        assert warps <= PRE_WARPS
-        assert lag + 2 <= stages <= CLUSTER_STAGES
-        # A slot of sums is read 2 * lag steps before it comes round again; a CTA's next group for
-        # Sinkhorn comes after the one before it has been read.
-        assert 2 * lag <= CLUSTER_SLOTS
-        assert lag < size
-        operand = 2 * 4 * 32 * 16
-        registers = kept * 32 + 40
-        assert registers <= HOPPER.registers // (32 * -(-(warps + 2) // 4) * 4)
-        sums = CLUSTER_TOKENS * (PRE_MIXES + 1)
-        floats = 2 * warps * sums + size * (CLUSTER_SLOTS * PRE_SHARED + sums)
-        ring = stages * warps * (4 + has_post) * 32 * 16
-        low = (PRE_OPERANDS - kept) * warps * operand
-        assert ring + low + 4 * floats < HOPPER.shared_bytes
-    assert pre_cluster(2, 1024, has_post, HOPPER)[0] == 0
-    assert pre_cluster(4, 1024, has_post, AMPERE)[0] == 0
+        assert cut.size in (4, 8, 16)
+        assert cut.warps * cut.blocks * PRE_COLUMNS * cut.size == hidden
+        assert cut.lag + 2 <= cut.stages <= PRE_STAGES
+        # Sums of a group are read before the buffer, or the slot, comes round again, and gates; a
+        # CTA's next group for Sinkhorn comes after the one before it has been read.
+        assert cut.lag <= cut.buffers <= PRE_GATES
+        assert 2 * cut.lag <= cut.slots
+        assert cut.lag <= cut.size * cut.solvers
+        # Whole groups of four warps, with what is launched of registers; those that multiply have
+        # their operands and others.
+        assert cut.warps + 3 + cut.solvers <= 4 * cut.groups
+        registers, last = cut.registers
+        launched = 65536 // (128 * cut.groups) // 8 * 8
+        assert registers * (cut.groups - 1) + last <= launched * cut.groups
+        assert cut.kept * 4 + 56 <= registers <= 240
+        assert last >= 72
+        assert cut.kept <= cut.operands
+        ring = cut.stages * cut.warps * cut.blocks * (4 + has_post) * 32 * 16
+        assert ring + cut.bytes_beside(has_post) <= HOPPER.shared_bytes
+    assert pre_cluster(2, 1024, has_post, HOPPER).size == 0
+    assert pre_cluster(4, 1024, has_post, AMPERE).size == 0

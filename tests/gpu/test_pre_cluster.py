@@ -41,7 +41,7 @@ def clusters():
 )
 def test_which_kernels_run(op, n, hidden):
     tensors = whole_pre.inputs(op, hidden, 65, "cuda", n=n)
-    size = pre_cluster(n, hidden, op.name == "post_pre", _device.limits())[0]
+    size = pre_cluster(n, hidden, op.name == "post_pre", _device.limits()).size
     assert n != 4 or size == (POST_SIZES if op.name == "post_pre" else SIZES).get(hidden, 0)
     expected = size > 0 and selection.has_clusters_of(size)
     assert (KERNELS[op.name] in launched(lambda: op.run(**tensors))) == expected

@@ -55,7 +55,7 @@ def forward(
         mixes.view(-1, n * (n + 2)),
         inv_rms.view(-1),
     )
-    size = pre_cluster(n, hidden_size, of_post is not None, _device.limits())[0]
+    size = pre_cluster(n, hidden_size, of_post is not None, _device.limits()).size
     options = (
         norm_eps,
         pre_eps,
