@@ -215,16 +215,30 @@ def _weight_parts(s: Sizes) -> list[Arguments]:
 
 
 @_one_pass
+def _delayed_backwards(s: Sizes) -> list[Arguments]:
+    return [_kernel(s.hidden, **weights) for weights in _weights(s)]
+
+
+@_one_pass
+def _delayed_add_backwards(s: Sizes) -> list[Arguments]:
+    return [_kernel(s.hidden, **weights, held=s.dtype) for weights in _weights(s)]
+
+
 def _pass_backwards(s: Sizes) -> list[Arguments]:
     # Alone, and on top of a gradient that the streams have.
-    choices = itertools.product(("", s.dtype), _weights(s))
-    return [_kernel(s.hidden, **weights, held=held) for held, weights in choices]
+    return [*_delayed_backwards(s), *_delayed_add_backwards(s)]
 
 
 @_one_pass
 def _delayed_sums(s: Sizes) -> list[Arguments]:
     # Of pre_mix alone, and of all mixes of a boundary.
-    return [(s.n, s.hidden), (s.mixes, s.hidden)]
+    counts = (s.n, s.mixes)
+    directed = [
+        _kernel(count, s.hidden, True, scale=grad, bias=grad)
+        for count in counts
+        for grad in _main_grads(s)
+    ]
+    return [*(args for count in counts for args in _gates(s, count, s.hidden, False)), *directed]
 
 
 @_one_pass
@@ -677,10 +691,24 @@ SPECS = (
         "delayed_pre",
         _PRE_OPS,
         ("hidden_size",),
-        _pass_backwards,
+        _delayed_backwards,
         early=("weight", "norm_weight"),
     ),
-    Spec("delayed_sums", "delayed_pre", _PRE_OPS, ("num_sums", "hidden_size"), _delayed_sums),
+    Spec(
+        "delayed_pre_add_bwd",
+        "delayed_pre",
+        _PRE_OPS,
+        ("hidden_size",),
+        _delayed_add_backwards,
+        early=("weight", "norm_weight"),
+    ),
+    Spec(
+        "delayed_sums",
+        "delayed_pre",
+        _PRE_OPS,
+        ("num_sums", "hidden_size", "directed"),
+        _delayed_sums,
+    ),
     Spec("post_pre_fwd", "post_pre", ("post_pre",), _PASS, _passes),
     Spec("post_project_fwd", "post_pre", ("post_pre",), _PASS, _passes),
     Spec(

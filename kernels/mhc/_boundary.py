@@ -10,6 +10,18 @@ import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
 from tile_mhc.kernels._arch import Architecture
+from tile_mhc.kernels._backward import (
+    BYTES,
+    element,
+    halve,
+    high_part,
+    low_part,
+    norm_shape,
+    rounded_to_tf32,
+    still_read,
+    store_weight_parts,
+    words_of,
+)
 from tile_mhc.kernels._common import VECTOR, fence_shared, follow_previous, pipelined
 from tile_mhc.kernels._shapes import (
     DELAYED_BACKWARD_TOKENS,
@@ -17,14 +29,6 @@ from tile_mhc.kernels._shapes import (
     DELAYED_TOKENS,
     factors_width,
     padded,
-)
-from tile_mhc.kernels.projection import (
-    BYTES,
-    high_part,
-    low_part,
-    norm_shape,
-    rounded_to_tf32,
-    store_weight_parts,
 )
 
 THREADS = 256
@@ -294,41 +298,6 @@ def weight_shapes(
 def num_sums(makes: bool) -> int:
     """By token: the gradients of comb_mix, post_mix and pre_mix, or that of pre_mix alone."""
     return STREAMS * (STREAMS + 2) if makes else STREAMS
-
-
-@T.macro
-def halve(values: T.Buffer, count: int, lane_bit: T.int32, distance: int):
-    """Of `count` sums a lane keeps a half, and gives the other to the lane that keeps that one."""
-    half = count // 2
-    for k in T.unroll(half):
-        kept = T.Select(lane_bit != 0, values[half + k], values[k])
-        given = T.Select(lane_bit != 0, values[k], values[half + k])
-        values[k] = kept + T.shfl_xor(given, distance)
-
-
-def words_of(values: T.Buffer) -> T.Buffer:
-    """The same registers of bfloat16 values, two to a word."""
-    rows, count = (1, *values.shape)[-2:]
-    return T.view(values, (rows, count // 2), T.uint32)
-
-
-def element(words: T.Buffer, row: T.int32, v: T.int32) -> T.float32:
-    """Value v of a row of `words_of` as float32, in one instruction.
-
-    Of a bfloat16 value in the upper half of a register nvcc takes two, a move and a shift. With an
-    index known when compiled this is a shift or a mask.
-    """
-    shifted = words[row, v // 2] << T.cast((1 - v % 2) * 16, T.uint32)
-    return T.reinterpret(shifted & T.uint32(0xFFFF0000), T.float32)
-
-
-@T.macro
-def still_read(shared: T.Buffer, last: T.Buffer):
-    """Keep the pipeline from loading the next tile over one that the tensor cores still read.
-
-    It hands a buffer back after the last statement that names it, done or not. nvcc drops the load.
-    """
-    last[0] = shared[0, 0]
 
 
 def backward_pass(

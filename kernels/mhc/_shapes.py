@@ -55,18 +55,25 @@ def is_no_eps(eps: float) -> bool:
     return abs(eps) < SMALLEST_EPS
 
 
-def backward_pieces(
-    num_mixes: int, size: int, n: int, limits: Architecture, joins: bool = False
-) -> int:
-    """projection: how many pieces of columns one CTA of the backward owns.
+def backward_layout(
+    num_mixes: int, size: int, n: int, limits: Architecture, joins: bool, has_sums: bool
+) -> tuple[int, int]:
+    """projection: of how many streams one CTA of the backward owns columns, and pieces of each.
 
-    Four fill Hopper's shared memory. The weight gradient lies in registers, where 80 mixes leave
-    room for half of that; so does what `joins` the gradient of x, which takes a tile of its own,
-    and a gradient of x that goes into an accumulator, which may be twice as wide.
+    Four pieces fill Hopper's shared memory. The weight gradient lies in registers, where 80 mixes
+    leave room for half of that; so does what `joins` the gradient of x, which takes a tile of its
+    own, and a gradient of x that goes into an accumulator, which may be twice as wide.
+
+    Of four streams two pieces each of two are rows of 256 bytes. With sums it is a piece of all:
+    two stages, as fit the others, do not hide them. H200, 2026-11, us of fused_pre.bwd by pieces of
+    all streams, and of two: 446 and 431 at 8192x7168, 97 and 99 at 4096x2560.
     """
-    pieces = 2 if num_mixes > 24 or n or joins or size % (4 * PIECE) else 4
     most = limits.matmul_pieces if num_mixes <= 24 else limits.matmul_pieces_of_eight
-    return min(pieces, most)
+    if n == 0:
+        return 1, min(2 if num_mixes > 24 or joins or size % (4 * PIECE) else 4, most)
+    if n != 4 or num_mixes != n * (n + 2) or joins or most < 4:
+        return min(2, most), 1
+    return (4, 1) if has_sums or size // n % (2 * PIECE) else (2, 2)
 
 
 def factors_width(n: int) -> int:

@@ -12,6 +12,7 @@ n = 4, bfloat16 streams and an H that is a multiple of 64; other streams take th
 import tilelang.language as T
 
 from tile_mhc.kernels._arch import Architecture
+from tile_mhc.kernels._backward import high_part, low_part, norm_shape, projection_backward
 from tile_mhc.kernels._boundary import (
     MIXES,
     STREAMS,
@@ -30,12 +31,9 @@ from tile_mhc.kernels._common import (
 )
 from tile_mhc.kernels._norm import normed_row
 from tile_mhc.kernels._shapes import DELAYED_COLUMNS, SUM_LANES, factors_width, padded
-from tile_mhc.kernels.mixes import logit, sigmoid
+from tile_mhc.kernels.mixes import logit, sigmoid, sum_column
 from tile_mhc.kernels.projection import (
     AT_ONCE,
-    high_part,
-    low_part,
-    norm_shape,
     token_mix,
     weight_value,
 )
@@ -242,6 +240,48 @@ def delayed_mixes(
 
 @builder({})
 def delayed_pre_bwd(
+    hidden_size: int, *, weight_dtype: str, norm_weight_dtype: str, limits: Architecture
+):
+    """Gradients of streams, weight (by slices of tokens) and pre_mix (by columns) in one pass: that
+    of `projection_bwd`, with the sums for the pre_mix, which is not that of the same streams."""
+    size = STREAMS * hidden_size
+    of_tensors = ("", norm_weight_dtype, "")
+    body, tokens, slices = projection_backward(MIXES, size, STREAMS, True, *of_tensors, limits)
+
+    @T.prim_func
+    def delayed_pre_bwd_kernel(
+        grad_parts: T.Tensor[(tokens, 2 * padded(MIXES)), T.bfloat16],
+        factors: T.Tensor[(tokens, factors_width(STREAMS)), T.float32],
+        x: T.Tensor[(tokens, size), T.bfloat16],
+        weight: T.Tensor[(MIXES, size), weight_dtype],
+        norm_weight: T.Tensor[norm_shape(size, norm_weight_dtype), norm_weight_dtype or T.float32],
+        grad_input: T.Tensor[(tokens, hidden_size), T.bfloat16],
+        grad_x: T.Tensor[(tokens, size), T.bfloat16],
+        sums: T.Tensor[(hidden_size // DELAYED_COLUMNS, tokens, STREAMS), T.float32],
+        partials: T.Tensor[(slices, MIXES, size), T.float32],
+        slice_tokens: T.int32,
+        tf32: T.int32,
+    ):
+        body(
+            grad_parts,
+            factors,
+            x,
+            weight,
+            norm_weight,
+            grad_input,
+            None,
+            grad_x,
+            sums,
+            partials,
+            slice_tokens,
+            tf32,
+        )
+
+    return delayed_pre_bwd_kernel
+
+
+@builder({})
+def delayed_pre_add_bwd(
     hidden_size: int,
     *,
     held_dtype: str,
@@ -249,21 +289,22 @@ def delayed_pre_bwd(
     norm_weight_dtype: str,
     limits: Architecture,
 ):
-    """Gradients of streams, weight (by slices of tokens) and pre_mix (by columns) in one pass."""
-    has_held = held_dtype != ""
-    body, tokens, slices, size = backward_pass(
-        hidden_size, False, has_held, norm_weight_dtype, limits
-    )
+    """The same on top of a gradient that the streams have: the pass of `post_pre_bwd`, without the
+    post. Of `projection_bwd` a CTA would have half of the columns, and be slower with few tokens.
+
+    H200, 2026-11, us of this one and of that: 440 and 436 at 8192x7168, 27.5 and 30 at 128x7168.
+    """
+    body, tokens, slices, size = backward_pass(hidden_size, False, True, norm_weight_dtype, limits)
 
     @T.prim_func
-    def delayed_pre_bwd_kernel(
+    def delayed_pre_add_bwd_kernel(
         grad_parts: T.Tensor[(tokens, 2 * padded(MIXES)), T.bfloat16],
         factors: T.Tensor[(tokens, factors_width(STREAMS)), T.float32],
         x: T.Tensor[(tokens, STREAMS, hidden_size), T.bfloat16],
         weight: T.Tensor[(MIXES, size), weight_dtype],
         norm_weight: T.Tensor[norm_shape(size, norm_weight_dtype), norm_weight_dtype or T.float32],
         grad_input: T.Tensor[(tokens, hidden_size), T.bfloat16],
-        held: T.Tensor[(tokens, STREAMS, hidden_size) if has_held else (1,), T.bfloat16],
+        held: T.Tensor[(tokens, STREAMS, hidden_size), held_dtype],
         grad_x: T.Tensor[(tokens, STREAMS, hidden_size), T.bfloat16],
         sums: T.Tensor[(hidden_size // DELAYED_COLUMNS, tokens, num_sums(False)), T.float32],
         partials: T.Tensor[(slices, MIXES, size), T.float32],
@@ -289,19 +330,24 @@ def delayed_pre_bwd(
             tf32,
         )
 
-    return delayed_pre_bwd_kernel
+    return delayed_pre_add_bwd_kernel
 
 
 @builder(SIMT)
-def delayed_sums(num_sums: int, hidden_size: int):
+def delayed_sums(
+    num_sums: int, hidden_size: int, directed: bool, *, scale_dtype: str, bias_dtype: str
+):
     """Sum what the columns of a backward have left by token, in order.
 
-    The last four are the gradient of pre_mix; before them those of comb_mix and post_mix.
+    The last four are the gradient of pre_mix; before them those of comb_mix and post_mix. The first
+    CTAs do what `column_sums` does of the gates: one launch for both.
     """
     tokens = T.dynamic("num_tokens")
     blocks = hidden_size // DELAYED_COLUMNS
+    rows = T.dynamic("num_partials")
     every = num_sums > STREAMS
     combs = STREAMS * STREAMS
+    columns = MIXES + 3
 
     @T.prim_func
     def delayed_sums_kernel(
@@ -309,29 +355,39 @@ def delayed_sums(num_sums: int, hidden_size: int):
         grad_comb: T.Tensor[(tokens, combs) if every else (1,), T.float32],
         grad_post: T.Tensor[(tokens, STREAMS) if every else (1,), T.float32],
         grad_pre: T.Tensor[(tokens, STREAMS), T.float32],
+        partials: T.Tensor[(rows, columns), T.float32],
+        grad_bias: T.Tensor[(MIXES,), bias_dtype],
+        grad_scale: T.Tensor[(3,), scale_dtype],
+        adds_bias: T.int32,
+        adds_scale: T.int32,
     ):
-        with T.Kernel(T.ceildiv(tokens * num_sums, THREADS), threads=THREADS) as block:
+        with T.Kernel(columns + T.ceildiv(tokens * num_sums, THREADS), threads=THREADS) as block:
             follow_previous()
-            index = block * THREADS + T.get_thread_binding()
-            t = index // num_sums
-            k = index % num_sums
-            total = T.alloc_local((1,), T.float32)
-            parts = T.alloc_local((AT_ONCE,), T.float32)
-            if t < tokens:
-                total[0] = 0.0
-                for turn in T.serial(T.ceildiv(blocks, AT_ONCE)):
-                    for i in T.unroll(AT_ONCE):
-                        if turn * AT_ONCE + i < blocks:
-                            parts[i] = sums[turn * AT_ONCE + i, t, k]
-                    for i in T.unroll(AT_ONCE):
-                        if turn * AT_ONCE + i < blocks:
-                            total[0] += parts[i]
-                if k >= num_sums - STREAMS:
-                    grad_pre[t, k - (num_sums - STREAMS)] = total[0]
-                elif every:
-                    if k < combs:
-                        grad_comb[t, k] = total[0]
-                    else:
-                        grad_post[t, k - combs] = total[0]
+            if block < columns:
+                sum_column(
+                    partials, block, THREADS, directed, grad_bias, grad_scale, adds_bias, adds_scale
+                )
+            else:
+                index = (block - columns) * THREADS + T.get_thread_binding()
+                t = index // num_sums
+                k = index % num_sums
+                total = T.alloc_local((1,), T.float32)
+                parts = T.alloc_local((AT_ONCE,), T.float32)
+                if t < tokens:
+                    total[0] = 0.0
+                    for turn in T.serial(T.ceildiv(blocks, AT_ONCE)):
+                        for i in T.unroll(AT_ONCE):
+                            if turn * AT_ONCE + i < blocks:
+                                parts[i] = sums[turn * AT_ONCE + i, t, k]
+                        for i in T.unroll(AT_ONCE):
+                            if turn * AT_ONCE + i < blocks:
+                                total[0] += parts[i]
+                    if k >= num_sums - STREAMS:
+                        grad_pre[t, k - (num_sums - STREAMS)] = total[0]
+                    elif every:
+                        if k < combs:
+                            grad_comb[t, k] = total[0]
+                        else:
+                            grad_post[t, k - combs] = total[0]
 
     return delayed_sums_kernel

@@ -182,6 +182,38 @@ def split_mixes_bwd(n: int, *, scale_dtype: str, bias_dtype: str):
     return split_mixes_bwd_kernel
 
 
+@T.macro
+def sum_column(
+    partials: T.Tensor,
+    column: T.int32,
+    threads: int,
+    directed: bool,
+    grad_bias: T.Tensor,
+    grad_scale: T.Tensor,
+    adds_bias: T.int32,
+    adds_scale: T.int32,
+):
+    """What a CTA does for a column: each thread sums every threads-th row, then all their sums."""
+    rows, biases = partials.shape[0], grad_bias.shape[0]
+    tid = T.get_thread_binding()
+    total = T.alloc_local((1,), T.float32)
+    shared = T.alloc_shared(sums_shape(1, threads), T.float32)
+    total[0] = 0.0
+    for step in T.serial(T.ceildiv(rows, threads)):
+        if step * threads + tid < rows:
+            total[0] += partials[step * threads + tid, column]
+    block_sums(total, 1, threads, shared, total)
+    if tid == 0:
+        if column < biases:
+            if directed and adds_bias != 0:
+                total[0] += T.cast(grad_bias[column], T.float32)
+            grad_bias[column] = T.cast(total[0], grad_bias.dtype)
+        else:
+            if directed and adds_scale != 0:
+                total[0] += T.cast(grad_scale[column - biases], T.float32)
+            grad_scale[column - biases] = T.cast(total[0], grad_scale.dtype)
+
+
 @builder(SIMT)
 def column_sums(biases: int, scales: int, directed: bool, *, scale_dtype: str, bias_dtype: str):
     """Sums over the rows of partials: the bias gradients, then the scale gradients.
@@ -199,25 +231,10 @@ def column_sums(biases: int, scales: int, directed: bool, *, scale_dtype: str, b
         adds_bias: T.int32,
         adds_scale: T.int32,
     ):
-        # One CTA per column: each thread sums every THREADS-th row, then the CTA its threads' sums.
         with T.Kernel(columns, threads=THREADS) as column:
             follow_previous()
-            tid = T.get_thread_binding()
-            total = T.alloc_local((1,), T.float32)
-            shared = T.alloc_shared(sums_shape(1, THREADS), T.float32)
-            total[0] = 0.0
-            for step in T.serial(T.ceildiv(rows, THREADS)):
-                if step * THREADS + tid < rows:
-                    total[0] += partials[step * THREADS + tid, column]
-            block_sums(total, 1, THREADS, shared, total)
-            if tid == 0:
-                if column < biases:
-                    if directed and adds_bias != 0:
-                        total[0] += T.cast(grad_bias[column], T.float32)
-                    grad_bias[column] = T.cast(total[0], bias_dtype)
-                else:
-                    if directed and adds_scale != 0:
-                        total[0] += T.cast(grad_scale[column - biases], T.float32)
-                    grad_scale[column - biases] = T.cast(total[0], scale_dtype)
+            sum_column(
+                partials, column, THREADS, directed, grad_bias, grad_scale, adds_bias, adds_scale
+            )
 
     return column_sums_kernel

@@ -12,12 +12,18 @@ that it does not read.
 """
 
 import math
-from collections.abc import Callable
 
 import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
 from tile_mhc.kernels._arch import Architecture
+from tile_mhc.kernels._backward import BYTES, FULL_ROW, MATMUL_THREADS, projection_backward
+
+# As themselves: whoever splits a weight finds these beside what it is split for.
+from tile_mhc.kernels._backward import high_part as high_part
+from tile_mhc.kernels._backward import low_part as low_part
+from tile_mhc.kernels._backward import norm_shape as norm_shape
+from tile_mhc.kernels._backward import rounded_to_tf32 as rounded_to_tf32
 from tile_mhc.kernels._common import (
     SIMT,
     VECTOR,
@@ -32,20 +38,12 @@ from tile_mhc.kernels._shapes import (
     BACKWARD_TOKENS,
     BLOCK_K,
     BLOCK_TOKENS,
-    PIECE,
     SUM_LANES,
-    backward_pieces,
     factors_width,
     padded,
 )
 
 THREADS = 128
-BYTES = {"float32": 4, "bfloat16": 2, "": 0}
-# Two warpgroups of 64 tokens each: while one waits for its product the other works.
-MATMUL_THREADS = 256
-FULL_ROW = T.GemmWarpPolicy.FullRow
-FULL_COLUMN = T.GemmWarpPolicy.FullCol
-SQUARE = T.GemmWarpPolicy.Square
 # Sums over splits or slices: values that a thread loads before it adds the first.
 AT_ONCE = 4
 # projection_norm: mixes per thread, in one access. H200, 2026-11, us of projection.fwd with one,
@@ -62,17 +60,6 @@ RESCUE_SCALE = 2.0**-76
 SMALL_EXPONENT = 127 - 60
 
 
-def rounded_to_tf32(value: T.float32):
-    """`value` to the 11 bits of TF32, halves away from zero, as TileKernels does; not NaN."""
-    bits = T.reinterpret(value, T.int32)
-    is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
-    return T.Select(is_nan, value, T.reinterpret((bits + 0x1000) & -0x2000, T.float32))
-
-
-def norm_shape(size: int, norm_weight_dtype: str) -> tuple[int]:
-    return (size if norm_weight_dtype else 1,)
-
-
 def weight_value(
     weight: T.Tensor,
     norm_weight: T.Tensor,
@@ -86,14 +73,6 @@ def weight_value(
     if norm_weight_dtype:
         value = value * T.cast(norm_weight[k], T.float32)
     return T.Select(tf32 != 0, rounded_to_tf32(value), value)
-
-
-def high_part(value: T.float32):
-    return T.cast(value, T.bfloat16)
-
-
-def low_part(value: T.float32):
-    return T.cast(value - T.cast(T.cast(value, T.bfloat16), T.float32), T.bfloat16)
 
 
 @builder({})
@@ -481,50 +460,6 @@ def projection_norm_bwd(num_mixes: int, size: int, n: int):
     return projection_norm_bwd_kernel
 
 
-@T.macro
-def store_weight_parts(
-    weight: T.Tensor,
-    norm_weight: T.Tensor,
-    norm_weight_dtype: str,
-    column_of: Callable[[T.int32], T.int32],
-    tf32: T.int32,
-    local: T.Buffer,
-    high_twice: T.Buffer,
-    low_then_zero: T.Buffer,
-):
-    """Split the columns of the weight that a CTA of the backward owns, for its products.
-
-    `column_of` maps a column of the CTA to its column of x. A thread loads as many rows of a column
-    as `local` holds before it stores the first part: left to the compiler, it waits for each load
-    in turn (H100, 2026-11: 0.7 to 1.4 us of a backward with 24 mixes).
-    Called before `follow_previous`, as the kernel before does not write the weight.
-    """
-    both, columns = high_twice.shape
-    num_mixes, size = weight.shape
-    part_rows = both // 2
-    rows = local.shape[0]
-    has_norm = norm_weight_dtype != ""
-    for group, c in T.Parallel(part_rows // rows, columns):
-        k = column_of(c)
-        if has_norm:
-            norm = T.if_then_else(k < size, T.cast(norm_weight[k], T.float32), 0.0)
-        for r in T.unroll(rows):
-            m = group * rows + r
-            local[r] = T.if_then_else(
-                m < num_mixes and k < size, T.cast(weight[m, k], T.float32), 0.0
-            )
-        for r in T.unroll(rows):
-            m = group * rows + r
-            # The arithmetic of `weight_value`.
-            if has_norm:
-                local[r] *= norm
-            local[r] = T.Select(tf32 != 0, rounded_to_tf32(local[r]), local[r])
-            high_twice[m, c] = high_part(local[r])
-            high_twice[part_rows + m, c] = high_part(local[r])
-            low_then_zero[m, c] = low_part(local[r])
-            low_then_zero[part_rows + m, c] = T.cast(0, T.bfloat16)
-
-
 @builder({})
 def projection_bwd(
     num_mixes: int,
@@ -537,172 +472,40 @@ def projection_bwd(
     into_dtype: str,
     limits: Architecture,
 ):
-    """Gradients of x and, per slice of tokens, of the weight, in one pass over x.
-
-    A CTA owns some columns: their weights stay in shared memory, their weight gradient in
-    registers, and tokens stream through.
-    grad_x = G_high w_high + G_low w_high + G_high w_low + (x * r) * along;  grad_w = G^T x
-    With n > 0 streams, the gradient of their aggregate joins before the one rounding of grad_x:
-    pre_mix[t, i] * grad_input[t, h]. So does a gradient that x already has, of `held_dtype`.
-    grad_x is of `into_dtype`, without one as x, and may be the memory of the one held.
-    """
-    tokens = T.dynamic("num_tokens")
-    slices = T.dynamic("num_slices")
-    part_rows = padded(num_mixes)
+    """`projection_backward`, with n > 0 streams whose mix has a gradient already."""
     has_held = held_dtype != ""
-    both = 2 * part_rows
-    width = factors_width(n)
-    hidden_size = size // max(n, 1)
-    block = limits.matmul_tokens
-    num_pieces = backward_pieces(num_mixes, size, n, limits, has_held or into_dtype != "")
-    # A tuple is unrolled as the kernel is traced: TMA wants its pieces one by one.
-    pieces = tuple(range(num_pieces))
-    columns = num_pieces * PIECE
-    # A CTA takes the same h of several streams, so that it reads grad_input once for all of them.
-    groups = max(n // num_pieces, 1)
-    out_dtype = into_dtype or "bfloat16"
-    # A box of TMA has rows of 128 bytes.
-    out_columns = 128 // BYTES[out_dtype]
-    held_columns = 128 // BYTES[held_dtype] if has_held else PIECE
-    fixed = (2 * both * 2 + block * BYTES[out_dtype]) * columns
-    stage = block * (
-        columns * (2 + BYTES[held_dtype]) + both * 2 + width * 4 + (PIECE * 2 if n else 0)
-    )
-    stages = min(4, (limits.matmul_bytes - fixed) // stage)
-    # Of a tensor core's operand a warp has 16 columns, or more.
-    weight_policy = FULL_ROW if columns >= 16 * MATMUL_THREADS // 32 else SQUARE
-    store_tile = T.tma_copy if limits.has_tma else T.copy
-
-    def start(column: T.int32, piece: int):
-        """The column of x at which a piece of a CTA's columns starts."""
-        if n == 0:
-            return column * columns + piece * PIECE
-        stream = column % groups * num_pieces + piece
-        return stream * hidden_size + column // groups * PIECE
+    of_tensors = (held_dtype, norm_weight_dtype, into_dtype)
+    body, tokens, slices = projection_backward(num_mixes, size, n, False, *of_tensors, limits)
+    wide_shape = (tokens, size // n) if n else (1,)
 
     @T.prim_func
     def projection_bwd_kernel(
-        grad_parts: T.Tensor[(tokens, both), T.bfloat16],
-        factors: T.Tensor[(tokens, width), T.float32],
+        grad_parts: T.Tensor[(tokens, 2 * padded(num_mixes)), T.bfloat16],
+        factors: T.Tensor[(tokens, factors_width(n)), T.float32],
         x: T.Tensor[(tokens, size), T.bfloat16],
         weight: T.Tensor[(num_mixes, size), weight_dtype],
         norm_weight: T.Tensor[norm_shape(size, norm_weight_dtype), norm_weight_dtype or T.float32],
-        grad_input: T.Tensor[(tokens, hidden_size) if n else (1,), T.bfloat16],
+        grad_input: T.Tensor[wide_shape, T.bfloat16],
         accumulated: T.Tensor[(tokens, size) if has_held else (1,), held_dtype or T.bfloat16],
-        grad_x: T.Tensor[(tokens, size), out_dtype],
+        grad_x: T.Tensor[(tokens, size), into_dtype or T.bfloat16],
         partials: T.Tensor[(slices, num_mixes, size), T.float32],
         slice_tokens: T.int32,
         tf32: T.int32,
     ):
-        with T.Kernel(size // columns, slices, threads=MATMUL_THREADS) as (column, slot):
-            # The rows of G are [high | low]; against these they give all products but low x low.
-            high_twice = T.alloc_shared((both, columns), T.bfloat16)
-            low_then_zero = T.alloc_shared((both, columns), T.bfloat16)
-            x_shared = T.alloc_shared((block, columns), T.bfloat16)
-            g_shared = T.alloc_shared((block, both), T.bfloat16)
-            factors_shared = T.alloc_shared((block, width), T.float32)
-            out_shared = T.alloc_shared((block, columns), out_dtype)
-            w_local = T.alloc_local((part_rows * columns // MATMUL_THREADS,), T.float32)
-            grad_local = T.alloc_fragment((block, columns), T.float32)
-            weight_local = T.alloc_fragment((columns, both), T.float32)
-            tile_weight = T.alloc_fragment((columns, both), T.float32)
-            if n > 0:
-                wide_shared = T.alloc_shared((block, PIECE), T.bfloat16)
-                T.annotate_layout({wide_shared: make_swizzled_layout(wide_shared)})
-            if has_held:
-                sum_shared = T.alloc_shared((block, columns), held_dtype)
-                T.annotate_layout({sum_shared: make_swizzled_layout(sum_shared)})
-            store_weight_parts(
-                weight,
-                norm_weight,
-                norm_weight_dtype,
-                lambda c: start(column, c // PIECE) + c % PIECE,
-                tf32,
-                w_local,
-                high_twice,
-                low_then_zero,
-            )
-            follow_previous()
-            fence_shared()
-            T.sync_threads()
-            T.clear(weight_local)
-            first = slot * slice_tokens
-            for step in pipelined(T.ceildiv(T.min(slice_tokens, tokens - first), block), stages):
-                t0 = first + step * block
-                t1 = t0 + block
-                for p in pieces:
-                    k0 = start(column, p)
-                    c0 = p * PIECE
-                    T.copy(x[t0:t1, k0 : k0 + PIECE], x_shared[0:block, c0 : c0 + PIECE])
-                    if has_held:
-                        for k in tuple(range(0, PIECE, held_columns)):
-                            T.copy(
-                                accumulated[t0:t1, k0 + k : k0 + k + held_columns],
-                                sum_shared[0:block, c0 + k : c0 + k + held_columns],
-                            )
-                T.copy(grad_parts[t0, 0], g_shared)
-                T.copy(factors[t0, 0], factors_shared)
-                if n > 0:
-                    T.copy(grad_input[t0, column // groups * PIECE], wide_shared)
-                T.gemm(
-                    x_shared,
-                    g_shared,
-                    tile_weight,
-                    transpose_A=True,
-                    clear_accum=True,
-                    policy=weight_policy,
-                )
-                T.gemm(
-                    g_shared,
-                    high_twice,
-                    grad_local,
-                    clear_accum=True,
-                    policy=FULL_COLUMN,
-                    annotations={"wg_wait": -1},
-                )
-                T.gemm(g_shared, low_then_zero, grad_local, policy=FULL_COLUMN)
-                for k, m in T.Parallel(columns, both):
-                    weight_local[k, m] += tile_weight[k, m] * factors_shared[0, 2]
-                for i, k in T.Parallel(block, columns):
-                    grad_local[i, k] = (
-                        grad_local[i, k] * factors_shared[0, 2]
-                        + (T.cast(x_shared[i, k], T.float32) * factors_shared[i, 0])
-                        * factors_shared[i, 1]
-                    )
-                if n > 0:
-                    first_stream = column % groups * num_pieces
-                    for i, k in T.Parallel(block, columns):
-                        grad_local[i, k] += factors_shared[
-                            i, 3 + first_stream + k // PIECE
-                        ] * T.cast(wide_shared[i, k % PIECE], T.float32)
-                if has_held:
-                    for i, k in T.Parallel(block, columns):
-                        grad_local[i, k] += T.cast(sum_shared[i, k], T.float32)
-                if limits.has_tma:
-                    # The tile before has left out_shared: its store ran beside these products.
-                    T.tma_store_wait(0)
-                T.copy(grad_local, out_shared)
-                for p in pieces:
-                    k0 = start(column, p)
-                    c0 = p * PIECE
-                    for k in tuple(range(0, PIECE, out_columns)):
-                        store_tile(
-                            out_shared[0:block, c0 + k : c0 + k + out_columns],
-                            grad_x[t0:t1, k0 + k : k0 + k + out_columns],
-                        )
-            if limits.has_tma:
-                T.tma_store_wait(0)
-            # By rows of the weight, as they are written. A lane has two neighbours of every eighth
-            # column: with 4 floats between rows all lanes store to banks of their own.
-            weight_shared = T.alloc_shared((both, columns + 4), T.float32)
-            for k, m in T.Parallel(columns, both):
-                weight_shared[m, k] = weight_local[k, m]
-            for p in pieces:
-                for m, k in T.Parallel(num_mixes, PIECE):
-                    c = p * PIECE + k
-                    partials[slot, m, start(column, p) + k] = (
-                        weight_shared[m, c] + weight_shared[part_rows + m, c]
-                    )
+        body(
+            grad_parts,
+            factors,
+            x,
+            weight,
+            norm_weight,
+            grad_input,
+            accumulated,
+            grad_x,
+            None,
+            partials,
+            slice_tokens,
+            tf32,
+        )
 
     return projection_bwd_kernel
 

@@ -14,6 +14,7 @@ import unmixed
 from cases import (
     AGGREGATE,
     CONTRACT,
+    DELAYED_PRE,
     EXPAND,
     FUSED_PRE,
     IDENTITY_POST,
@@ -161,6 +162,15 @@ def test_loops_over_several_tiles(op):
     """Where one CTA has all the work, pipelines run full, and sums go on from tile to tile."""
     case = Case(300, 4, 192, "three tiles, the last ragged")
     with emulated(seed=SEED, num_sms=1):
+        oracle.check(op, case, *op.inputs(*case.shape, "cpu"))
+
+
+@pytest.mark.parametrize("op", [FUSED_PRE, DELAYED_PRE], ids=str)
+def test_width_of_whole_rows(op):
+    """Where H is a multiple of 128, a CTA of fused_pre's backward has two pieces of two streams;
+    where it is not, or the pre_mix is given, one piece of all four."""
+    case = Case(130, 4, 256, "three tiles, the last ragged")
+    with emulated(seed=SEED, num_sms=2):
         oracle.check(op, case, *op.inputs(*case.shape, "cpu"))
 
 

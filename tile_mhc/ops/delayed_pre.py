@@ -13,10 +13,12 @@ from tile_mhc.ops import _flops, few_pre
 from tile_mhc.ops import aggregate as aggregate_op
 from tile_mhc.ops import gates as gates_op
 from tile_mhc.ops import log_sinkhorn as log_sinkhorn_op
+from tile_mhc.ops import mixes as mixes_op
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops._destinations import (
     NO_DESTINATIONS,
     Destinations,
+    adds,
     clear,
     for_part,
     gradient_buffers,
@@ -261,7 +263,7 @@ def launch_backward(
     weight, norm_weight = projection_op.contiguous(weight, norm_weight)
     accumulated = None if accumulated is None else accumulated.contiguous()
     grad_input = grad_input.contiguous().view(-1, hidden_size)
-    by_token = gates_op.launch_backward(
+    gate_partials, by_token = gates_op.launch_backward(
         gates_op.Delayed(grad_next, pre_mix),
         grad_post,
         grad_comb,
@@ -269,44 +271,59 @@ def launch_backward(
         inv_rms,
         scale,
         bias,
-        grad_scale,
-        grad_bias,
         weight.shape[1],
         (pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat),
         tf32,
-        for_part(into, {2: 1, 3: 2}),
     )
+    of_gates = (gate_partials, grad_scale, grad_bias, for_part(into, {2: 1, 3: 2}))
     to_matmuls = for_part(into, {1: 1, 5: 2})
     if selection.is_one_pass(residual.dtype, n, hidden_size, None):
         # Whether or not the gradient of pre_mix is wanted: the others have the same bits.
-        sums, partials, slice_tokens = prepare_backward(
-            grad_input, n, weight, norm_weight, grad_weight, to_matmuls
+        size = n * hidden_size
+        held = accumulated
+        num_tokens = grad_input.shape[0]
+        if held is None:
+            slice_tokens = projection_op.backward_slice(num_tokens, weight, n, has_sums=True)
+        else:
+            slice_tokens = pass_slice(num_tokens, weight, hidden_size)
+        sums, partials = backward_room(
+            grad_input, n, slice_tokens, norm_weight, grad_weight, to_matmuls
         )
-        given = dtypes(
-            weight=weight.dtype,
-            norm_weight=dtype_of(norm_weight),
-            held=dtype_of(accumulated),
-        )
-        jit.kernel("delayed_pre_bwd", hidden_size, *given)(
-            *by_token,
-            residual.view(-1, n, hidden_size),
-            *projection_op.parameters(weight, norm_weight),
-            grad_input,
-            absent(residual, residual.dtype)
-            if accumulated is None
-            else accumulated.view(-1, n, hidden_size),
-            grad_residual.view(-1, n, hidden_size),
-            sums,
-            grad_weight.unsqueeze(0) if partials is None else partials,
-            slice_tokens,
-            tf32,
-        )
+        of_weight = projection_op.parameters(weight, norm_weight)
+        given = dtypes(weight=weight.dtype, norm_weight=dtype_of(norm_weight), held=dtype_of(held))
+        of_slices = (sums, grad_weight.unsqueeze(0) if partials is None else partials)
+        if held is None:
+            jit.kernel("delayed_pre_bwd", hidden_size, *given)(
+                *by_token,
+                residual.view(-1, size),
+                *of_weight,
+                grad_input,
+                grad_residual.view(-1, size),
+                *of_slices,
+                slice_tokens,
+                tf32,
+            )
+        else:
+            jit.kernel("delayed_pre_add_bwd", hidden_size, *given)(
+                *by_token,
+                residual.view(-1, n, hidden_size),
+                *of_weight,
+                grad_input,
+                held.view(-1, n, hidden_size),
+                grad_residual.view(-1, n, hidden_size),
+                *of_slices,
+                slice_tokens,
+                tf32,
+            )
         if wants_pre:
-            launch_sums(sums, hidden_size, grad_pre_mix.view(-1, n))
+            launch_sums(sums, grad_pre_mix.view(-1, n), *of_gates)
+        else:
+            mixes_op.launch_sums(*of_gates)
         if partials is not None:
             grads_of_matmuls = (grad_residual, grad_weight, grad_norm_weight)
             projection_op.sum_partials(partials, weight, norm_weight, grads_of_matmuls, to_matmuls)
         return grads
+    mixes_op.launch_sums(*of_gates)
     if wants_pre:
         jit.kernel("aggregate_mix_bwd", n, hidden_size, *dtypes(streams=residual.dtype))(
             grad_input, residual.view(-1, n, hidden_size), grad_pre_mix.view(-1, n)
@@ -326,35 +343,59 @@ def launch_backward(
     return grads
 
 
-def prepare_backward(
-    grad_input: Tensor,
-    sums_of: int,
-    weight: Tensor,
-    norm_weight: Tensor | None,
-    grad_weight: Tensor,
-    into: Destinations,
-) -> tuple[Tensor, Tensor | None, int]:
-    """Room for `sums_of` sums a token by columns, for those of the weight by slices of tokens, if
-    they are not the gradient itself, and the tokens of a slice."""
-    num_tokens, hidden_size = grad_input.shape
+def pass_slice(num_tokens: int, weight: Tensor, hidden_size: int) -> int:
+    """Tokens that a CTA of a backward pass over columns of all streams takes."""
     num_mixes, size = weight.shape
     columns = size // hidden_size * DELAYED_COLUMNS
     start = selection.DELAYED_START_TILES
-    slice_tokens = selection.backward_slice(num_tokens, size, num_mixes, columns, start)
+    return selection.backward_slice(num_tokens, size, num_mixes, columns, start)
+
+
+def backward_room(
+    grad_input: Tensor,
+    sums_of: int,
+    slice_tokens: int,
+    norm_weight: Tensor | None,
+    grad_weight: Tensor,
+    into: Destinations,
+) -> tuple[Tensor, Tensor | None]:
+    """Room for `sums_of` sums a token by columns, and for those of the weight by slices of tokens,
+    if they are not the gradient itself."""
+    num_tokens, hidden_size = grad_input.shape
     blocks = hidden_size // DELAYED_COLUMNS
-    sums = weight.new_empty(blocks, num_tokens, sums_of, dtype=torch.float32)
+    sums = grad_weight.new_empty(blocks, num_tokens, sums_of, dtype=torch.float32)
     slices = -(-num_tokens // slice_tokens)
-    partials = projection_op.partial_sums(slices, grad_weight, norm_weight, into)
-    return sums, partials, slice_tokens
+    return sums, projection_op.partial_sums(slices, grad_weight, norm_weight, into)
 
 
 def launch_sums(
-    sums: Tensor, hidden_size: int, grad_pre: Tensor, others: Sequence[Tensor] = ()
+    sums: Tensor,
+    grad_pre: Tensor,
+    partials: Tensor,
+    grad_scale: Tensor,
+    grad_bias: Tensor,
+    into: Destinations,
+    others: Sequence[Tensor] = (),
 ) -> None:
-    """Write the gradients by token: that of pre_mix, behind those of comb_mix and post_mix."""
-    num_sums = sums.shape[2]
+    """Write the gradients by token: that of pre_mix, behind those of comb_mix and post_mix.
+
+    And in the same launch what `mixes_op.launch_sums` does.
+    """
     grad_comb, grad_post = others or (absent(sums), absent(sums))
-    jit.kernel("delayed_sums", num_sums, hidden_size)(sums, grad_comb, grad_post, grad_pre)
+    blocks, _, num_sums = sums.shape
+    directed = 1 in into or 2 in into
+    given = mixes_op.gate_dtypes(grad_scale, grad_bias)
+    jit.kernel("delayed_sums", num_sums, blocks * DELAYED_COLUMNS, directed, *given)(
+        sums,
+        grad_comb,
+        grad_post,
+        grad_pre,
+        partials,
+        grad_bias,
+        grad_scale,
+        adds(into, 2),
+        adds(into, 1),
+    )
 
 
 def _room(into: Destinations, *inputs: Any) -> tuple[Tensor, ...]:

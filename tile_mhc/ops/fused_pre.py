@@ -404,7 +404,7 @@ def launch_backward(
     # Before the kernels that read the weight beside the one before them.
     weight, norm_weight = projection_op.contiguous(weight, norm_weight)
     accumulated = None if accumulated is None else accumulated.contiguous()
-    by_token = gates_op.launch_backward(
+    partials, by_token = gates_op.launch_backward(
         gates_op.Aggregated(grad_input, residual),
         grad_post,
         grad_comb,
@@ -412,13 +412,11 @@ def launch_backward(
         inv_rms,
         scale,
         bias,
-        grad_scale,
-        grad_bias,
         weight.shape[1],
         (pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat),
         tf32,
-        for_part(into, {2: 1, 3: 2}),
     )
+    mixes_op.launch_sums(partials, grad_scale, grad_bias, for_part(into, {2: 1, 3: 2}))
     projection_op.launch_matmuls(
         *by_token,
         residual,

@@ -9,7 +9,6 @@ from tile_mhc import jit, selection
 from tile_mhc.ops import mixes as mixes_op
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops import sinkhorn as sinkhorn_op
-from tile_mhc.ops._destinations import Destinations
 from tile_mhc.ops._library import dtypes, temporaries
 
 
@@ -53,18 +52,15 @@ def launch_backward(
     inv_rms: Tensor,
     scale: Tensor,
     bias: Tensor,
-    grad_scale: Tensor,
-    grad_bias: Tensor,
     size: int,
     options: tuple[float, float, float, int],
     tf32: bool,
-    into: Destinations,
-) -> tuple[Tensor, Tensor]:
-    """Write the gradients of scale and bias, by position 1 and 2 of `into`, and return the rest.
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Rows of sums for the gradients of bias and scale, which `mixes_op.launch_sums` adds up, and
+    what `projection_op.launch_matmuls` takes by token.
 
-    That is what `projection_op.launch_matmuls` takes, by token: the gradient of the bare product in
-    two bfloat16 parts, and the factors. `size` is n*H; `options` are pre_eps, sinkhorn_eps,
-    post_mult and sinkhorn_repeat.
+    That is the gradient of the bare product in two bfloat16 parts, and the factors. `size` is n*H;
+    `options` are pre_eps, sinkhorn_eps, post_mult and sinkhorn_repeat.
     """
     n, num_mixes = grad_post.shape[-1], mixes.shape[-1]
     # No copy may come between kernels that read beside the one before them.
@@ -82,8 +78,7 @@ def launch_backward(
     at_once = selection.has_gates_at_once(n, of.sinkhorn_repeat, of.sinkhorn_eps)
     launch = _launch_at_once if at_once else _launch_in_steps
     partials, grad_parts, factors = launch(pre, gates, of, size, tf32)
-    mixes_op.launch_sums(partials, grad_scale, grad_bias, into)
-    return grad_parts, factors
+    return partials, (grad_parts, factors)
 
 
 def _launch_at_once(

@@ -458,12 +458,12 @@ def _launch_pass_backward(
         pre = gates_op.Delayed(grad_next, pre_mix)
         grad_pre = grads[7].view(-1, n)
     to_gates = for_part(into, {5: 1, 6: 2})
-    of_gates: list[Any] = [*of_mixes, mixes, inv_rms, *gates, *grad_gates]
-    of_gates += [size, options, tf32, to_gates]
-    by_token = gates_op.launch_backward(pre, *of_gates)
+    of_gates: list[Any] = [*of_mixes, mixes, inv_rms, *gates, size, options, tf32]
+    gate_partials, by_token = gates_op.launch_backward(pre, *of_gates)
     to_matmuls = for_part(into, {4: 1, 9: 2})
-    sums, partials, slice_tokens = delayed_op.prepare_backward(
-        grad_input, n * (n + 2), weight, norm_weight, grad_weight, to_matmuls
+    slice_tokens = delayed_op.pass_slice(grad_input.shape[0], weight, hidden_size)
+    sums, partials = delayed_op.backward_room(
+        grad_input, n * (n + 2), slice_tokens, norm_weight, grad_weight, to_matmuls
     )
     given = dtypes(
         weight=weight.dtype, norm_weight=dtype_of(norm_weight), held=dtype_of(grad_streams)
@@ -487,7 +487,8 @@ def _launch_pass_backward(
         tf32,
     )
     of_mixes = [grad_comb.view(-1, n * n), grad_post.view(-1, n)]
-    delayed_op.launch_sums(sums, hidden_size, grad_pre, of_mixes)
+    grad_scale, grad_bias = grad_gates
+    delayed_op.launch_sums(sums, grad_pre, gate_partials, grad_scale, grad_bias, to_gates, of_mixes)
     if partials is not None:
         of_matmuls = (grad_residual, grad_weight, grads[9])
         projection_op.sum_partials(partials, weight, norm_weight, of_matmuls, to_matmuls)

@@ -11,7 +11,7 @@ from tile_mhc.kernels._shapes import (
     ANY_K,
     BLOCK_K,
     PIECE,
-    backward_pieces,
+    backward_layout,
     factors_width,
     padded,
 )
@@ -325,8 +325,7 @@ def launch_matmuls(
     )
     if selection.is_fast(residual.dtype, residual.shape[-1]):
         joins = accumulated is not None or 0 in into
-        pieces = backward_pieces(num_mixes, size, streams, _device.limits(), joins)
-        slice_tokens = selection.backward_slice(num_tokens, size, num_mixes, pieces * PIECE)
+        slice_tokens = backward_slice(num_tokens, weight, streams, joins=joins)
         kernel = jit.kernel("projection_bwd", num_mixes, size, streams, *given)
     else:
         slice_tokens = selection.any_backward_slice(num_tokens, size)
@@ -347,6 +346,16 @@ def launch_matmuls(
     )
     if partials is not None:
         sum_partials(partials, weight, norm_weight, grads, into)
+
+
+def backward_slice(
+    num_tokens: int, weight: Tensor, streams: int, *, joins: bool = False, has_sums: bool = False
+) -> int:
+    """Tokens that a CTA of `projection_backward` of the kernels takes; the last two as there."""
+    num_mixes, size = weight.shape
+    limits = _device.limits()
+    of_streams, pieces = backward_layout(num_mixes, size, streams, limits, joins, has_sums)
+    return selection.backward_slice(num_tokens, size, num_mixes, of_streams * pieces * PIECE)
 
 
 def partial_sums(
