@@ -141,6 +141,8 @@ IDENTITY_BACKWARD_COLUMNS = 32
 IDENTITY_BLOCKS = 14
 # Of shared memory beside the rings and the sums: gates, mbarriers.
 IDENTITY_BYTES = 4096
+# The backward: groups of tokens in a ring from which on warps may be a step apart.
+IDENTITY_LATE_STAGES = 6
 # The most CTAs of a cluster that every GPU with clusters runs.
 PORTABLE_CLUSTER = 8
 
@@ -190,7 +192,8 @@ def identity_stages(
     one of the streams.
     """
     warps = identity_warps(width, backward)
-    sums = identity_sums(backward) * (2 * warps + CLUSTER_SLOTS * size) * 4
+    kept = 4 if backward else 2
+    sums = identity_sums(backward) * (kept * warps + CLUSTER_SLOTS * size) * 4
     if backward:
         row = (IDENTITY_STREAMS * (2 if held else 1) + 1) * width
     else:

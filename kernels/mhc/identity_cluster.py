@@ -16,6 +16,10 @@ each statement; the last group, the only one that may have fewer tokens, by itse
 values of the ring by twos, each unpacked by one instruction; and the warp with the sums does before
 its wait, or past its push, all that can be done there. Where the ring has room for a group more,
 the sums have two steps for their way (`lag`).
+
+With room for six groups the warps of the backward do not all meet once a step. Each tells an
+mbarrier that it has come, and waits for all to have come to the step before: what one does late in
+a step, another need not wait for at once. What passes between warps has a buffer more for that.
 """
 
 from typing import Any
@@ -31,6 +35,7 @@ from tile_mhc.kernels._shapes import (
     CLUSTER_TOKENS,
     IDENTITY_BACKWARD_COLUMNS,
     IDENTITY_COLUMNS,
+    IDENTITY_LATE_STAGES,
     IDENTITY_MIXES,
     IDENTITY_STREAMS,
     cluster_row,
@@ -497,6 +502,20 @@ def load_inputs(
         )
 
 
+@T.macro
+def arrive(full: T.Buffer, step: T.int32):
+    """A warp has come to the mbarrier of a step; it does not wait for the others."""
+    T.sync_warp()
+    if T.get_thread_binding() % 32 == 0:
+        T.mbarrier_arrive(full[CLUSTER_SLOTS + step % 2])
+
+
+@T.macro
+def wait_for(full: T.Buffer, step: T.int32):
+    """Until all warps have come to it."""
+    T.mbarrier_wait_parity(full[CLUSTER_SLOTS + step % 2], step // 2 % 2)
+
+
 @builder(RING)
 def identity_cluster_bwd(
     hidden_size: int,
@@ -524,9 +543,19 @@ def identity_cluster_bwd(
     blocks = tuple(range(identity_blocks(width, True)))
     threads = warps * 32 + 32
     stages = identity_stages(cluster, width, True, has_held, limits)
+    # Whether warps wait for one another by mbarriers, a step late: they may be as far apart. Sums
+    # are then pushed in the next step, and what is made of them is finished in the step after that
+    # of the gates.
+    late = int(cluster > 1 and not has_held and stages >= IDENTITY_LATE_STAGES)
     # As in the forward.
-    lag = identity_lag(stages)
+    lag = 3 if late else identity_lag(stages)
+    # Steps from a group's products to its gates.
+    made = lag - late
     ahead = stages - lag
+    # Buffers of what the gates' warp makes, and of the warps' sums: nobody is in one any more when
+    # it is written again.
+    buffers = 2 + late
+    kept = 2 + 2 * late
     count = identity_sums(True)
     # Vectors of a block of columns, and of all, of a group of tokens.
     block = GROUP * ROW
@@ -579,14 +608,15 @@ def identity_cluster_bwd(
             if has_held:
                 held_ring = T.alloc_shared((stages * group * VECTOR,), T.bfloat16)
                 held_words = T.view(held_ring, (stages * group * WORDS,), T.int32)
-            warp_sums = T.alloc_shared((2, warps, count), T.float32)
+            warp_sums = T.alloc_shared((kept, warps, count), T.float32)
             parts = T.alloc_shared((CLUSTER_SLOTS, cluster, count), T.float32)
             # The gradient of the bare product, in two parts, by token and mix. A lane takes in one
             # access, of two mixes of a token, each part twice; of two tokens of a mix, both parts.
-            by_token = T.alloc_shared((2, GROUP, MIXES // 2, 8), T.bfloat16)
-            by_mix = T.alloc_shared((2, MIXES, GROUP // 2, 4), T.bfloat16)
-            given = T.alloc_shared((2, GROUP, FACTORS), T.float32)
-            full = T.alloc_cluster_barrier([1] * CLUSTER_SLOTS)
+            by_token = T.alloc_shared((buffers, GROUP, MIXES // 2, 8), T.bfloat16)
+            by_mix = T.alloc_shared((buffers, MIXES, GROUP // 2, 4), T.bfloat16)
+            given = T.alloc_shared((buffers, GROUP, FACTORS), T.float32)
+            # Those of the sums; then, of even steps and of odd ones, whether all warps have come.
+            full = T.alloc_cluster_barrier([1] * CLUSTER_SLOTS + [warps + 1] * 2)
             steps = T.alloc_local((1,), T.int32)
             count_steps(tokens, first, clusters, steps)
             t0 = T.alloc_local((1,), T.int32)
@@ -744,18 +774,24 @@ def identity_cluster_bwd(
                             for k in T.unroll(2):
                                 if lane // 4 == lane % 4 * 2 + k:
                                     for i in T.vectorized(N):
-                                        warp_sums[step % 2, warp, lane // 4 * N + i] = diagonal[
+                                        warp_sums[step % kept, warp, lane // 4 * N + i] = diagonal[
                                             k * N + i
                                         ]
-                        T.sync_threads(BARRIER, threads)
+                        if late:
+                            if step < steps[0] + lag - 1:
+                                arrive(full, step)
+                            if step >= 1:
+                                wait_for(full, step - 1)
+                        else:
+                            T.sync_threads(BARRIER, threads)
                         # The gates' warp has enough to do between two barriers.
-                        if not last and cluster > 1:
+                        if cluster > 1 and step >= late and step < steps[0] + late:
                             push_shares(
                                 warp_sums,
-                                step % 2,
+                                (step - late) % kept,
                                 parts,
                                 full,
-                                step % CLUSTER_SLOTS,
+                                (step - late) % CLUSTER_SLOTS,
                                 rank,
                                 warp,
                                 cluster,
@@ -764,7 +800,7 @@ def identity_cluster_bwd(
                             )
                         if step >= lag:
                             t0[0] = (first + (step - lag) * clusters) * GROUP + lane % 4
-                            buffer[0] = (step - lag) % 2
+                            buffer[0] = (step - lag) % buffers
                             # Column q of the operand by token is token q // 2 + q % 2 * 4: a lane's
                             # two columns are then the tokens whose rows it reads without conflicts.
                             for v in T.vectorized(8):
@@ -981,6 +1017,7 @@ def identity_cluster_bwd(
                 post[0] = 0.0
                 next_rms[0] = 0.0
                 next_post[0] = 0.0
+                gate[0] = 0.0
                 for k in T.unroll(4):
                     gate_sums[k] = 0.0
                 t0[0] = first * GROUP + g
@@ -989,12 +1026,12 @@ def identity_cluster_bwd(
                         next_mix[k] = mixes[t0[0], k * N + i]
                     next_rms[0] = inv_rms[t0[0]]
                     next_post[0] = grad_post[t0[0], i]
-                for step in T.serial(steps[0] + lag):
-                    buffer[0] = (step + lag) % 2
-                    if step >= lag:
-                        slot = (step - lag) % CLUSTER_SLOTS
+                for step in T.serial(steps[0] + made):
+                    buffer[0] = (step + buffers - made) % buffers
+                    if step >= made:
+                        slot = (step - made) % CLUSTER_SLOTS
                         if cluster > 1:
-                            T.mbarrier_wait_parity(full[slot], (step - lag) // CLUSTER_SLOTS % 2)
+                            T.mbarrier_wait_parity(full[slot], (step - made) // CLUSTER_SLOTS % 2)
                         value[0] = 0.0
                         for c in T.unroll(cluster):
                             value[0] += parts[slot, c, lane]
@@ -1003,7 +1040,7 @@ def identity_cluster_bwd(
                         largest[0] = 0.0
                         for k in T.unroll(2):
                             value[k] *= slope[k]
-                            if (first + (step - lag) * clusters) * GROUP + g >= tokens:
+                            if (first + (step - made) * clusters) * GROUP + g >= tokens:
                                 value[k] = 0.0
                             gate_grads[k] = value[k]
                             gate_grads[2 + k] = value[k] * mix[k]
@@ -1022,6 +1059,9 @@ def identity_cluster_bwd(
                             SMALL_EXPONENT - (T.reinterpret(largest[0], T.int32) >> 23), 0
                         )
                         largest[0] = T.reinterpret((127 + lift[0]) << 23, T.float32)
+                        if late:
+                            wait_for(full, step - 1)
+                        given[buffer[0], g, i] = gate[0]
                         for k in T.unroll(2):
                             piece[0] = high_part(value[k])
                             piece[1] = low_part(value[k])
@@ -1042,7 +1082,13 @@ def identity_cluster_bwd(
                                 (127 - lift[0]) << 23, T.float32
                             )
                             given[buffer[0], g, N + 3] = 0.0
-                    T.sync_threads(BARRIER, threads)
+                    if late:
+                        # Whose phase but one before this was waited for.
+                        if step == 1:
+                            wait_for(full, 0)
+                        arrive(full, step)
+                    else:
+                        T.sync_threads(BARRIER, threads)
                     if step < steps[0]:
                         if cluster > 1:
                             announce(full, step % CLUSTER_SLOTS, cluster, count)
@@ -1059,21 +1105,21 @@ def identity_cluster_bwd(
                                 count,
                             )
                     # What nobody waits for, or does not depend on the others' sums.
-                    if step >= lag:
+                    if step >= made:
                         for k in T.unroll(4):
                             gate_sums[k] += T.cast(gate_grads[k], T.float64)
                     # Of the group whose gates are made in the next step.
-                    if lag - 1 <= step and step < steps[0] + lag - 1:
+                    if made - 1 <= step and step < steps[0] + made - 1:
                         for k in T.unroll(2):
                             mix[k] = next_mix[k]
                             logit(mix[k], gate_scale[k], gate_bias[k], z)
                             slope_of_sigmoid(z[0], slope, k)
                             if k == 0:
                                 sigmoid(z[0], gate)
-                                given[(step + 1 + lag) % 2, g, i] = gate[0] + pre_eps
+                                gate[0] += pre_eps
                         rms[0] = next_rms[0]
                         post[0] = next_post[0] * post_mult
-                        t0[0] = (first + (step + 2 - lag) * clusters) * GROUP + g
+                        t0[0] = (first + (step + 2 - made) * clusters) * GROUP + g
                         if t0[0] < tokens:
                             for k in T.unroll(2):
                                 next_mix[k] = mixes[t0[0], k * N + i]
