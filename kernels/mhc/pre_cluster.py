@@ -66,6 +66,8 @@ REST = COUNT - SQUARES
 # Mixes of a token that a lane of a warp for Sinkhorn makes: four lanes have a token.
 LANE_MIXES = (MIXES - N) // N
 GATES = PRE_GATES
+# Streams of a block of columns, of which a warp asks for the weight before it needs it.
+AHEAD = 3
 # Vectors of sums: those that all CTAs get, and the others.
 SHARED_VECTORS = SHARED // WIDTH
 REST_VECTORS = REST // WIDTH
@@ -108,6 +110,42 @@ def load_own(
                 ),
                 VECTOR,
             )
+
+
+@T.macro
+def load_weight(
+    weight: T.Tensor,
+    norm_weight: T.Tensor,
+    norm_weight_dtype: str,
+    row: T.int32,
+    vector: T.int32,
+    i: int,
+    b: int,
+    hidden_size: int,
+    raw: T.Buffer,
+    scales: T.Buffer,
+    k: int,
+):
+    """raw[k], scales[k] = a lane's vector of stream i in block b: of mixes `row`, row + 8 and
+    row + 16, and of the norm's weight if there is one."""
+    for q in T.unroll(VECTOR // 4):
+        for p in T.unroll(3):
+            for v in T.vectorized(4):
+                raw[k, p, q * 4 + v] = T.cast(
+                    weight[
+                        row + p * 8,
+                        (vector * 2 + i * (hidden_size // 4) + q) * 4 + b * PRE_COLUMNS + v,
+                    ],
+                    T.float32,
+                )
+        if norm_weight_dtype != "":
+            for v in T.vectorized(4):
+                scales[k, q * 4 + v] = T.cast(
+                    norm_weight[
+                        (vector * 2 + i * (hidden_size // 4) + q) * 4 + b * PRE_COLUMNS + v
+                    ],
+                    T.float32,
+                )
 
 
 @T.macro
@@ -709,7 +747,8 @@ def one_pass(
         """What one of the warps that have columns does."""
         # Indices of global memory as variables: see `contract_cluster_fwd`.
         t = T.alloc_local((1,), T.int32)
-        raw = T.alloc_local((3, VECTOR), T.float32)
+        raw = T.alloc_local((AHEAD + 1, 3, VECTOR), T.float32)
+        scales = T.alloc_local((AHEAD + 1, VECTOR), T.float32)
         w = T.alloc_local((kept * VECTOR,), T.bfloat16)
         values = T.alloc_local((VECTOR,), T.bfloat16)
         a = T.alloc_local((VECTOR,), T.bfloat16)
@@ -740,42 +779,49 @@ def one_pass(
                 if has_post:
                     load_own(layer_output, 1, t[0], vector[0], ring, s, warp, lane, N, blocks)
             T.ptx_commit_group()
-        # A lane has eight columns of every stream, of mixes `row`, row + 8 and row + 16.
-        for b, i in tuple((b, i) for b in range(blocks) for i in range(N)):
-            piece = b * N + i
+        # A lane has eight columns of every stream, of mixes `row`, row + 8 and row + 16. Some are
+        # asked for ahead: each by itself would wait for memory.
+        of_lane = tuple((b, i) for b in range(blocks) for i in range(N))
+        for piece in tuple(range(-AHEAD, len(of_lane))):
+            # The compiler would ask for more than there are registers for.
+            T.sync_warp()
+            if piece + AHEAD < len(of_lane):
+                b, i = of_lane[piece + AHEAD]
+                load_weight(
+                    weight,
+                    norm_weight,
+                    norm_weight_dtype,
+                    row,
+                    vector[0],
+                    i,
+                    b,
+                    hidden_size,
+                    raw,
+                    scales,
+                    (piece + AHEAD) % (AHEAD + 1),
+                )
+            if piece < 0:
+                continue
+            now = piece % (AHEAD + 1)
             for p in T.unroll(3):
-                for q in T.unroll(VECTOR // 4):
-                    for v in T.vectorized(4):
-                        raw[p, q * 4 + v] = T.cast(
-                            weight[
-                                row + p * 8,
-                                (vector[0] * 2 + i * (hidden_size // 4) + q) * 4
-                                + b * PRE_COLUMNS
-                                + v,
-                            ],
-                            T.float32,
-                        )
                 for v in T.unroll(VECTOR):
                     if has_norm:
-                        raw[p, v] *= T.cast(
-                            norm_weight[vector_of(vector[0], i, hidden_size) + b * PRE_COLUMNS + v],
-                            T.float32,
-                        )
+                        raw[now, p, v] *= scales[now, v]
                     if tf32 != 0:
-                        raw[p, v] = rounded_to_tf32(raw[p, v])
+                        raw[now, p, v] = rounded_to_tf32(raw[now, p, v])
             # High parts of 16 mixes; both parts of the other eight; low parts of the 16.
             for p, half in tuple((p, half) for p in range(PRE_OPERANDS) for half in (0, 1)):
                 k = p * pieces + 2 * piece + half
                 for v in tuple(range(4)):
                     if p == 0:
-                        a[place(v, False)] = high_part(raw[0, half * 4 + v])
-                        a[place(v, True)] = high_part(raw[1, half * 4 + v])
+                        a[place(v, False)] = high_part(raw[now, 0, half * 4 + v])
+                        a[place(v, True)] = high_part(raw[now, 1, half * 4 + v])
                     elif p == 1:
-                        a[place(v, False)] = high_part(raw[2, half * 4 + v])
-                        a[place(v, True)] = low_part(raw[2, half * 4 + v])
+                        a[place(v, False)] = high_part(raw[now, 2, half * 4 + v])
+                        a[place(v, True)] = low_part(raw[now, 2, half * 4 + v])
                     else:
-                        a[place(v, False)] = low_part(raw[0, half * 4 + v])
-                        a[place(v, True)] = low_part(raw[1, half * 4 + v])
+                        a[place(v, False)] = low_part(raw[now, 0, half * 4 + v])
+                        a[place(v, True)] = low_part(raw[now, 1, half * 4 + v])
                 if k < kept:
                     for v in T.unroll(VECTOR):
                         w[k * VECTOR + v] = a[v]
