@@ -44,8 +44,8 @@ DELAYED_START_TILES = 0.5
 # SMs of a GPU that has at least one GPC of 16: of eight GPCs with 14 or fewer it would have 112.
 LARGE_CLUSTER_SMS = 113
 # fused_pre, post_pre: tokens times columns of a stream from which one pass over them is faster than
-# two. H200, 2026-11, us of one and of two: 72 and 75 at 2048x7168, 239 and 268 at 8192x7168, 50 and
-# 61 at 8192x1280; 30 and 29 at 512x7168.
+# two. H200, 2026-11, us of one and of two: 198 and 268 at 8192x7168, 60 and 84 at
+# 4096x4096, 48 and 61 at 8192x1280; 31 and 29 at 512x7168.
 ONCE_ELEMENTS = 1 << 23
 # fused_pre, post_pre: the most tokens of `is_few`. H200, 2026-11, us of post_pre with a norm, L2
 # warm, by these kernels and by those for more: 15.7 and 20.6 at 128x7168, 14.4 and 15.7 at
@@ -56,8 +56,8 @@ FEW_TOKENS = 128
 # 16x7168, 9.9 of two and of four at 32x7168, 22.7 and 15.7 at 128x7168.
 FEW_STREAMS = (1, 4)
 FEW_TOKENS_OF_ONE = 16
-# post_pre: the least width for which it is. H200, 2026-11, us of one pass and of two: 87 and 92 at
-# 4096x2560, 137 and 144 at 4096x4096; for H = 7168 see `pre_cluster`.
+# post_pre: the least width for which it is. H200, 2026-11, us of one pass and of two: 78 and 92 at
+# 4096x2560, 111 and 144 at 4096x4096; for H = 7168 see `pre_cluster`.
 POST_ONCE_HIDDEN = 2560
 # Blocks of a split in the batch-invariant mode: more of them leave a GPU with few tokens idle,
 # fewer make more partial sums where there are many.

@@ -327,7 +327,8 @@ def pre_cluster(n: int, hidden_size: int, has_post: bool, limits: Architecture) 
 
     Gates take about 2700 cycles to come: two steps of wide CTAs, more of narrow ones. H200,
     2026-11, us of a lag of two, three and four steps: 72.0, 63.6 and 61.7 at 4096x4096, and of two
-    and three 197.6 and 196.8 at 8192x7168, where three leave fewer groups on their way.
+    and three 197.6 and 196.8 at 8192x7168, where three leave fewer groups on their way. Of a post
+    CTAs as wide have no room for that many groups.
     """
     most = PRE_POST_BLOCKS if has_post else PRE_BLOCKS
     if n != PRE_STREAMS or not limits.ring_bytes:
