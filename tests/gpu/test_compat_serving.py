@@ -57,7 +57,8 @@ import serving
 from tile_mhc import config, jit
 from tile_mhc.compat import sglang, vllm
 
-hidden_size, counts, others = 192, [1, 700, 2048], [2, 63, 64, 65, 500, 1999, 3000, 6000]
+hidden_size = 192
+counts, others = [1, 64, 700, 2048], [2, 16, 17, 65, 128, 129, 500, 1999, 3000, 6000]
 done = [sglang.warm_up(hidden_size, counts), vllm.warm_up(hidden_size, counts, delayed=True)]
 config.set_jit("forbid")
 before = jit.statistics()
