@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import jit, reference, selection
+from tile_mhc import _device, jit, reference, selection
 from tile_mhc.kernels._shapes import DELAYED_COLUMNS, is_no_eps
 from tile_mhc.ops import _flops, few_pre
 from tile_mhc.ops import aggregate as aggregate_op
@@ -282,7 +282,10 @@ def launch_backward(
         size = n * hidden_size
         held = accumulated
         num_tokens = grad_input.shape[0]
-        if held is None:
+        # As the kernel is built; see there.
+        by_columns = held is None and _device.limits().has_tma
+        shape = (-1, size) if by_columns else (-1, n, hidden_size)
+        if by_columns:
             slice_tokens = projection_op.backward_slice(num_tokens, weight, n, has_sums=True)
         else:
             slice_tokens = pass_slice(num_tokens, weight, hidden_size)
@@ -295,10 +298,10 @@ def launch_backward(
         if held is None:
             jit.kernel("delayed_pre_bwd", hidden_size, *given)(
                 *by_token,
-                residual.view(-1, size),
+                residual.view(shape),
                 *of_weight,
                 grad_input,
-                grad_residual.view(-1, size),
+                grad_residual.view(shape),
                 *of_slices,
                 slice_tokens,
                 tf32,
