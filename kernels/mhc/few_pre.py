@@ -49,6 +49,11 @@ ROW_WARPS = 16
 EVERYBODY = BARRIER + 1
 
 
+def operand_of(piece: int, v: int, lower: bool):
+    """Where value v of a lane's vector lies in operands 2 * piece and the next: see `place`."""
+    return (2 * piece + v // 4) * VECTOR + place(v % 4, lower)
+
+
 @T.macro
 def load_step(
     layer_output: T.Tensor,
@@ -189,12 +194,12 @@ def few_project(
                 # High parts of 16 mixes; both parts of the other eight; low parts of the 16.
                 for k in streams_of:
                     for v in tuple(range(VECTOR)):
-                        w[place(3 * k, v, False)] = high_part(raw[k - start, 0, v])
-                        w[place(3 * k, v, True)] = high_part(raw[k - start, 1, v])
-                        w[place(3 * k + 1, v, False)] = high_part(raw[k - start, 2, v])
-                        w[place(3 * k + 1, v, True)] = low_part(raw[k - start, 2, v])
-                        w[place(3 * k + 2, v, False)] = low_part(raw[k - start, 0, v])
-                        w[place(3 * k + 2, v, True)] = low_part(raw[k - start, 1, v])
+                        w[operand_of(3 * k, v, False)] = high_part(raw[k - start, 0, v])
+                        w[operand_of(3 * k, v, True)] = high_part(raw[k - start, 1, v])
+                        w[operand_of(3 * k + 1, v, False)] = high_part(raw[k - start, 2, v])
+                        w[operand_of(3 * k + 1, v, True)] = low_part(raw[k - start, 2, v])
+                        w[operand_of(3 * k + 2, v, False)] = low_part(raw[k - start, 0, v])
+                        w[operand_of(3 * k + 2, v, True)] = low_part(raw[k - start, 1, v])
             if late:
                 load_step(layer_output, x, post_mix, comb_mix, t, vector, first, before, post, comb)
             for v in T.unroll(VECTOR):
