@@ -546,7 +546,9 @@ def identity_cluster_bwd(
     # Whether warps wait for one another by mbarriers, a step late: they may be as far apart. Sums
     # are then pushed in the next step, and what is made of them is finished in the step after that
     # of the gates.
-    late = int(cluster > 1 and not has_held and stages >= IDENTITY_LATE_STAGES)
+    # Measured on Hopper; for Blackwell the compiler would spill three registers.
+    fits = limits.has_wgmma and stages >= IDENTITY_LATE_STAGES
+    late = int(cluster > 1 and not has_held and fits)
     # As in the forward.
     lag = 3 if late else identity_lag(stages)
     # Steps from a group's products to its gates.
