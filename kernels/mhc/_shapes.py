@@ -310,15 +310,18 @@ class PreCluster(NamedTuple):
         return PRE_BYTES + 4 * sums + (self.operands - self.kept) * self.warps * 32 * 16
 
 
-def pre_kept(warps: int, blocks: int, has_post: bool) -> int:
-    """pre_cluster: operands for which a warp has registers."""
+def pre_kept(warps: int, blocks: int, has_post: bool, limits: Architecture) -> int:
+    """pre_cluster: operands for which a warp has registers; in code for Blackwell it needs more of
+    them for all else."""
     if blocks == 2:
         return 38
     if warps <= 4:
         return PRE_OPERANDS * 2 * PRE_STREAMS
     if warps <= 8:
         return 22 if has_post else 24
-    return 20 if has_post else 22
+    if has_post:
+        return 20
+    return 22 if limits.has_wgmma else 16
 
 
 @functools.cache
@@ -339,7 +342,7 @@ def pre_cluster(n: int, hidden_size: int, has_post: bool, limits: Architecture) 
         if rest or per_cta > most or per_cta % blocks:
             continue
         warps = per_cta // blocks
-        kept = pre_kept(warps, blocks, has_post)
+        kept = pre_kept(warps, blocks, has_post, limits)
         # A second one where a CTA's turn comes soon, and a warp is left.
         solvers = 2 if size <= 8 and warps % 4 else 1
         group = per_cta * (PRE_STREAMS + has_post) * 32 * 16

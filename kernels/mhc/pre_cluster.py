@@ -66,8 +66,6 @@ REST = COUNT - SQUARES
 # Mixes of a token that a lane of a warp for Sinkhorn makes: four lanes have a token.
 LANE_MIXES = (MIXES - N) // N
 GATES = PRE_GATES
-# Streams of a block of columns, of which a warp asks for the weight before it needs it.
-AHEAD = 3
 # Vectors of sums: those that all CTAs get, and the others.
 SHARED_VECTORS = SHARED // WIDTH
 REST_VECTORS = REST // WIDTH
@@ -289,6 +287,9 @@ def one_pass(
     # Vectors, and halves of them, that a lane multiplies.
     pieces = 2 * N * blocks
     has_norm = norm_weight_dtype != ""
+    # Streams of a block of columns, of which a warp asks for the weight before it needs it: as many
+    # as leave no register to memory.
+    early = 0 if cut.groups > 3 else 1 if has_norm else 3
 
     @T.macro
     def make_streams(
@@ -747,8 +748,8 @@ def one_pass(
         """What one of the warps that have columns does."""
         # Indices of global memory as variables: see `contract_cluster_fwd`.
         t = T.alloc_local((1,), T.int32)
-        raw = T.alloc_local((AHEAD + 1, 3, VECTOR), T.float32)
-        scales = T.alloc_local((AHEAD + 1, VECTOR), T.float32)
+        raw = T.alloc_local((early + 1, 3, VECTOR), T.float32)
+        scales = T.alloc_local((early + 1, VECTOR), T.float32)
         w = T.alloc_local((kept * VECTOR,), T.bfloat16)
         values = T.alloc_local((VECTOR,), T.bfloat16)
         a = T.alloc_local((VECTOR,), T.bfloat16)
@@ -782,11 +783,11 @@ def one_pass(
         # A lane has eight columns of every stream, of mixes `row`, row + 8 and row + 16. Some are
         # asked for ahead: each by itself would wait for memory.
         of_lane = tuple((b, i) for b in range(blocks) for i in range(N))
-        for piece in tuple(range(-AHEAD, len(of_lane))):
+        for piece in tuple(range(-early, len(of_lane))):
             # The compiler would ask for more than there are registers for.
             T.sync_warp()
-            if piece + AHEAD < len(of_lane):
-                b, i = of_lane[piece + AHEAD]
+            if piece + early < len(of_lane):
+                b, i = of_lane[piece + early]
                 load_weight(
                     weight,
                     norm_weight,
@@ -798,11 +799,11 @@ def one_pass(
                     hidden_size,
                     raw,
                     scales,
-                    (piece + AHEAD) % (AHEAD + 1),
+                    (piece + early) % (early + 1),
                 )
             if piece < 0:
                 continue
-            now = piece % (AHEAD + 1)
+            now = piece % (early + 1)
             for p in T.unroll(3):
                 for v in T.unroll(VECTOR):
                     if has_norm:
