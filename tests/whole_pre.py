@@ -35,6 +35,7 @@ NONE = {
 def always() -> Iterator[None]:
     """Within: also of few tokens, and of any width that has the kernel."""
     with (
+        mock.patch.object(selection, "FEW_TOKENS", 0),
         mock.patch.object(selection, "ONCE_ELEMENTS", 0),
         mock.patch.object(selection, "POST_ONCE_HIDDEN", 0),
     ):
