@@ -75,11 +75,11 @@ def get_batch_invariant() -> bool:
 def set_batch_invariant(enabled: bool) -> None:
     """Make what the ops compute of a token independent of the tokens beside it.
 
-    The only thing that depends on them is how the projection splits its sum over K, so that few
-    tokens still fill the GPU: in prefill, decode and training the last bits of a token differ. With
-    this the split is fixed, for any number of tokens and SMs. What it costs is in docs/log.md.
-    It holds for forward results, and for gradients by token; those of parameters are sums over the
-    batch.
+    What depends on them is how the projection splits its sum over K, so that few tokens still fill
+    the GPU, and which kernels take few tokens or many: in prefill, decode and training the last
+    bits of a token differ. With this both are fixed, for any number of tokens and SMs. What it
+    costs is in docs/log.md. It holds for forward results, and for gradients by token; those of
+    parameters are sums over the batch.
     """
     if not isinstance(enabled, bool):
         raise ValueError(

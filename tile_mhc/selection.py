@@ -57,7 +57,7 @@ FEW_TOKENS = 128
 FEW_STREAMS = (1, 4)
 FEW_TOKENS_OF_ONE = 16
 # post_pre: the least width for which it is. H200, 2026-11, us of one pass and of two: 78 and 92 at
-# 4096x2560, 111 and 144 at 4096x4096; for H = 7168 see `pre_cluster`.
+# 4096x2560, 111 and 144 at 4096x4096. At 8192x7168 it took 470 and 490 us, two passes 489.
 POST_ONCE_HIDDEN = 2560
 # Blocks of a split in the batch-invariant mode: more of them leave a GPU with few tokens idle,
 # fewer make more partial sums where there are many.

@@ -119,7 +119,8 @@ def push_shares(
     """The same of a cluster of several CTAs, by the warps that have the sums.
 
     Each lane adds up one vector for one CTA; where that takes more than one warp the first ones
-    have a part each. Another warp has only to announce the bytes.
+    have a part each, so that there must be `vectors // each` warps. Another warp has only to
+    announce the bytes.
     """
     lane = T.get_thread_binding() % 32
     vectors = count // WIDTH

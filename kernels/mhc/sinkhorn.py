@@ -1,5 +1,7 @@
 """n x n logits -> a doubly stochastic matrix, one thread per token, all in registers.
 
+`sinkhorn_alone` and `sinkhorn_rows` are for other kernels, which have few tokens at a time.
+
 Every iterate of Sinkhorn is diag(a) * E * diag(b) with E = softmax(logits) + eps, so the kernels
 iterate the scalings a and b alone: a normalisation costs n*n multiply-adds and n reciprocals
 instead of n*n divisions, and errors of a scaling are corrected by the next.

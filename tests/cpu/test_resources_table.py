@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from tile_mhc import specs
+from tile_mhc.kernels._arch import ARCHITECTURES
+from tile_mhc.kernels._shapes import pre_cluster
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -105,6 +107,26 @@ def test_the_table_has_every_kernel():
     # Of sm_103a are sm_100a's.
     archs = [arch for arch in specs.ARCHS if arch != "sm_103a"]
     assert set(table) == set().union(*map(resources.titles, archs))
+
+
+def test_shares_of_registers_are_those_of_the_launch():
+    """A warp that asked for more than there are would wait for ever; see PreCluster.registers."""
+    table = json.loads(resources.TABLE.read_text())["kernels"]
+    shared_out = 0
+    for arch in ("sm_90a", "sm_100a"):
+        for has_post, name in ((False, "pre_cluster_fwd"), (True, "post_pre_cluster_fwd")):
+            cut = pre_cluster(4, resources.SIZES.hidden, has_post, ARCHITECTURES[arch])
+            rows = [
+                row
+                for title, row in table.items()
+                if title.startswith(f"{name}(") and arch in title
+            ]
+            assert rows
+            wanted = sum(cut.registers) + cut.registers[0] * (cut.groups - 2)
+            for row in rows:
+                assert wanted <= row["registers"] * cut.groups
+            shared_out += cut.registers[0] != cut.registers[1]
+    assert shared_out
 
 
 def test_of_a_part_of_the_kernels(tmp_path, monkeypatch, capsys):

@@ -318,10 +318,9 @@ def launch_backward(
                 slice_tokens,
                 tf32,
             )
-        if wants_pre:
-            launch_sums(sums, grad_pre_mix.view(-1, n), *of_gates)
-        else:
-            mixes_op.launch_sums(*of_gates)
+        # By the same kernel where nobody asks for the first.
+        grad_pre = grad_pre_mix.view(-1, n) if wants_pre else sums.new_empty(num_tokens, n)
+        launch_sums(sums, grad_pre, *of_gates)
         if partials is not None:
             grads_of_matmuls = (grad_residual, grad_weight, grad_norm_weight)
             projection_op.sum_partials(partials, weight, norm_weight, grads_of_matmuls, to_matmuls)

@@ -128,7 +128,7 @@ def fused_pre(
     Without, what hangs on the projection may differ in its last bits, as its sums are taken in
     another order: with a `pre_mix`, see `post_pre`; for up to 128 tokens (bfloat16, n = 4, H a
     multiple of 64), which have kernels of their own; and for many where clusters of CTAs hold them
-    (bfloat16, n = 4, the usual H up to 7168, no layer_norm_weight), which read the streams once.
+    (bfloat16, n = 4, usual H up to 7168, no layer_norm_weight), which read the streams once.
     Not so in the batch-invariant mode. The gradient of the residual is rounded once for both
     its uses, where the four ops round it twice and autograd their sum.
 
