@@ -12,6 +12,7 @@ from tilelang.layout import make_swizzled_layout
 from tile_mhc.kernels._arch import Architecture
 from tile_mhc.kernels._common import VECTOR, fence_shared, follow_previous, pipelined
 from tile_mhc.kernels._shapes import PIECE, backward_layout, factors_width, padded
+from tile_mhc.kernels._weights import high_part, low_part, rounded_to_tf32
 
 BYTES = {"float32": 4, "bfloat16": 2, "": 0}
 # Two warpgroups of 64 tokens each: while one waits for its product the other works.
@@ -19,25 +20,6 @@ MATMUL_THREADS = 256
 FULL_ROW = T.GemmWarpPolicy.FullRow
 FULL_COLUMN = T.GemmWarpPolicy.FullCol
 SQUARE = T.GemmWarpPolicy.Square
-
-
-def rounded_to_tf32(value: T.float32):
-    """`value` to the 11 bits of TF32, halves away from zero, as TileKernels does; not NaN."""
-    bits = T.reinterpret(value, T.int32)
-    is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
-    return T.Select(is_nan, value, T.reinterpret((bits + 0x1000) & -0x2000, T.float32))
-
-
-def norm_shape(size: int, norm_weight_dtype: str) -> tuple[int]:
-    return (size if norm_weight_dtype else 1,)
-
-
-def high_part(value: T.float32):
-    return T.cast(value, T.bfloat16)
-
-
-def low_part(value: T.float32):
-    return T.cast(value - T.cast(T.cast(value, T.bfloat16), T.float32), T.bfloat16)
 
 
 @T.macro

@@ -14,10 +14,6 @@ from tile_mhc.kernels._backward import (
     BYTES,
     element,
     halve,
-    high_part,
-    low_part,
-    norm_shape,
-    rounded_to_tf32,
     still_read,
     store_weight_parts,
     words_of,
@@ -30,6 +26,7 @@ from tile_mhc.kernels._shapes import (
     factors_width,
     padded,
 )
+from tile_mhc.kernels._weights import high_part, low_part, norm_shape, rounded_to_tf32
 
 THREADS = 256
 STREAMS = 4

@@ -14,8 +14,8 @@ from tile_mhc.kernels._common import (
     row_vector,
 )
 from tile_mhc.kernels._shapes import SUM_LANES
+from tile_mhc.kernels._weights import norm_shape
 from tile_mhc.kernels.fused_pre import gated_aggregate
-from tile_mhc.kernels.projection import norm_shape
 
 
 @builder(READS_LAST)

@@ -28,16 +28,9 @@ from tile_mhc.kernels._shapes import (
     cluster_size,
     cluster_stages,
 )
+from tile_mhc.kernels._weights import high_part, low_part, norm_shape, rounded_to_tf32
 from tile_mhc.kernels.mixes import logit
-from tile_mhc.kernels.projection import (
-    LARGE_SQUARES,
-    RESCUE_SCALE,
-    high_part,
-    low_part,
-    norm_shape,
-    rounded_to_tf32,
-    weight_value,
-)
+from tile_mhc.kernels.projection import LARGE_SQUARES, RESCUE_SCALE, weight_value
 
 RING = {
     **SIMT,

@@ -14,7 +14,7 @@ from typing import Any
 import tilelang.language as T
 
 from tile_mhc.kernels._arch import Architecture
-from tile_mhc.kernels._backward import high_part, low_part, norm_shape, projection_backward
+from tile_mhc.kernels._backward import projection_backward
 from tile_mhc.kernels._boundary import (
     MIXES,
     STREAMS,
@@ -33,6 +33,7 @@ from tile_mhc.kernels._common import (
 )
 from tile_mhc.kernels._norm import normed_row
 from tile_mhc.kernels._shapes import DELAYED_COLUMNS, SUM_LANES, factors_width, padded
+from tile_mhc.kernels._weights import high_part, low_part, norm_shape
 from tile_mhc.kernels.mixes import logit, sigmoid, sum_column
 from tile_mhc.kernels.projection import (
     AT_ONCE,

@@ -21,16 +21,11 @@ from tile_mhc.kernels._common import (
     follow_previous,
 )
 from tile_mhc.kernels._shapes import FEW_COLUMNS, FEW_ROW, PRE_MIXES, PRE_STREAMS, SMALLEST_ALONE
+from tile_mhc.kernels._weights import high_part, low_part, norm_shape, rounded_to_tf32
 from tile_mhc.kernels.contract_cluster import BARRIER, RING, multiply
 from tile_mhc.kernels.mixes import logit, sigmoid
 from tile_mhc.kernels.pre_cluster import exact_mix, first_of, place, second_of, vector_of
-from tile_mhc.kernels.projection import (
-    LARGE_SQUARES,
-    high_part,
-    low_part,
-    norm_shape,
-    rounded_to_tf32,
-)
+from tile_mhc.kernels.projection import LARGE_SQUARES
 from tile_mhc.kernels.sinkhorn import sinkhorn_alone, sinkhorn_token
 
 N = PRE_STREAMS

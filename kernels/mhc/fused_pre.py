@@ -24,8 +24,9 @@ from tile_mhc.kernels._common import (
 )
 from tile_mhc.kernels._norm import normed_row
 from tile_mhc.kernels._shapes import SUM_LANES
+from tile_mhc.kernels._weights import norm_shape
 from tile_mhc.kernels.mixes import logit, sigmoid
-from tile_mhc.kernels.projection import norm_shape, token_mix
+from tile_mhc.kernels.projection import token_mix
 from tile_mhc.kernels.sinkhorn import sinkhorn_token
 
 

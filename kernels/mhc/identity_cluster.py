@@ -46,6 +46,7 @@ from tile_mhc.kernels._shapes import (
     identity_sums,
     identity_warps,
 )
+from tile_mhc.kernels._weights import high_part, low_part, norm_shape, rounded_to_tf32
 from tile_mhc.kernels.contract_cluster import (
     BARRIER,
     BLOCK,
@@ -60,16 +61,7 @@ from tile_mhc.kernels.contract_cluster import (
     token_to_load,
 )
 from tile_mhc.kernels.mixes import logit, sigmoid
-from tile_mhc.kernels.projection import (
-    LARGE_SQUARES,
-    RESCUE_SCALE,
-    SMALL_EXPONENT,
-    high_part,
-    low_part,
-    norm_shape,
-    rounded_to_tf32,
-    weight_value,
-)
+from tile_mhc.kernels.projection import LARGE_SQUARES, RESCUE_SCALE, SMALL_EXPONENT, weight_value
 
 GROUP = CLUSTER_TOKENS
 N = IDENTITY_STREAMS

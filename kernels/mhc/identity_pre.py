@@ -20,9 +20,10 @@ from tile_mhc.kernels._common import (
     store_partials,
 )
 from tile_mhc.kernels._shapes import SUM_LANES, TOKENS_PER_PARTIAL, factors_width, padded
+from tile_mhc.kernels._weights import norm_shape
 from tile_mhc.kernels.fused_pre import gated_aggregate
 from tile_mhc.kernels.mixes import logit, sigmoid, sigmoid_slope
-from tile_mhc.kernels.projection import norm_shape, product_gradient, store_parts
+from tile_mhc.kernels.projection import product_gradient, store_parts
 
 THREADS = TOKENS_PER_PARTIAL
 

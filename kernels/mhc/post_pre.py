@@ -23,7 +23,7 @@ from tile_mhc.kernels._common import (
 )
 from tile_mhc.kernels._norm import normed_row
 from tile_mhc.kernels._shapes import DELAYED_COLUMNS, factors_width, padded
-from tile_mhc.kernels.projection import norm_shape
+from tile_mhc.kernels._weights import norm_shape
 
 
 @builder({})

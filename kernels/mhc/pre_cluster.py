@@ -41,17 +41,10 @@ from tile_mhc.kernels._shapes import (
     PRE_SUMS,
     pre_cluster,
 )
+from tile_mhc.kernels._weights import high_part, low_part, norm_shape, rounded_to_tf32
 from tile_mhc.kernels.contract_cluster import BARRIER, RING, count_steps, multiply
 from tile_mhc.kernels.mixes import logit, sigmoid
-from tile_mhc.kernels.projection import (
-    LARGE_SQUARES,
-    RESCUE_SCALE,
-    high_part,
-    low_part,
-    norm_shape,
-    rounded_to_tf32,
-    weight_value,
-)
+from tile_mhc.kernels.projection import LARGE_SQUARES, RESCUE_SCALE, weight_value
 from tile_mhc.kernels.sinkhorn import sinkhorn_rows
 
 GROUP = CLUSTER_TOKENS

@@ -18,12 +18,6 @@ from tilelang.layout import make_swizzled_layout
 
 from tile_mhc.kernels._arch import Architecture
 from tile_mhc.kernels._backward import BYTES, FULL_ROW, MATMUL_THREADS, projection_backward
-
-# As themselves: whoever splits a weight finds these beside what it is split for.
-from tile_mhc.kernels._backward import high_part as high_part
-from tile_mhc.kernels._backward import low_part as low_part
-from tile_mhc.kernels._backward import norm_shape as norm_shape
-from tile_mhc.kernels._backward import rounded_to_tf32 as rounded_to_tf32
 from tile_mhc.kernels._common import (
     SIMT,
     VECTOR,
@@ -42,6 +36,7 @@ from tile_mhc.kernels._shapes import (
     factors_width,
     padded,
 )
+from tile_mhc.kernels._weights import high_part, low_part, norm_shape, rounded_to_tf32
 
 THREADS = 128
 # Sums over splits or slices: values that a thread loads before it adds the first.

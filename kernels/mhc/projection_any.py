@@ -10,15 +10,10 @@ import tilelang.language as T
 from tilelang import PassConfigKey
 
 from tile_mhc.kernels._arch import Architecture
-from tile_mhc.kernels._backward import (
-    MATMUL_THREADS,
-    high_part,
-    low_part,
-    norm_shape,
-    store_weight_parts,
-)
+from tile_mhc.kernels._backward import MATMUL_THREADS, store_weight_parts
 from tile_mhc.kernels._common import SIMT, builder, follow_previous
 from tile_mhc.kernels._shapes import ANY_COLUMNS, ANY_K, ANY_TOKENS, factors_width, padded
+from tile_mhc.kernels._weights import high_part, low_part, norm_shape
 from tile_mhc.kernels.projection import weight_value
 
 # The operands come through registers, which wgmma would want in another layout and a proxy fence.
