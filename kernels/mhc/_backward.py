@@ -10,11 +10,10 @@ import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
 from tile_mhc.kernels._arch import Architecture
-from tile_mhc.kernels._common import VECTOR, fence_shared, follow_previous, pipelined
+from tile_mhc.kernels._common import BYTES, VECTOR, fence_shared, follow_previous, pipelined
 from tile_mhc.kernels._shapes import PIECE, backward_layout, factors_width, padded
 from tile_mhc.kernels._weights import high_part, low_part, rounded_to_tf32
 
-BYTES = {"float32": 4, "bfloat16": 2, "": 0}
 # Two warpgroups of 64 tokens each: while one waits for its product the other works.
 MATMUL_THREADS = 256
 FULL_ROW = T.GemmWarpPolicy.FullRow

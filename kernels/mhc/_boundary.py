@@ -11,14 +11,13 @@ from tilelang.layout import make_swizzled_layout
 
 from tile_mhc.kernels._arch import Architecture
 from tile_mhc.kernels._backward import (
-    BYTES,
     element,
     halve,
     still_read,
     store_weight_parts,
     words_of,
 )
-from tile_mhc.kernels._common import VECTOR, fence_shared, follow_previous, pipelined
+from tile_mhc.kernels._common import BYTES, VECTOR, fence_shared, follow_previous, pipelined
 from tile_mhc.kernels._shapes import (
     DELAYED_BACKWARD_TOKENS,
     DELAYED_COLUMNS,

@@ -16,7 +16,8 @@ from tile_mhc.kernels._dtypes import Dtypes, split_arguments
 ACCESS = 16
 VECTOR = 8
 
-BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+# Of an element, by dtype; "" is that of a tensor that a kernel does not have.
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "": 0}
 
 # The kernels written thread by thread: there is no tile copy to hand to a producer warp.
 SIMT = {

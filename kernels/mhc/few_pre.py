@@ -327,7 +327,7 @@ def few_pre(
     full = vectors % threads == 0
     norms = layer_norm_dtype != ""
     # Weights of the norm in one access.
-    access = ACCESS // BYTES.get(layer_norm_dtype, 4)
+    access = ACCESS // (BYTES[layer_norm_dtype] or 4)
 
     @T.prim_func
     def few_pre_kernel(

@@ -17,8 +17,9 @@ import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
 from tile_mhc.kernels._arch import Architecture
-from tile_mhc.kernels._backward import BYTES, FULL_ROW, MATMUL_THREADS, projection_backward
+from tile_mhc.kernels._backward import FULL_ROW, MATMUL_THREADS, projection_backward
 from tile_mhc.kernels._common import (
+    BYTES,
     SIMT,
     VECTOR,
     builder,
