@@ -53,14 +53,15 @@ SLOTS = 4
 BARRIER = 1
 
 
-def first_of(pair: T.int32):
-    """The first of two bfloat16 values side by side, in float32: one instruction, and three where a
-    value is taken by itself."""
+def first_of(pair: Any):
+    """The first of two bfloat16 values side by side in a word, in float32: one instruction, and
+    three where a value is taken by itself."""
     return T.reinterpret(pair << 16, T.float32)
 
 
-def second_of(pair: T.int32):
-    return T.reinterpret(pair & -0x10000, T.float32)
+def second_of(pair: Any):
+    upper = -0x10000 if pair.dtype == "int32" else 0xFFFF0000
+    return T.reinterpret(pair & upper, T.float32)
 
 
 def token_to_load(t: T.int32, last: Any):

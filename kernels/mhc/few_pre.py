@@ -22,9 +22,9 @@ from tile_mhc.kernels._common import (
 )
 from tile_mhc.kernels._shapes import FEW_COLUMNS, FEW_ROW, PRE_MIXES, PRE_STREAMS, SMALLEST_ALONE
 from tile_mhc.kernels._weights import high_part, low_part, norm_shape, rounded_to_tf32
-from tile_mhc.kernels.contract_cluster import BARRIER, RING, multiply
+from tile_mhc.kernels.contract_cluster import BARRIER, RING, first_of, multiply, second_of
 from tile_mhc.kernels.mixes import logit, sigmoid
-from tile_mhc.kernels.pre_cluster import exact_mix, first_of, place, second_of, vector_of
+from tile_mhc.kernels.pre_cluster import exact_mix, place, vector_of
 from tile_mhc.kernels.projection import LARGE_SQUARES
 from tile_mhc.kernels.sinkhorn import sinkhorn_alone, sinkhorn_token
 

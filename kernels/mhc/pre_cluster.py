@@ -42,7 +42,14 @@ from tile_mhc.kernels._shapes import (
     pre_cluster,
 )
 from tile_mhc.kernels._weights import high_part, low_part, norm_shape, rounded_to_tf32
-from tile_mhc.kernels.contract_cluster import BARRIER, RING, count_steps, multiply
+from tile_mhc.kernels.contract_cluster import (
+    BARRIER,
+    RING,
+    count_steps,
+    first_of,
+    multiply,
+    second_of,
+)
 from tile_mhc.kernels.mixes import logit, sigmoid
 from tile_mhc.kernels.projection import LARGE_SQUARES, RESCUE_SCALE, weight_value
 from tile_mhc.kernels.sinkhorn import sinkhorn_rows
@@ -145,14 +152,6 @@ def weigh(mix: T.float32, words: T.Buffer, out: T.Buffer):
     for k in T.unroll(VECTOR // 2):
         out[2 * k] += mix * first_of(words[k])
         out[2 * k + 1] += mix * second_of(words[k])
-
-
-def first_of(word: T.uint32):
-    return T.reinterpret(word << 16, T.float32)
-
-
-def second_of(word: T.uint32):
-    return T.reinterpret(word & 0xFFFF0000, T.float32)
 
 
 @T.macro
