@@ -279,11 +279,10 @@ def launch_backward(
     to_matmuls = for_part(into, {1: 1, 5: 2})
     if selection.is_one_pass(residual.dtype, n, hidden_size, None):
         # Whether or not the gradient of pre_mix is wanted: the others have the same bits.
-        size = n * hidden_size
-        held = accumulated
-        num_tokens = grad_input.shape[0]
+        num_tokens, size = grad_input.shape[0], n * hidden_size
+        alone = accumulated is None
         # As the kernel is built; see there.
-        by_columns = held is None and _device.limits().has_tma
+        by_columns = alone and _device.limits().has_tma
         shape = (-1, size) if by_columns else (-1, n, hidden_size)
         if by_columns:
             slice_tokens = projection_op.backward_slice(num_tokens, weight, n, has_sums=True)
@@ -292,32 +291,25 @@ def launch_backward(
         sums, partials = backward_room(
             grad_input, n, slice_tokens, norm_weight, grad_weight, to_matmuls
         )
-        of_weight = projection_op.parameters(weight, norm_weight)
-        given = dtypes(weight=weight.dtype, norm_weight=dtype_of(norm_weight), held=dtype_of(held))
-        of_slices = (sums, grad_weight.unsqueeze(0) if partials is None else partials)
-        if held is None:
-            jit.kernel("delayed_pre_bwd", hidden_size, *given)(
-                *by_token,
-                residual.view(shape),
-                *of_weight,
-                grad_input,
-                grad_residual.view(shape),
-                *of_slices,
-                slice_tokens,
-                tf32,
-            )
+        given = dtypes(
+            weight=weight.dtype, norm_weight=dtype_of(norm_weight), held=dtype_of(accumulated)
+        )
+        if alone:
+            kernel = jit.kernel("delayed_pre_bwd", hidden_size, *given)
         else:
-            jit.kernel("delayed_pre_add_bwd", hidden_size, *given)(
-                *by_token,
-                residual.view(-1, n, hidden_size),
-                *of_weight,
-                grad_input,
-                held.view(-1, n, hidden_size),
-                grad_residual.view(-1, n, hidden_size),
-                *of_slices,
-                slice_tokens,
-                tf32,
-            )
+            kernel = jit.kernel("delayed_pre_add_bwd", hidden_size, *given)
+        kernel(
+            *by_token,
+            residual.view(shape),
+            *projection_op.parameters(weight, norm_weight),
+            grad_input,
+            *(() if accumulated is None else (accumulated.view(shape),)),
+            grad_residual.view(shape),
+            sums,
+            grad_weight.unsqueeze(0) if partials is None else partials,
+            slice_tokens,
+            tf32,
+        )
         # By the same kernel where nobody asks for the first.
         grad_pre = grad_pre_mix.view(-1, n) if wants_pre else sums.new_empty(num_tokens, n)
         launch_sums(sums, grad_pre, *of_gates)
