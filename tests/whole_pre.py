@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import oracle
-from cases import FUSED_PRE, POST_PRE, Case, Op
+from cases import FUSED_PRE, PARAMETERS, POST_PRE, Case, Dtypes, Op
 from readout import check_rounded
 from tile_mhc import fused_pre, post, reference, selection
 
@@ -57,6 +57,13 @@ def check(
     """Against float64, outputs and gradients."""
     tensors = inputs(op, hidden_size, num_tokens, device, norm)
     oracle.check(op, Case(num_tokens, 4, hidden_size, ""), tensors, {**OPTIONS, **options})
+
+
+def check_bfloat16(op: Op, hidden_size: int, num_tokens: int, device: str) -> None:
+    """With all parameters in bfloat16."""
+    tensors = inputs(op, hidden_size, num_tokens, device)
+    tensors = Dtypes(torch.bfloat16, PARAMETERS, "all of them").of(tensors)
+    oracle.check(op, Case(num_tokens, 4, hidden_size, ""), tensors, OPTIONS)
 
 
 def check_two_ops(hidden_size: int, num_tokens: int, device: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -62,6 +63,8 @@ def some(sizes: Mapping[Any, Any], count: int = 1) -> dict[Any, Any]:
     return dict(list(sizes.items())[: None if FULL else count])
 
 
+# Without a weight of the norm: kernels of their own, whose builds take five to ten seconds.
+PLAIN = pytest.param(False, marks=pytest.mark.scheduled)
 # A row of more than one access a thread, for the ops without a matmul.
 WIDE = (4, 2560)
 WIDE_OPS = ("expand", "aggregate", "post", "recompute", "identity_post", "stream_mean")

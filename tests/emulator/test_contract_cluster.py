@@ -16,7 +16,7 @@ from cases import CONTRACT, PARAMETERS, Case, Dtypes
 from emulator import launch
 from emulator.launch import FaultError, Kernel
 from emulator.ops import emulated
-from emulator.suite import some
+from emulator.suite import PLAIN, some
 from tile_mhc import contract, reference
 from tile_mhc.kernels._arch import HOPPER
 from tile_mhc.kernels._shapes import cluster_size
@@ -27,8 +27,6 @@ SIZES = {(4, 896): 1, (2, 64): 1, (4, 1280): 2, (2, 2560): 4, (4, 7168): 8}
 PAIRS = pytest.mark.parametrize("pair", some(SIZES, 3), ids=str)
 # With a build of its own for other dtypes.
 ONE = pytest.mark.parametrize("pair", some(SIZES), ids=str)
-# A build takes five seconds.
-PLAIN = pytest.param(False, marks=pytest.mark.scheduled)
 
 
 @pytest.fixture(autouse=True)

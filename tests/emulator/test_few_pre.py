@@ -7,7 +7,7 @@ import torch
 
 import oracle
 import whole_pre
-from cases import DELAYED_PRE, FUSED_PRE, PARAMETERS, POST_PRE, POST_PRE_DELAYED, Case, Dtypes
+from cases import DELAYED_PRE, FUSED_PRE, POST_PRE, POST_PRE_DELAYED, Case
 from emulator import launch
 from emulator.ops import emulated
 from emulator.suite import some
@@ -123,9 +123,7 @@ def test_largest_streams(op, hidden):
 @pytest.mark.scheduled
 @OPS
 def test_bfloat16_parameters(op):
-    tensors = whole_pre.inputs(op, 320, 40, "cpu")
-    tensors = Dtypes(torch.bfloat16, PARAMETERS, "all of them").of(tensors)
-    oracle.check(op, Case(40, 4, 320, ""), tensors, OPTIONS)
+    whole_pre.check_bfloat16(op, 320, 40, "cpu")
 
 
 @OPS

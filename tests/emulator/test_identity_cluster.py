@@ -16,7 +16,7 @@ from cases import IDENTITY_OUTPUTS, IDENTITY_PRE, PARAMETERS, Case, Dtypes
 from emulator import launch
 from emulator.launch import FaultError, Kernel
 from emulator.ops import emulated
-from emulator.suite import some
+from emulator.suite import PLAIN, some
 from tile_mhc import identity_pre, reference
 from tile_mhc.kernels._arch import HOPPER
 from tile_mhc.kernels._shapes import identity_cluster_size
@@ -39,10 +39,6 @@ def test_sizes_of_clusters(hidden):
     choices = ((False, False), (True, False), (True, True))
     sizes = tuple(identity_cluster_size(4, hidden, *choice, HOPPER) for choice in choices)
     assert sizes == unmixed.SIZES[hidden]
-
-
-# A build takes ten seconds.
-PLAIN = pytest.param(False, marks=pytest.mark.scheduled)
 
 
 @pytest.mark.parametrize("norm", [True, PLAIN], ids=["norm_weight", "plain"])

@@ -13,11 +13,11 @@ import torch
 
 import oracle
 import whole_pre
-from cases import PARAMETERS, POST_PRE, Case, Dtypes
+from cases import POST_PRE
 from emulator import launch
 from emulator.launch import FaultError, Kernel
 from emulator.ops import emulated
-from emulator.suite import some
+from emulator.suite import PLAIN, some
 from tile_mhc.kernels._arch import HOPPER
 from tile_mhc.kernels._shapes import pre_cluster
 from whole_pre import KERNELS, OPTIONS
@@ -25,8 +25,6 @@ from whole_pre import KERNELS, OPTIONS
 SEED = 1
 OPS = pytest.mark.parametrize("op", whole_pre.OPS, ids=str)
 HIDDEN = pytest.mark.parametrize("hidden", some(whole_pre.SIZES, 1))
-# A build takes five seconds.
-PLAIN = pytest.param(False, marks=pytest.mark.scheduled)
 
 
 @pytest.fixture(autouse=True)
@@ -108,9 +106,7 @@ def test_without_eps_of_sinkhorn(op, hidden):
 @OPS
 @HIDDEN
 def test_bfloat16_parameters(op, hidden):
-    tensors = whole_pre.inputs(op, hidden, 40, "cpu")
-    tensors = Dtypes(torch.bfloat16, PARAMETERS, "all of them").of(tensors)
-    oracle.check(op, Case(40, 4, hidden, ""), tensors, OPTIONS)
+    whole_pre.check_bfloat16(op, hidden, 40, "cpu")
 
 
 @OPS

@@ -5,7 +5,7 @@ import torch
 
 import oracle
 import whole_pre
-from cases import DELAYED_PRE, FUSED_PRE, PARAMETERS, POST_PRE, POST_PRE_DELAYED, Case, Dtypes
+from cases import DELAYED_PRE, FUSED_PRE, POST_PRE, POST_PRE_DELAYED, Case
 from launched import launched
 from tile_mhc import _device, config, selection
 from whole_pre import OPTIONS
@@ -97,9 +97,7 @@ def test_largest_streams(op, hidden):
 @OPS
 @ONE_OF_EACH
 def test_bfloat16_parameters(op, hidden):
-    tensors = whole_pre.inputs(op, hidden, 65, "cuda")
-    tensors = Dtypes(torch.bfloat16, PARAMETERS, "all of them").of(tensors)
-    oracle.check(op, Case(65, 4, hidden, ""), tensors, OPTIONS)
+    whole_pre.check_bfloat16(op, hidden, 65, "cuda")
 
 
 @OPS

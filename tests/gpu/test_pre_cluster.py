@@ -5,7 +5,7 @@ import torch
 
 import oracle
 import whole_pre
-from cases import PARAMETERS, POST_PRE, Case, Dtypes
+from cases import POST_PRE
 from launched import launched
 from tile_mhc import _device, config, selection
 from tile_mhc.kernels._shapes import pre_cluster
@@ -145,6 +145,4 @@ def test_replayed_graph(op, hidden):
 @OPS
 @HIDDEN
 def test_bfloat16_parameters(op, hidden):
-    tensors = whole_pre.inputs(op, hidden, 130, "cuda")
-    tensors = Dtypes(torch.bfloat16, PARAMETERS, "all of them").of(tensors)
-    oracle.check(op, Case(130, 4, hidden, ""), tensors, OPTIONS)
+    whole_pre.check_bfloat16(op, hidden, 130, "cuda")
