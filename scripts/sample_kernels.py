@@ -17,7 +17,6 @@ import resources
 
 from tile_mhc import specs
 from tile_mhc.cli import _measure
-from tile_mhc.kernels._arch import ARCHITECTURES
 
 # sm_86 and sm_89 have the sizes of sm_120a and the instructions of sm_80.
 SAMPLED = ("sm_80", "sm_120a")
@@ -29,17 +28,6 @@ SIZES = specs.Sizes(4, 64)
 def last_of_each(sizes: specs.Sizes, arch: str) -> list[_measure.Kernel]:
     """The last of each name, which has the most tensors."""
     return [(name, args, arch) for name, args in dict(specs.select([sizes], arch=arch)).items()]
-
-
-def problem(kernel: _measure.Kernel, found: _measure.Measured) -> str | None:
-    if isinstance(found, str):
-        return found
-    if found.spill_stores or found.spill_loads:
-        return f"spills, {found.spill_stores} + {found.spill_loads} bytes"
-    most = ARCHITECTURES[kernel[2]].shared_bytes
-    if found.shared_memory > most:
-        return f"{found.shared_memory} bytes of shared memory, of {most}"
-    return None
 
 
 def rows_of(compiled: dict[_measure.Kernel, _measure.Measured]) -> dict[str, resources.Row]:
@@ -55,15 +43,19 @@ def main() -> int:
     hopper = last_of_each(resources.SIZES, resources.NO_SPILLS)
     kernels = hopper + [k for arch in SAMPLED for k in last_of_each(SIZES, arch) if k[0] in NAMES]
     compiled = dict(_measure.measure(kernels, len(os.sched_getaffinity(0))))
-    bad = []
-    for (name, args, arch), found in compiled.items():
-        if text := problem((name, args, arch), found):
-            bad.append(f"{resources.title_of(name, args, arch)}: {text}")
+    bad = [
+        f"{resources.title_of(*kernel)}: {found}"
+        for kernel, found in compiled.items()
+        if isinstance(found, str)
+    ]
     table = json.loads(resources.TABLE.read_text())
     same_nvcc = resources.nvcc_version() == table["nvcc"]
-    rows = rows_of({kernel: compiled[kernel] for kernel in hopper})
-    grown = resources.problems(rows, table["kernels"], same_nvcc, some=True)
-    bad += [text for text in grown if text not in bad]
+    rows = rows_of(compiled)
+    of_hopper = {title: row for title, row in rows.items() if title.endswith(resources.NO_SPILLS)}
+    others = {title: row for title, row in rows.items() if title not in of_hopper}
+    bad += resources.problems(of_hopper, table["kernels"], same_nvcc, some=True)
+    # Of sizes that the table does not have.
+    bad += resources.spills(others, {}) + resources.too_large(others)
     if bad:
         print("\n".join(bad), file=sys.stderr)
         print("if meant so: RENEW_RESOURCES=1 scripts/check.sh kernels, with why", file=sys.stderr)
