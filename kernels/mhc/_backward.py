@@ -10,7 +10,14 @@ import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
 from tile_mhc.kernels._arch import Architecture
-from tile_mhc.kernels._common import BYTES, VECTOR, fence_shared, follow_previous, pipelined
+from tile_mhc.kernels._common import (
+    BYTES,
+    VECTOR,
+    as_float,
+    fence_shared,
+    follow_previous,
+    pipelined,
+)
 from tile_mhc.kernels._shapes import PIECE, backward_layout, factors_width, padded
 from tile_mhc.kernels._weights import high_part, low_part, rounded_to_tf32
 
@@ -88,7 +95,7 @@ def element(words: T.Buffer, row: T.int32, v: T.int32) -> T.float32:
     index known when compiled this is a shift or a mask.
     """
     shifted = words[row, v // 2] << T.cast((1 - v % 2) * 16, T.uint32)
-    return T.reinterpret(shifted & T.uint32(0xFFFF0000), T.float32)
+    return as_float(shifted & T.uint32(0xFFFF0000))
 
 
 @T.macro

@@ -114,6 +114,18 @@ def row_chunks(hidden_size: int, threads: int, vector: int) -> int:
     return -(-hidden_size // (threads * vector))
 
 
+def as_float(bits: Any):
+    """The float32 value of a word. Not by T.reinterpret: where a register is taken twice, and
+    written in between, that gives the first value again; see tile_mhc.cli._stale."""
+    kind = "uint" if bits.dtype == "uint32" else "int"
+    return T.call_pure_extern("float32", f"__{kind}_as_float", bits)
+
+
+def as_int(value: T.float32):
+    """The word of a float32 value; see `as_float`."""
+    return T.call_pure_extern("int32", "__float_as_int", value)
+
+
 @T.macro
 def follow_previous():
     """Wait for the kernel before this one in the stream; from then on the next may be launched.

@@ -19,7 +19,7 @@ import tilelang.language as T
 from tilelang import PassConfigKey
 
 from tile_mhc.kernels._arch import Architecture
-from tile_mhc.kernels._common import SIMT, VECTOR, builder, follow_previous
+from tile_mhc.kernels._common import SIMT, VECTOR, as_float, builder, follow_previous
 from tile_mhc.kernels._push import SOURCE, push_vectors
 from tile_mhc.kernels._shapes import (
     CLUSTER_COLUMNS,
@@ -56,12 +56,12 @@ BARRIER = 1
 def first_of(pair: Any):
     """The first of two bfloat16 values side by side in a word, in float32: one instruction, and
     three where a value is taken by itself."""
-    return T.reinterpret(pair << 16, T.float32)
+    return as_float(pair << 16)
 
 
 def second_of(pair: Any):
     upper = -0x10000 if pair.dtype == "int32" else 0xFFFF0000
-    return T.reinterpret(pair & upper, T.float32)
+    return as_float(pair & upper)
 
 
 def token_to_load(t: T.int32, last: Any):

@@ -9,7 +9,6 @@ n = 4, bfloat16 streams and an H that is a multiple of 64; other streams take th
 `projection` and `aggregate`.
 """
 
-from typing import Any
 
 import tilelang.language as T
 
@@ -247,68 +246,39 @@ def delayed_pre_bwd(
 ):
     """Gradients of streams, weight (by slices of tokens) and pre_mix (by columns) in one pass: that
     of `projection_bwd`, with the sums for the pre_mix, which is not that of the same streams.
-
-    Before Hopper the pass of `delayed_pre_add_bwd`: the other has wrong sums on the emulator there.
     """
     size = STREAMS * hidden_size
-    if limits.has_tma:
-        of_tensors = ("", norm_weight_dtype, "")
-        body, tokens, slices = projection_backward(MIXES, size, STREAMS, True, *of_tensors, limits)
-        shape: tuple[Any, ...] = (tokens, size)
-    else:
-        body, tokens, slices, _ = backward_pass(
-            hidden_size, False, False, norm_weight_dtype, limits
-        )
-        shape = (tokens, STREAMS, hidden_size)
+    of_tensors = ("", norm_weight_dtype, "")
+    body, tokens, slices = projection_backward(MIXES, size, STREAMS, True, *of_tensors, limits)
 
     @T.prim_func
     def delayed_pre_bwd_kernel(
         grad_parts: T.Tensor[(tokens, 2 * padded(MIXES)), T.bfloat16],
         factors: T.Tensor[(tokens, factors_width(STREAMS)), T.float32],
-        x: T.Tensor[shape, T.bfloat16],
+        x: T.Tensor[(tokens, size), T.bfloat16],
         weight: T.Tensor[(MIXES, size), weight_dtype],
         norm_weight: T.Tensor[norm_shape(size, norm_weight_dtype), norm_weight_dtype or T.float32],
         grad_input: T.Tensor[(tokens, hidden_size), T.bfloat16],
-        grad_x: T.Tensor[shape, T.bfloat16],
+        grad_x: T.Tensor[(tokens, size), T.bfloat16],
         sums: T.Tensor[(hidden_size // DELAYED_COLUMNS, tokens, STREAMS), T.float32],
         partials: T.Tensor[(slices, MIXES, size), T.float32],
         slice_tokens: T.int32,
         tf32: T.int32,
     ):
-        if limits.has_tma:
-            body(
-                grad_parts,
-                factors,
-                x,
-                weight,
-                norm_weight,
-                grad_input,
-                None,
-                grad_x,
-                sums,
-                partials,
-                slice_tokens,
-                tf32,
-            )
-        else:
-            body(
-                grad_parts,
-                factors,
-                None,
-                x,
-                None,
-                None,
-                weight,
-                norm_weight,
-                grad_input,
-                None,
-                None,
-                grad_x,
-                sums,
-                partials,
-                slice_tokens,
-                tf32,
-            )
+        body(
+            grad_parts,
+            factors,
+            x,
+            weight,
+            norm_weight,
+            grad_input,
+            None,
+            grad_x,
+            sums,
+            partials,
+            slice_tokens,
+            tf32,
+        )
 
     return delayed_pre_bwd_kernel
 

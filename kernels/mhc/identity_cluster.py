@@ -28,7 +28,14 @@ import tilelang.language as T
 from tilelang import tvm
 
 from tile_mhc.kernels._arch import Architecture
-from tile_mhc.kernels._common import VECTOR, builder, follow_previous, reciprocal
+from tile_mhc.kernels._common import (
+    VECTOR,
+    as_float,
+    as_int,
+    builder,
+    follow_previous,
+    reciprocal,
+)
 from tile_mhc.kernels._push import SOURCE, announce, push_shares, push_vectors
 from tile_mhc.kernels._shapes import (
     CLUSTER_SLOTS,
@@ -1049,10 +1056,8 @@ def identity_cluster_bwd(
                         # As in `store_parts`, for the gradient of the weight alone: where products
                         # are so small, their part of the gradient of x is lost beside the rest.
                         largest[0] = T.warp_reduce_max(largest[0])
-                        lift[0] = T.max(
-                            SMALL_EXPONENT - (T.reinterpret(largest[0], T.int32) >> 23), 0
-                        )
-                        largest[0] = T.reinterpret((127 + lift[0]) << 23, T.float32)
+                        lift[0] = T.max(SMALL_EXPONENT - (as_int(largest[0]) >> 23), 0)
+                        largest[0] = as_float((127 + lift[0]) << 23)
                         if late:
                             wait_for(full, step - 1)
                         given[buffer[0], g, i] = gate[0]
@@ -1072,9 +1077,7 @@ def identity_cluster_bwd(
                         if i == 0:
                             given[buffer[0], g, N] = rms[0]
                             given[buffer[0], g, N + 1] = -along[0] * rms[0] * (1.0 / size)
-                            given[buffer[0], g, N + 2] = T.reinterpret(
-                                (127 - lift[0]) << 23, T.float32
-                            )
+                            given[buffer[0], g, N + 2] = as_float((127 - lift[0]) << 23)
                             given[buffer[0], g, N + 3] = 0.0
                     if late:
                         # Whose phase but one before this was waited for.

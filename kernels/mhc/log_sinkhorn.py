@@ -20,7 +20,7 @@ import tilelang.language as T
 from tilelang import PassConfigKey
 
 from tile_mhc.kernels._arch import Architecture
-from tile_mhc.kernels._common import SIMT, builder, follow_previous, reciprocal
+from tile_mhc.kernels._common import SIMT, as_float, as_int, builder, follow_previous, reciprocal
 from tile_mhc.kernels.sinkhorn import THREADS, divide
 
 LOG_2 = math.log(2.0)
@@ -42,9 +42,9 @@ def move_powers(scalings: T.Buffer, shifts: T.Buffer, n: int):
     """Move the powers of two of the scalings into the shifts: what is left is from 1 to 2."""
     power = T.alloc_local((1,), T.int32)
     for k in T.unroll(n):
-        power[0] = (T.reinterpret(scalings[k], T.int32) >> 23) - 127
+        power[0] = (as_int(scalings[k]) >> 23) - 127
         shifts[k] += power[0]
-        scalings[k] *= T.reinterpret((127 - power[0]) << 23, T.float32)
+        scalings[k] *= as_float((127 - power[0]) << 23)
 
 
 @T.macro

@@ -22,6 +22,8 @@ from tile_mhc.kernels._common import (
     BYTES,
     SIMT,
     VECTOR,
+    as_float,
+    as_int,
     builder,
     fence_shared,
     follow_previous,
@@ -379,9 +381,9 @@ def store_parts(
     T.sync_threads()
     for warp in T.unroll(tile_warps):
         largest[0] = T.max(largest[0], shared[tid // BACKWARD_TOKENS * tile_warps + warp])
-    lift[0] = T.max(SMALL_EXPONENT - (T.reinterpret(largest[0], T.int32) >> 23), 0)
-    largest[0] = T.reinterpret((127 + lift[0]) << 23, T.float32)
-    per_token[2] = T.reinterpret((127 - lift[0]) << 23, T.float32)
+    lift[0] = T.max(SMALL_EXPONENT - (as_int(largest[0]) >> 23), 0)
+    largest[0] = as_float((127 + lift[0]) << 23)
+    per_token[2] = as_float((127 - lift[0]) << 23)
     if t < tokens:
         for m in T.unroll(part_rows):
             values[m] *= largest[0]

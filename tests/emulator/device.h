@@ -95,6 +95,9 @@ inline int min(int a, int b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline float rsqrtf(float x) { return float(1 / std::sqrt(double(x))); }
+inline float __int_as_float(int bits) { return __builtin_bit_cast(float, bits); }
+inline float __uint_as_float(uint bits) { return __builtin_bit_cast(float, bits); }
+inline int __float_as_int(float x) { return __builtin_bit_cast(int, x); }
 inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
 template <typename T>

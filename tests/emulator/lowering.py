@@ -22,6 +22,7 @@ import z3
 
 from emulator.cache import CACHE, digest_of, made
 from tile_mhc import jit, kernels, specs
+from tile_mhc.cli._stale import check_source
 from tile_mhc.kernels._arch import ARCHITECTURES, DEFAULT
 
 SIBLING_STAGES = 1
@@ -148,6 +149,7 @@ def _traced_and_lowered(name: str, args: specs.Arguments, arch: str, sibling: bo
             )
             with context, target:
                 artifact = jit.undisturbed(lambda: tilelang.lower(func, target=target))
+        check_source(str(artifact.kernel_source))
         path.write_text(json.dumps(_describe(name, func, artifact, shared)))
 
     digest = digest_of(func.script(), json.dumps([configs, arch]), _toolchain())

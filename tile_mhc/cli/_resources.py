@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tile_mhc import jit, specs
+from tile_mhc.cli._stale import check_source
 
 CACHE_NAME = "tile_mhc_resources.json"
 LIBRARY_NAME = "executable.so"
@@ -142,7 +143,9 @@ def lower(name: str, args: specs.Arguments, arch: str) -> Any:
     target = tilelang.tvm.target.Target({"kind": "cuda", "arch": arch})
     configs = specs.pass_configs(name, args)
     with tilelang.tvm.transform.PassContext(opt_level=3, config=configs), target:
-        return jit.undisturbed(lambda: tilelang.lower(func, target=target))
+        artifact = jit.undisturbed(lambda: tilelang.lower(func, target=target))
+    check_source(str(artifact.kernel_source))
+    return artifact
 
 
 def dynamic_shared_memory(artifact: Any) -> int:

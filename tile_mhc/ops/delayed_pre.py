@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tile_mhc import _device, jit, reference, selection
+from tile_mhc import jit, reference, selection
 from tile_mhc.kernels._shapes import DELAYED_COLUMNS, is_no_eps
 from tile_mhc.ops import _flops, few_pre
 from tile_mhc.ops import aggregate as aggregate_op
@@ -281,10 +281,9 @@ def launch_backward(
         # Whether or not the gradient of pre_mix is wanted: the others have the same bits.
         num_tokens, size = grad_input.shape[0], n * hidden_size
         alone = accumulated is None
-        # As the kernel is built; see there.
-        by_columns = alone and _device.limits().has_tma
-        shape = (-1, size) if by_columns else (-1, n, hidden_size)
-        if by_columns:
+        # As each kernel is built.
+        shape = (-1, size) if alone else (-1, n, hidden_size)
+        if alone:
             slice_tokens = projection_op.backward_slice(num_tokens, weight, n, has_sums=True)
         else:
             slice_tokens = pass_slice(num_tokens, weight, hidden_size)
