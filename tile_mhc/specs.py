@@ -548,7 +548,7 @@ SPECS = (
         (*_PROJECTION, *_TE),
         _READER,
         _fast(_projection_backwards),
-        early=("weight", "norm_weight"),
+        early=("weight", "norm_weight", "x", "grad_input"),
     ),
     Spec(
         "projection_weight_bwd",
@@ -692,7 +692,7 @@ SPECS = (
         _PRE_OPS,
         ("hidden_size",),
         _delayed_backwards,
-        early=("weight", "norm_weight"),
+        early=("weight", "norm_weight", "x", "grad_input"),
     ),
     Spec(
         "delayed_pre_add_bwd",

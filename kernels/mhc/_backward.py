@@ -21,6 +21,21 @@ from tile_mhc.kernels._common import (
 from tile_mhc.kernels._shapes import PIECE, backward_layout, factors_width, padded
 from tile_mhc.kernels._weights import high_part, low_part, rounded_to_tf32
 
+# Goes with the source of a pass, of which a file may have several; tests/emulator has a function of
+# this name. It is called for the coordinate of a copy by TMA: the warp that issues those must wait,
+# and TileLang 0.1.15 gives it nothing but copies. The first time it is `follow_previous`, and then
+# nothing.
+AFTER_PREVIOUS = r"""
+#ifndef TILE_MHC_AFTER_PREVIOUS
+#define TILE_MHC_AFTER_PREVIOUS
+static __device__ __forceinline__ int after_previous(int token) {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  return token;
+}
+#endif
+"""
+
 # Two warpgroups of 64 tokens each: while one waits for its product the other works.
 MATMUL_THREADS = 256
 FULL_ROW = T.GemmWarpPolicy.FullRow
@@ -199,10 +214,16 @@ def projection_backward(
     # Whether all products are on their way at once: so it was measured with four pieces of streams,
     # and with others as it is there.
     at_once = n > 0 and num_pieces == 4
+    # Whether x and grad_input are asked for before the kernel before this has ended. On Hopper, of
+    # whose code it was seen that all of these copies are by TMA.
+    reads_early = at_once and limits.has_wgmma
     waits_later = {"wg_wait": -1 if at_once else 0}
     # Threads that share a token in its sums, and how many tokens each has then.
     lanes = wide // VECTOR
     turns = block * lanes // MATMUL_THREADS
+
+    def after_previous(token: T.int32):
+        return T.call_extern("int32", "after_previous", token)
 
     def start(column: T.int32, piece: int):
         """The column of x at which a piece of a CTA's columns starts."""
@@ -246,6 +267,8 @@ def projection_backward(
                 sum_shared = T.alloc_shared((block, columns), held_dtype)
                 T.annotate_layout({sum_shared: make_swizzled_layout(sum_shared)})
             tid = T.get_thread_binding()
+            if reads_early:
+                T.import_source(AFTER_PREVIOUS)
             store_weight_parts(
                 weight,
                 norm_weight,
@@ -256,7 +279,8 @@ def projection_backward(
                 high_twice,
                 low_then_zero,
             )
-            follow_previous()
+            if not reads_early:
+                follow_previous()
             fence_shared()
             T.sync_threads()
             T.clear(weight_local)
@@ -285,7 +309,11 @@ def projection_backward(
                             wide_shared[0:block, k : k + PIECE],
                         )
                 if at_once:
-                    T.copy(grad_parts[t0, 0], g_shared)
+                    if reads_early:
+                        # Who multiplies writes nothing before it has these.
+                        T.copy(grad_parts[after_previous(t0), 0], g_shared)
+                    else:
+                        T.copy(grad_parts[t0, 0], g_shared)
                     T.copy(factors[t0, 0], factors_shared)
                 else:
                     T.gemm(
@@ -362,6 +390,9 @@ def projection_backward(
                         )
             if limits.has_tma:
                 T.tma_store_wait(0)
+            if reads_early:
+                # Long done: for TileLang, which launches beside the kernel before if this is there.
+                follow_previous()
             # By rows of the weight, as they are written. A lane has two neighbours of every eighth
             # column: with 4 floats between rows all lanes store to banks of their own.
             weight_shared = T.alloc_shared((both, columns + 4), T.float32)

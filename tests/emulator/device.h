@@ -108,6 +108,12 @@ T __shfl_xor_sync(uint, T value, int mask, int width = 32, int line = __builtin_
   return value;
 }
 
+// The function that `_backward` brings along.
+inline int after_previous(int token) {
+  cudaGridDependencySynchronize();
+  return token;
+}
+
 // The functions that `_push` brings along.
 inline void expect_bytes(emu::Mbarrier &full, uint32_t bytes) {
   full.bytes += bytes;

@@ -35,7 +35,7 @@ def translate(lowered: Lowered) -> str:
     body[at] = f"static void body(void **arguments) {{ {unpacked}"
     for i in range(at + 1, len(body)):
         body[i] = _line(body[i], i + 1, lowered)
-    dependent = "cudaGridDependencySynchronize" in lowered.source
+    dependent = bool(re.search("cudaGridDependencySynchronize|after_previous", lowered.source))
     entry = _ENTRY.replace("DEPENDENT", str(dependent).lower())
     return "\n".join(['#include "device.h"', '#line 1 "kernel.cu"', *body, entry])
 

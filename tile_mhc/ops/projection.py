@@ -310,7 +310,7 @@ def launch_matmuls(
 
     `grad_input` is read if there are `streams`; `accumulated` is a gradient of the residual to add.
     The kernel launched right before is to be one of ours, and weight and norm_weight are to be
-    contiguous: the kernel here reads them before that one has ended.
+    contiguous: the kernel here reads them, residual and grad_input before that one has ended.
     """
     grad_residual, grad_weight, _ = grads
     num_mixes, size = weight.shape
