@@ -41,6 +41,10 @@ SPLIT_WEIGHT_TOKENS = 1024
 # 2026-11, 8192x7168, 112 CTAs at a time and six times 131: 779 and 717 us, 442 and 420.
 DELAYED_START = 2
 DELAYED_START_TILES = 0.5
+# The same where the pass has sums for a pre_mix. H200, 2026-11, us of delayed_pre.bwd: 350, 329 and
+# 339 of one, seven and eight slices at 8192x7168, 106 and 112 of two and four at 4096x4096, 76 and
+# 82 of three and six at 4096x2560.
+SUMS_START_TILES = 1.5
 # SMs of a GPU that has at least one GPC of 16: of eight GPCs with 14 or fewer it would have 112.
 LARGE_CLUSTER_SMS = 113
 # fused_pre, post_pre: tokens times columns of a stream from which one pass over them is faster than

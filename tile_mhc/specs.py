@@ -86,8 +86,8 @@ class Spec:
         ops: the public functions that launch it.
         numbers: the names of what its builder takes before the dtypes.
         arguments: the builder's argument tuples for given sizes.
-        early: the tensors that it reads beside the kernel before it, which never writes them: see
-            `follow_previous` of the kernels.
+        early: the tensors that it reads beside the kernel before it, which never writes them, and
+            those that it writes, of which that one has none: see `follow_previous` of the kernels.
     """
 
     name: str
@@ -580,6 +580,7 @@ SPECS = (
         ("split_mixes", "contract", "head_mix", *_PRE_OPS, "identity_pre", *_TE),
         ("biases", "scales", "directed"),
         _column_sums,
+        early=("partials", "grad_bias", "grad_scale"),
     ),
     Spec("sinkhorn_fwd", "sinkhorn", ("sinkhorn", *_TK), _N, _n),
     Spec("sinkhorn_bwd", "sinkhorn", ("sinkhorn", *_PRE_OPS, *_TK), _STEPS, _steps),
@@ -708,6 +709,15 @@ SPECS = (
         _PRE_OPS,
         ("num_sums", "hidden_size", "directed"),
         _delayed_sums,
+        early=(
+            "sums",
+            "partials",
+            "grad_comb",
+            "grad_post",
+            "grad_pre",
+            "grad_bias",
+            "grad_scale",
+        ),
     ),
     Spec("post_pre_fwd", "post_pre", ("post_pre",), _PASS, _passes),
     Spec("post_project_fwd", "post_pre", ("post_pre",), _PASS, _passes),

@@ -144,6 +144,23 @@ def follow_previous():
 
 
 @T.macro
+def follow_previous_unless(beside: T.int32):
+    """`follow_previous`, but for a launch beside a kernel with whose tensors it has nothing to do.
+
+    That one waits itself before it lets this start, so that all that came before it has ended. This
+    one waits with `follow_previous_at_last`, for what comes behind to find both ended.
+    """
+    if beside == 0:
+        follow_previous()
+
+
+@T.macro
+def follow_previous_at_last(beside: T.int32):
+    if beside != 0:
+        follow_previous()
+
+
+@T.macro
 def fence_shared():
     """Let TMA, and Hopper's tensor cores, see what threads have written to shared memory: they read
     it through another path than the threads."""

@@ -28,6 +28,8 @@ from tile_mhc.kernels._common import (
     VECTOR,
     builder,
     follow_previous,
+    follow_previous_at_last,
+    follow_previous_unless,
     row_vector,
 )
 from tile_mhc.kernels._norm import normed_row
@@ -340,10 +342,12 @@ def delayed_pre_add_bwd(
 def delayed_sums(
     num_sums: int, hidden_size: int, directed: bool, *, scale_dtype: str, bias_dtype: str
 ):
-    """Sum what the columns of a backward have left by token, in order.
+    """Sum what the columns of a backward have left by token, in order: each warp of a CTA those of
+    every fourth block, as a thread that has all waits for one load after another.
 
     The last four are the gradient of pre_mix; before them those of comb_mix and post_mix. The first
-    CTAs do what `column_sums` does of the gates: one launch for both.
+    CTAs do what `column_sums` does of the gates: one launch for both. Like that it may run `beside`
+    the kernel before it.
     """
     tokens = T.dynamic("num_tokens")
     blocks = hidden_size // DELAYED_COLUMNS
@@ -351,6 +355,7 @@ def delayed_sums(
     every = num_sums > STREAMS
     combs = STREAMS * STREAMS
     columns = MIXES + 3
+    warps = THREADS // 32
 
     @T.prim_func
     def delayed_sums_kernel(
@@ -363,28 +368,39 @@ def delayed_sums(
         grad_scale: T.Tensor[(3,), scale_dtype],
         adds_bias: T.int32,
         adds_scale: T.int32,
+        beside: T.int32,
     ):
-        with T.Kernel(columns + T.ceildiv(tokens * num_sums, THREADS), threads=THREADS) as block:
-            follow_previous()
+        with T.Kernel(columns + T.ceildiv(tokens * num_sums, 32), threads=THREADS) as block:
+            follow_previous_unless(beside)
             if block < columns:
                 sum_column(
                     partials, block, THREADS, directed, grad_bias, grad_scale, adds_bias, adds_scale
                 )
             else:
-                index = (block - columns) * THREADS + T.get_thread_binding()
+                tid = T.get_thread_binding()
+                index = (block - columns) * 32 + tid % 32
                 t = index // num_sums
                 k = index % num_sums
                 total = T.alloc_local((1,), T.float32)
                 parts = T.alloc_local((AT_ONCE,), T.float32)
+                warp_sums = T.alloc_shared((warps, 32), T.float32)
+                total[0] = 0.0
                 if t < tokens:
-                    total[0] = 0.0
-                    for turn in T.serial(T.ceildiv(blocks, AT_ONCE)):
+                    for turn in T.serial(T.ceildiv(blocks, AT_ONCE * warps)):
                         for i in T.unroll(AT_ONCE):
-                            if turn * AT_ONCE + i < blocks:
-                                parts[i] = sums[turn * AT_ONCE + i, t, k]
+                            b = (turn * AT_ONCE + i) * warps + tid // 32
+                            if b < blocks:
+                                parts[i] = sums[b, t, k]
                         for i in T.unroll(AT_ONCE):
-                            if turn * AT_ONCE + i < blocks:
+                            b = (turn * AT_ONCE + i) * warps + tid // 32
+                            if b < blocks:
                                 total[0] += parts[i]
+                warp_sums[tid // 32, tid % 32] = total[0]
+                T.sync_threads()
+                if tid < 32 and t < tokens:
+                    total[0] = 0.0
+                    for w in T.unroll(warps):
+                        total[0] += warp_sums[w, tid]
                     if k >= num_sums - STREAMS:
                         grad_pre[t, k - (num_sums - STREAMS)] = total[0]
                     elif every:
@@ -392,5 +408,6 @@ def delayed_sums(
                             grad_comb[t, k] = total[0]
                         else:
                             grad_post[t, k - combs] = total[0]
+            follow_previous_at_last(beside)
 
     return delayed_sums_kernel

@@ -12,6 +12,8 @@ from tile_mhc.kernels._common import (
     block_sums,
     builder,
     follow_previous,
+    follow_previous_at_last,
+    follow_previous_unless,
     load_mixes,
     reciprocal,
     store_mixes,
@@ -218,7 +220,8 @@ def sum_column(
 def column_sums(biases: int, scales: int, directed: bool, *, scale_dtype: str, bias_dtype: str):
     """Sums over the rows of partials: the bias gradients, then the scale gradients.
 
-    If `directed`, each of the two may be added to what is there.
+    If `directed`, each of the two may be added to what is there. It may run `beside` the kernel
+    before it, if that one is behind the one that made the partials; see `follow_previous_unless`.
     """
     rows = T.dynamic("num_partials")
     columns = biases + scales
@@ -230,11 +233,13 @@ def column_sums(biases: int, scales: int, directed: bool, *, scale_dtype: str, b
         grad_scale: T.Tensor[(scales,), scale_dtype],
         adds_bias: T.int32,
         adds_scale: T.int32,
+        beside: T.int32,
     ):
         with T.Kernel(columns, threads=THREADS) as column:
-            follow_previous()
+            follow_previous_unless(beside)
             sum_column(
                 partials, column, THREADS, directed, grad_bias, grad_scale, adds_bias, adds_scale
             )
+            follow_previous_at_last(beside)
 
     return column_sums_kernel

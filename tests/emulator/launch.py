@@ -34,6 +34,8 @@ launched: set[tuple[str, specs.Arguments, str]] = set()
 _launch_lock = threading.Lock()
 # What the launch before may have written: kept, so that no other tensor gets its memory.
 _written: list[Tensor] = []
+# The same of what it may have read.
+_read: list[Tensor] = []
 
 
 class FaultError(RuntimeError):
@@ -103,16 +105,19 @@ class Kernel:
         scope = {name: given[index] for name, index in lowered.values.items()} | values
         arguments = [_evaluate(text, scope) for text in lowered.arguments]
         device_types = _device_types(lowered.source)
-        tensors, holders, written = [], [], []
+        tensors, holders, written, read = [], [], [], []
         early_names = specs.BY_NAME[lowered.name].early
+        beside = False
         for value, kind in zip(arguments, device_types, strict=True):
             if isinstance(value, Tensor):
                 name = next(n for n, i in lowered.values.items() if given[i] is value)
                 writable = not kind.startswith("const")
-                early = name in early_names and not any(_overlap(value, w) for w in _written)
+                taken = [*_written, *_read] if writable else _written
+                early = name in early_names and not any(_overlap(value, w) for w in taken)
+                # Then not all of this kernel waits: what comes behind may find two at work.
+                beside |= early and writable
                 tensors.append(_span(name, value, writable, early))
-                if writable:
-                    written.append(value)
+                (written if writable else read).append(value)
                 holders.append(ctypes.c_int(0))
             else:
                 holders.append(_C_TYPES[kind](value))
@@ -137,7 +142,8 @@ class Kernel:
                 message,
                 len(message),
             )
-            _written[:] = written
+            _written[:] = [*_written, *written] if beside else written
+            _read[:] = [*_read, *read] if beside else read
         if failed:
             raise FaultError(self._explain(message.value.decode()))
 

@@ -193,7 +193,7 @@ void check(const Buffer &buffer, const char *at, int bytes, int alignment, bool 
     fail("%s of %d bytes at byte %ld of %s is not aligned", verb, bytes, (long)offset, buffer.name);
   if (write && !buffer.writable) fail("write to %s, which the kernel only reads", buffer.name);
   const Thread &self = *state.self;
-  if (!buffer.shared && !self.may_access && (write || !buffer.early))
+  if (!buffer.shared && !self.may_access && !buffer.early)
     fail("%s of %s before the wait for the kernel before this one", verb, buffer.name);
   if (!buffer.shared) return;
   Cta &cta = *buffer.shared;

@@ -80,6 +80,25 @@ def test_early_read_of_what_the_kernel_before_writes():
     reader(hidden, streams, torch.zeros(3, 4))
 
 
+def test_launch_beside_the_kernel_that_writes_its_tensors():
+    def gradients():
+        return torch.zeros(4), torch.zeros(1)
+
+    sums = launch.kernel("column_sums", 4, 1, False)
+    first, others = gradients(), gradients()
+    partials = torch.ones(3, 5)
+    sums(partials, *first, 0, 0, 0)
+    with pytest.raises(FaultError, match="write of grad_bias before the wait"):
+        sums(partials, *first, 0, 0, 1)
+    sums(partials, *first, 0, 0, 0)
+    sums(partials, *others, 0, 0, 1)
+    # What comes behind finds both of them at work, and waits.
+    with pytest.raises(FaultError, match="write of grad_bias before the wait"):
+        sums(partials, *first, 0, 0, 1)
+    sums(partials, *first, 0, 0, 0)
+    assert first[0].tolist() == others[0].tolist() == [3] * 4
+
+
 def test_copy_that_nothing_waits_for():
     launches = []
 

@@ -311,10 +311,10 @@ def launch_backward(
         )
         # By the same kernel where nobody asks for the first.
         grad_pre = grad_pre_mix.view(-1, n) if wants_pre else sums.new_empty(num_tokens, n)
-        launch_sums(sums, grad_pre, *of_gates)
         if partials is not None:
             grads_of_matmuls = (grad_residual, grad_weight, grad_norm_weight)
             projection_op.sum_partials(partials, weight, norm_weight, grads_of_matmuls, to_matmuls)
+        launch_sums(sums, grad_pre, *of_gates, beside=partials is not None)
         return grads
     mixes_op.launch_sums(*of_gates)
     if wants_pre:
@@ -369,10 +369,13 @@ def launch_sums(
     grad_bias: Tensor,
     into: Destinations,
     others: Sequence[Tensor] = (),
+    *,
+    beside: bool,
 ) -> None:
     """Write the gradients by token: that of pre_mix, behind those of comb_mix and post_mix.
 
-    And in the same launch what `mixes_op.launch_sums` does.
+    And in the same launch what `mixes_op.launch_sums` does; `beside` as there, of the pass that has
+    made the sums.
     """
     grad_comb, grad_post = others or (absent(sums), absent(sums))
     blocks, _, num_sums = sums.shape
@@ -388,6 +391,7 @@ def launch_sums(
         grad_scale,
         adds(into, 2),
         adds(into, 1),
+        beside,
     )
 
 

@@ -416,7 +416,6 @@ def launch_backward(
         (pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat),
         tf32,
     )
-    mixes_op.launch_sums(partials, grad_scale, grad_bias, for_part(into, {2: 1, 3: 2}))
     projection_op.launch_matmuls(
         *by_token,
         residual,
@@ -429,6 +428,8 @@ def launch_backward(
         (grad_residual, grad_weight, grad_norm_weight),
         for_part(into, {1: 1, 4: 2}),
     )
+    to_sums = for_part(into, {2: 1, 3: 2})
+    mixes_op.launch_sums(partials, grad_scale, grad_bias, to_sums, beside=True)
     return grads
 
 

@@ -93,12 +93,19 @@ def column_sums(
 
 
 def launch_sums(
-    partials: Tensor, grad_scale: Tensor, grad_bias: Tensor, into: Destinations = NO_DESTINATIONS
+    partials: Tensor,
+    grad_scale: Tensor,
+    grad_bias: Tensor,
+    into: Destinations = NO_DESTINATIONS,
+    *,
+    beside: bool = False,
 ) -> None:
+    """Write the gradients of scale and bias; `beside` the kernel launched right before, one of ours
+    behind the one that made the partials."""
     directed = 1 in into or 2 in into
     given = gate_dtypes(grad_scale, grad_bias)
     jit.kernel("column_sums", grad_bias.numel(), grad_scale.numel(), directed, *given)(
-        partials, grad_bias, grad_scale, adds(into, 2), adds(into, 1)
+        partials, grad_bias, grad_scale, adds(into, 2), adds(into, 1), beside
     )
 
 

@@ -488,10 +488,19 @@ def _launch_pass_backward(
     )
     of_mixes = [grad_comb.view(-1, n * n), grad_post.view(-1, n)]
     grad_scale, grad_bias = grad_gates
-    delayed_op.launch_sums(sums, grad_pre, gate_partials, grad_scale, grad_bias, to_gates, of_mixes)
     if partials is not None:
         of_matmuls = (grad_residual, grad_weight, grads[9])
         projection_op.sum_partials(partials, weight, norm_weight, of_matmuls, to_matmuls)
+    delayed_op.launch_sums(
+        sums,
+        grad_pre,
+        gate_partials,
+        grad_scale,
+        grad_bias,
+        to_gates,
+        of_mixes,
+        beside=partials is not None,
+    )
     no_mix = delayed_op.no_mix(residual)
     of_pre = no_mix if pre_mix is None else grads[7]
     return *grads[:7], of_pre, no_mix, no_mix if norm_weight is None else grads[9]

@@ -355,7 +355,8 @@ def backward_slice(
     num_mixes, size = weight.shape
     limits = _device.limits()
     of_streams, pieces = backward_layout(num_mixes, size, streams, limits, joins, has_sums)
-    return selection.backward_slice(num_tokens, size, num_mixes, of_streams * pieces * PIECE)
+    start = selection.SUMS_START_TILES if has_sums else selection.START_TILES
+    return selection.backward_slice(num_tokens, size, num_mixes, of_streams * pieces * PIECE, start)
 
 
 def partial_sums(
