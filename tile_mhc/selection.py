@@ -120,9 +120,10 @@ def few_streams(num_tokens: int) -> int:
 
 def few_steps(num_tokens: int, hidden_size: int, streams: int) -> int:
     """fused_pre, post_pre: steps, of `streams` groups of tokens, that a CTA takes one after the
-    other: so many that each SM has one CTA."""
+    other: so many that each SM has one CTA, and with all streams some have two."""
     groups = -(-num_tokens // (streams * CLUSTER_TOKENS))
-    at_once = max(1, config.get_num_sms() // (hidden_size // FEW_COLUMNS))
+    sms, splits = config.get_num_sms(), hidden_size // FEW_COLUMNS
+    at_once = max(1, sms // splits) if streams == 1 else -(-sms // splits)
     return -(-groups // at_once)
 
 

@@ -309,17 +309,25 @@ def _pre_clusters(has_post: bool) -> Callable[[Sizes], list[Arguments]]:
 
 @_one_pass
 def _few_projects(s: Sizes) -> list[Arguments]:
-    # Without a post, and with one; by how many streams a warp has.
-    choices = itertools.product((False, True), selection.FEW_STREAMS, _weights(s))
-    return [_kernel(s.hidden, has_post, own, **weights) for has_post, own, weights in choices]
+    """Without a post, and with one; by how many streams a warp has, which of all four collapses."""
+    choices = itertools.product((False, True), _few_shares(), _weights(s))
+    return [
+        _kernel(s.hidden, has_post, own, collapses, **weights)
+        for has_post, (own, collapses), weights in choices
+    ]
+
+
+def _few_shares() -> list[tuple[int, bool]]:
+    one, every = selection.FEW_STREAMS
+    return [(one, False), (every, False), (every, True)]
 
 
 @_one_pass
 def _few_pres(s: Sizes) -> list[Arguments]:
     """With a given pre_mix and without, with a norm of the layer input and without."""
     return [
-        _kernel(s.hidden, delayed, **dtypes, layer_norm=norm)
-        for delayed in (False, True)
+        _kernel(s.hidden, delayed, collapsed, **dtypes, layer_norm=norm)
+        for delayed, collapsed in ((False, False), (True, False), (True, True))
         for dtypes in _parameters(s)
         for norm in ("", *s.parameters)
     ]
@@ -729,12 +737,18 @@ SPECS = (
         _pass_backwards,
         early=("weight", "norm_weight"),
     ),
-    Spec("few_project", "few_pre", _PRE_OPS, ("hidden_size", "has_post", "own"), _few_projects),
+    Spec(
+        "few_project",
+        "few_pre",
+        _PRE_OPS,
+        ("hidden_size", "has_post", "own", "collapses"),
+        _few_projects,
+    ),
     Spec(
         "few_pre",
         "few_pre",
         _PRE_OPS,
-        ("hidden_size", "delayed"),
+        ("hidden_size", "delayed", "collapsed"),
         _few_pres,
         early=("scale", "bias", "given_mix", "layer_norm_weight"),
     ),

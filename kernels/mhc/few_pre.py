@@ -7,12 +7,12 @@ to do before its first result is short; of more tokens all four. The second has 
 adds up what the columns have left of one token, all of it asked for at once, weighs its streams and
 takes their norm, while one warp takes Sinkhorn's steps.
 
-With a given pre_mix the second weighs by that, and returns the next.
+With a given pre_mix the second weighs by that, and returns the next; but where a warp of the first
+has all four streams, that weighs them, and the second only takes the norm.
 """
 
 import tilelang.language as T
 
-from tile_mhc.kernels._arch import Architecture
 from tile_mhc.kernels._common import (
     ACCESS,
     BYTES,
@@ -33,15 +33,22 @@ MIXES = PRE_MIXES
 # Tokens that the tensor cores take at a time, and columns that a warp does.
 GROUP = 8
 COLUMNS = 32
-WARPS = FEW_COLUMNS // COLUMNS * N
+BLOCKS = FEW_COLUMNS // COLUMNS
+WARPS = BLOCKS * N
+# Of the weight of one stream and COLUMNS columns: three pieces, each of two halves.
+OPERANDS = 6
 # Of a row of sums, what is written: the mixes, the squares, and zeros up to a whole vector.
 WRITTEN = MIXES + 4
 # Where a token's sums begin in shared memory: its lanes then write to all banks.
 PITCH = FEW_ROW + 4
-# Warps of the second launch that take the columns of a token, at most: BARRIER is theirs, this one
-# that of all of its warps.
-ROW_WARPS = 16
+# Warps of the second launch that take the columns of a token, at most, by whether these are weighed
+# already: BARRIER is theirs, the next one that of all of its warps.
+ROW_WARPS = {False: 15, True: 16}
 EVERYBODY = BARRIER + 1
+# Of so many threads an SM holds a CTA of the second launch as often as it says, which then waits
+# beside one of the first: not at H = 7168, whose registers would have no room for the streams.
+# H200, 2026-11, 128x4096, us with 16 warps and with 8 of fewer registers: 16.1 and 14.3.
+THREADS = 900
 
 
 def operand_of(piece: int, v: int, lower: bool):
@@ -61,9 +68,12 @@ def load_step(
     before: T.Buffer,
     post: T.Buffer,
     comb: T.Buffer,
+    given_mix: T.Tensor,
+    given: T.Buffer,
 ):
     """A lane's vectors of token t[0]: of all streams and the layer output, with the factors of its
-    own streams, which are those from `first` on; without a post of its own streams alone."""
+    own streams, which are those from `first` on; without a post of its own streams alone. Its
+    pre_mix, if that is given."""
     hidden_size = x.shape[1] // N
     own = post.shape[0]
     has_post = len(comb_mix.shape) > 1
@@ -79,6 +89,9 @@ def load_step(
         for i in T.unroll(N):
             for v in T.vectorized(own):
                 comb[i, v] = comb_mix[t[0], i, first + v]
+    if len(given_mix.shape) > 1:
+        for v in T.vectorized(N):
+            given[v] = given_mix[t[0], v]
 
 
 @builder(RING)
@@ -86,10 +99,10 @@ def few_project(
     hidden_size: int,
     has_post: bool,
     own: int,
+    collapses: bool,
     *,
     weight_dtype: str,
     norm_weight_dtype: str,
-    limits: Architecture,
 ):
     """The streams after a post, and their products and squares by columns.
 
@@ -104,10 +117,9 @@ def few_project(
     sets = own
     members = WARPS // sets
     has_norm = norm_weight_dtype != ""
-    # For Blackwell nvcc takes more registers: there the weight of two streams is asked for at a
-    # time, and the streams after it.
-    late = own == N and not limits.has_wgmma
-    at_once = 2 if late else own
+    # Where a warp has all streams, the weight's operands are in shared memory, of which each warp
+    # makes one stream's: of all four they would take most of its registers.
+    shares = own == N
 
     @T.prim_func
     def few_project_kernel(
@@ -117,7 +129,9 @@ def few_project(
         comb_mix: T.Tensor[(tokens, N, N) if has_post else (1,), T.float32],
         weight: T.Tensor[(MIXES, size), weight_dtype],
         norm_weight: T.Tensor[norm_shape(size, norm_weight_dtype), norm_weight_dtype or T.float32],
+        given_mix: T.Tensor[(tokens, N) if collapses else (1,), T.float32],
         streams: T.Tensor[(tokens, size) if has_post else (1,), T.bfloat16],
+        layer_input: T.Tensor[(tokens, hidden_size) if collapses else (1,), T.bfloat16],
         sums: T.Tensor[(splits, tokens, FEW_ROW), T.float32],
         steps: T.int32,
         tf32: T.int32,
@@ -131,21 +145,31 @@ def few_project(
             place_of = T.alloc_local((3,), T.int32)
             vector = T.alloc_local((1,), T.int32)
             t = T.alloc_local((1,), T.int32)
-            raw = T.alloc_local((at_once, 3, VECTOR), T.float32)
-            w = T.alloc_local((own * 3 * 2 * VECTOR,), T.bfloat16)
+            raw = T.alloc_local((3, VECTOR), T.float32)
+            w = T.alloc_local((OPERANDS * VECTOR,), T.bfloat16)
+            if shares:
+                operands = T.alloc_shared((WARPS, OPERANDS, 32, VECTOR), T.bfloat16)
             before = T.alloc_local((rows, VECTOR), T.bfloat16)
             words = T.view(before, (rows, VECTOR // 2), T.uint32)
             post = T.alloc_local((own,), T.float32)
             comb = T.alloc_local((N, own), T.float32)
+            given = T.alloc_local((N,), T.float32)
             total = T.alloc_local((VECTOR,), T.float32)
             made = T.alloc_local((own * VECTOR,), T.bfloat16)
+            if collapses:
+                # Another's words: the tensor cores take `made` by its values.
+                copied = T.alloc_local((own * VECTOR,), T.bfloat16)
+                made_words = T.view(copied, (own, VECTOR // 2), T.uint32)
+                rounded = T.alloc_local((VECTOR,), T.bfloat16)
             # A token's elements by themselves, for the diagonal; its other rows are zero.
             alone = T.alloc_local((VECTOR,), T.bfloat16)
             products = T.alloc_local((4, 4), T.float32)
             pair = T.alloc_local((2,), T.float32)
             row = lane // 4
-            block = warp % (FEW_COLUMNS // COLUMNS)
-            first = warp // (FEW_COLUMNS // COLUMNS) % (N // own) * own
+            block = warp % BLOCKS
+            # The stream whose weight this warp takes, and the first of those that it multiplies.
+            mine = warp // BLOCKS % N
+            first = 0 if shares else mine
             group = warp // members
             place_of[0] = T.truncmod(cta, splits)
             place_of[1] = T.truncdiv(cta, splits) * steps * (sets * GROUP)
@@ -156,47 +180,54 @@ def few_project(
             vector[0] = (place_of[0] * FEW_COLUMNS + block * COLUMNS) // VECTOR + lane % 4
             # Past the last token it again, which nobody stores.
             t[0] = T.min(place_of[1] + group * GROUP + row, tokens - 1)
-            if not late:
-                load_step(layer_output, x, post_mix, comb_mix, t, vector, first, before, post, comb)
+            load_step(
+                layer_output,
+                x,
+                post_mix,
+                comb_mix,
+                t,
+                vector,
+                first,
+                before,
+                post,
+                comb,
+                given_mix,
+                given,
+            )
             # A lane has eight columns of a stream, of mixes `row`, row + 8 and row + 16.
-            for start in tuple(range(0, own, at_once)):
-                streams_of = tuple(range(start, start + at_once))
-                for k in streams_of:
+            for p in T.unroll(3):
+                for q in T.unroll(VECTOR // 4):
+                    for v in T.vectorized(4):
+                        raw[p, q * 4 + v] = T.cast(
+                            weight[
+                                row + p * 8,
+                                (vector[0] * 2 + mine * (hidden_size // 4) + q) * 4 + v,
+                            ],
+                            T.float32,
+                        )
+            if has_norm:
+                for v in T.unroll(VECTOR):
                     for p in T.unroll(3):
-                        for q in T.unroll(VECTOR // 4):
-                            for v in T.vectorized(4):
-                                raw[k - start, p, q * 4 + v] = T.cast(
-                                    weight[
-                                        row + p * 8,
-                                        (vector[0] * 2 + (first + k) * (hidden_size // 4) + q) * 4
-                                        + v,
-                                    ],
-                                    T.float32,
-                                )
-                for k in streams_of:
-                    if has_norm:
-                        for v in T.unroll(VECTOR):
-                            for p in T.unroll(3):
-                                raw[k - start, p, v] *= T.cast(
-                                    norm_weight[vector_of(vector[0], first + k, hidden_size) + v],
-                                    T.float32,
-                                )
-                if tf32 != 0:
-                    for k in streams_of:
-                        for p in T.unroll(3):
-                            for v in T.unroll(VECTOR):
-                                raw[k - start, p, v] = rounded_to_tf32(raw[k - start, p, v])
-                # High parts of 16 mixes; both parts of the other eight; low parts of the 16.
-                for k in streams_of:
-                    for v in tuple(range(VECTOR)):
-                        w[operand_of(3 * k, v, False)] = high_part(raw[k - start, 0, v])
-                        w[operand_of(3 * k, v, True)] = high_part(raw[k - start, 1, v])
-                        w[operand_of(3 * k + 1, v, False)] = high_part(raw[k - start, 2, v])
-                        w[operand_of(3 * k + 1, v, True)] = low_part(raw[k - start, 2, v])
-                        w[operand_of(3 * k + 2, v, False)] = low_part(raw[k - start, 0, v])
-                        w[operand_of(3 * k + 2, v, True)] = low_part(raw[k - start, 1, v])
-            if late:
-                load_step(layer_output, x, post_mix, comb_mix, t, vector, first, before, post, comb)
+                        raw[p, v] *= T.cast(
+                            norm_weight[vector_of(vector[0], mine, hidden_size) + v], T.float32
+                        )
+            if tf32 != 0:
+                for p in T.unroll(3):
+                    for v in T.unroll(VECTOR):
+                        raw[p, v] = rounded_to_tf32(raw[p, v])
+            # High parts of 16 mixes; both parts of the other eight; low parts of the 16.
+            for v in tuple(range(VECTOR)):
+                w[operand_of(0, v, False)] = high_part(raw[0, v])
+                w[operand_of(0, v, True)] = high_part(raw[1, v])
+                w[operand_of(1, v, False)] = high_part(raw[2, v])
+                w[operand_of(1, v, True)] = low_part(raw[2, v])
+                w[operand_of(2, v, False)] = low_part(raw[0, v])
+                w[operand_of(2, v, True)] = low_part(raw[1, v])
+            if shares:
+                for e in T.unroll(OPERANDS):
+                    for v in T.vectorized(VECTOR):
+                        operands[warp, e, lane, v] = w[e * VECTOR + v]
+                T.sync_threads()
             for v in T.unroll(VECTOR):
                 alone[v] = T.cast(0, T.bfloat16)
             for step in T.serial(place_of[2]):
@@ -222,13 +253,52 @@ def few_project(
                     for k in tuple(range(own)):
                         for v in T.vectorized(VECTOR):
                             made[k * VECTOR + v] = before[k, v]
+                if collapses:
+                    t[0] = place_of[1] + (step * sets + group) * GROUP + row
+                    # `weighted_sum`.
+                    for k in T.unroll(own):
+                        for v in T.vectorized(VECTOR):
+                            copied[k * VECTOR + v] = made[k * VECTOR + v]
+                    for v in T.unroll(VECTOR):
+                        total[v] = 0.0
+                    for i in T.unroll(N):
+                        for v in T.unroll(VECTOR // 2):
+                            total[2 * v] += given[i] * first_of(made_words[i, v])
+                            total[2 * v + 1] += given[i] * second_of(made_words[i, v])
+                    for v in T.vectorized(VECTOR):
+                        rounded[v] = T.cast(total[v], T.bfloat16)
+                    if t[0] < tokens:
+                        for v in T.vectorized(VECTOR):
+                            layer_input[t[0], vector[0] * VECTOR + v] = rounded[v]
+                    # Of these the squares, for the norm.
+                    pair[0] = 0.0
+                    pair[1] = 0.0
+                    for v in T.unroll(VECTOR):
+                        total[v] = T.cast(rounded[v], T.float32)
+                        pair[v % 2] += total[v] * total[v]
+                    pair[0] += pair[1]
+                    pair[0] += T.shfl_xor(pair[0], 1)
+                    pair[0] += T.shfl_xor(pair[0], 2)
+                    if lane % 4 == 0:
+                        warp_sums[step % 2, warp, row, MIXES + 1] = pair[0]
                 # What the next step needs, while this one's is multiplied.
                 if step + 1 < place_of[2]:
                     t[0] = T.min(
                         place_of[1] + ((step + 1) * sets + group) * GROUP + row, tokens - 1
                     )
                     load_step(
-                        layer_output, x, post_mix, comb_mix, t, vector, first, before, post, comb
+                        layer_output,
+                        x,
+                        post_mix,
+                        comb_mix,
+                        t,
+                        vector,
+                        first,
+                        before,
+                        post,
+                        comb,
+                        given_mix,
+                        given,
                     )
                 for k in T.unroll(4):
                     for p in T.unroll(4):
@@ -236,7 +306,12 @@ def few_project(
                 for k, half in tuple((k, half) for k in range(own) for half in (0, 1)):
                     at = k * VECTOR + half * 4
                     for p in (0, 1, 2):
-                        multiply(w, made, at, products, p, (6 * k + 2 * p + half) * VECTOR)
+                        if shares:
+                            for v in T.vectorized(VECTOR):
+                                w[v] = operands[k * BLOCKS + block, 2 * p + half, lane, v]
+                            multiply(w, made, at, products, p)
+                        else:
+                            multiply(w, made, at, products, p, (2 * p + half) * VECTOR)
                     for v in T.unroll(4):
                         alone[v // 2 * 4 + v % 2] = made[at + v]
                     multiply(alone, made, at, products, 3)
@@ -257,7 +332,7 @@ def few_project(
                     token = warp * sets + e
                     pair[0] = 0.0
                     pair[1] = 0.0
-                    if lane <= MIXES:
+                    if lane <= MIXES + collapses:
                         for q in T.unroll(members):
                             pair[q % 2] += warp_sums[
                                 step % 2, token // GROUP * members + q, token % GROUP, lane
@@ -305,6 +380,7 @@ def summed_mix(
 def few_pre(
     hidden_size: int,
     delayed: bool,
+    collapsed: bool,
     *,
     weight_dtype: str,
     norm_weight_dtype: str,
@@ -318,7 +394,7 @@ def few_pre(
     splits = hidden_size // FEW_COLUMNS
     # As few vectors a thread as these warps allow: all are asked for at once.
     vectors = hidden_size // VECTOR
-    chunks = -(-vectors // (ROW_WARPS * 32))
+    chunks = -(-vectors // (ROW_WARPS[collapsed] * 32))
     warps = -(-vectors // (chunks * 32))
     threads = warps * 32
     # A warp takes four splits at a time: a vector of four sums a lane.
@@ -326,6 +402,10 @@ def few_pre(
     whole = splits % (4 * warps) == 0
     full = vectors % threads == 0
     norms = layer_norm_dtype != ""
+    # Where two vectors a thread or fewer are all: more of them need their registers.
+    blocks = THREADS // (threads + 32) if chunks <= 2 else 1
+    # Streams of which a thread has vectors: those of the layer input itself, where that is there.
+    rows = 0 if collapsed and not norms else 1 if collapsed else N
     # Weights of the norm in one access.
     access = ACCESS // (BYTES[layer_norm_dtype] or 4)
 
@@ -338,7 +418,7 @@ def few_pre(
         x: T.Tensor[(tokens, size), T.bfloat16],
         weight: T.Tensor[(MIXES, size), weight_dtype],
         norm_weight: T.Tensor[norm_shape(size, norm_weight_dtype), norm_weight_dtype or T.float32],
-        given_mix: T.Tensor[(tokens, N) if delayed else (1,), T.float32],
+        given_mix: T.Tensor[(tokens, N) if delayed and not collapsed else (1,), T.float32],
         layer_input: T.Tensor[(tokens, hidden_size), T.bfloat16],
         pre_mix: T.Tensor[(tokens, N) if delayed else (1,), T.float32],
         post_mix: T.Tensor[(tokens, N), T.float32],
@@ -358,6 +438,8 @@ def few_pre(
             lane = tid % 32
             warp = tid // 32
             row_sums = T.alloc_shared((warps, FEW_ROW), T.float32)
+            if blocks > 1:
+                T.annotate_min_blocks_per_sm(blocks)
             gates = T.alloc_shared((N,), T.float32)
             logits = T.alloc_shared((N * N,), T.float32)
             squares = T.alloc_shared((warps,), T.float32)
@@ -376,7 +458,7 @@ def few_pre(
             # What the launch before does not write, before it has ended.
             gate_scale[0] = T.cast(scale[T.min(m // N, 2)], T.float32)
             gate_bias[0] = T.cast(bias[m], T.float32)
-            if delayed:
+            if delayed and not collapsed:
                 for v in T.vectorized(N):
                     mix[v] = given_mix[t, v]
             if norms and warp < warps:
@@ -396,8 +478,9 @@ def few_pre(
                 T.ptx_commit_group()
             follow_previous()
             if warp < warps:
-                held = T.alloc_local((chunks, N, VECTOR), T.bfloat16)
-                words = T.view(held, (chunks, N, VECTOR // 2), T.uint32)
+                if rows > 0:
+                    held = T.alloc_local((chunks, rows, VECTOR), T.bfloat16)
+                    words = T.view(held, (chunks, rows, VECTOR // 2), T.uint32)
                 part = T.alloc_local((turns, 4), T.float32)
                 total = T.alloc_local((chunks, VECTOR), T.float32)
                 rounded = T.alloc_local((chunks, VECTOR), T.bfloat16)
@@ -409,12 +492,20 @@ def few_pre(
                     if (whole or s < splits) and lane % 8 < WRITTEN // 4:
                         for v in T.vectorized(4):
                             part[turn, v] = sums[s, t, lane % 8 * 4 + v]
-                for c in T.unroll(chunks):
-                    own[0] = c * threads + tid
-                    if full or own[0] < vectors:
-                        for i in T.unroll(N):
-                            for v in T.vectorized(VECTOR):
-                                held[c, i, v] = x[t, vector_of(own[0], i, hidden_size) + v]
+                if not collapsed:
+                    # All sums of the token are on their way before the first of its streams: others
+                    # wait for the sums.
+                    T.sync_threads(BARRIER, threads)
+                if rows > 0:
+                    for c in T.unroll(chunks):
+                        own[0] = c * threads + tid
+                        if full or own[0] < vectors:
+                            for i in T.unroll(rows):
+                                for v in T.vectorized(VECTOR):
+                                    if collapsed:
+                                        held[c, i, v] = layer_input[t, own[0] * VECTOR + v]
+                                    else:
+                                        held[c, i, v] = x[t, vector_of(own[0], i, hidden_size) + v]
                 for turn in T.unroll(turns - 1):
                     for v in T.unroll(4):
                         part[0, v] += part[turn + 1, v]
@@ -458,37 +549,47 @@ def few_pre(
                         post_mix[t, lane - N] = z[0] * post_mult
                 square[0] = 0.0
                 square[1] = 0.0
-                for c in T.unroll(chunks):
-                    own[0] = c * threads + tid
-                    if full or own[0] < vectors:
-                        # `weighted_sum`.
-                        for v in T.unroll(VECTOR):
-                            total[c, v] = 0.0
-                        for i in T.unroll(N):
-                            for v in T.unroll(VECTOR // 2):
-                                total[c, 2 * v] += mix[i] * first_of(words[c, i, v])
-                                total[c, 2 * v + 1] += mix[i] * second_of(words[c, i, v])
-                        for v in T.vectorized(VECTOR):
-                            rounded[c, v] = T.cast(total[c, v], T.bfloat16)
-                        if norms:
-                            for v in T.unroll(VECTOR):
-                                total[c, v] = T.cast(rounded[c, v], T.float32)
-                                square[v % 2] += total[c, v] * total[c, v]
-                        else:
-                            for v in T.vectorized(VECTOR):
-                                layer_input[t, own[0] * VECTOR + v] = rounded[c, v]
-                if norms:
-                    square[0] += square[1]
-                    for level in T.unroll(5):
-                        square[0] += T.shfl_xor(square[0], 1 << level)
-                    if lane == 0:
-                        squares[warp] = square[0]
+                if collapsed and norms:
+                    for c in T.unroll(chunks):
+                        for v in T.unroll(VECTOR // 2):
+                            total[c, 2 * v] = first_of(words[c, 0, v])
+                            total[c, 2 * v + 1] = second_of(words[c, 0, v])
                     T.ptx_wait_group(0)
-                    T.sync_threads(BARRIER, threads)
-                    square[0] = 0.0
-                    square[1] = 0.0
                     for q in T.unroll(warps):
-                        square[q % 2] += squares[q]
+                        square[q % 2] += row_sums[q, MIXES + 1]
+                if not collapsed:
+                    for c in T.unroll(chunks):
+                        own[0] = c * threads + tid
+                        if full or own[0] < vectors:
+                            # `weighted_sum`.
+                            for v in T.unroll(VECTOR):
+                                total[c, v] = 0.0
+                            for i in T.unroll(N):
+                                for v in T.unroll(VECTOR // 2):
+                                    total[c, 2 * v] += mix[i] * first_of(words[c, i, v])
+                                    total[c, 2 * v + 1] += mix[i] * second_of(words[c, i, v])
+                            for v in T.vectorized(VECTOR):
+                                rounded[c, v] = T.cast(total[c, v], T.bfloat16)
+                            if norms:
+                                for v in T.unroll(VECTOR):
+                                    total[c, v] = T.cast(rounded[c, v], T.float32)
+                                    square[v % 2] += total[c, v] * total[c, v]
+                            else:
+                                for v in T.vectorized(VECTOR):
+                                    layer_input[t, own[0] * VECTOR + v] = rounded[c, v]
+                    if norms:
+                        square[0] += square[1]
+                        for level in T.unroll(5):
+                            square[0] += T.shfl_xor(square[0], 1 << level)
+                        if lane == 0:
+                            squares[warp] = square[0]
+                        T.ptx_wait_group(0)
+                        T.sync_threads(BARRIER, threads)
+                        square[0] = 0.0
+                        square[1] = 0.0
+                        for q in T.unroll(warps):
+                            square[q % 2] += squares[q]
+                if norms:
                     square[0] = T.rsqrt((square[0] + square[1]) / hidden_size + layer_norm_eps)
                     for c in T.unroll(chunks):
                         own[0] = c * threads + tid

@@ -61,11 +61,19 @@ def forward(
             streams,
         )
     sums = mixes.new_empty(hidden_size // FEW_COLUMNS, num_tokens, FEW_ROW)
+    layer_input = layer_input.view(-1, hidden_size)
     of_weight = dtypes(weight=weight.dtype, norm_weight=dtype_of(norm_weight))
     own = selection.few_streams(num_tokens)
     steps = selection.few_steps(num_tokens, hidden_size, own)
-    jit.kernel("few_project", hidden_size, of_post is not None, own, *of_weight)(
-        *before, sums, steps, tf32
+    # By warps that have all streams: the second launch then only takes the norm.
+    collapses = delayed and own == n
+    into = (
+        (given_mix, before[-1], layer_input)
+        if collapses
+        else (absent(x), before[-1], absent(x, x.dtype))
+    )
+    jit.kernel("few_project", hidden_size, of_post is not None, own, collapses, *of_weight)(
+        *before[:-1], *into, sums, steps, tf32
     )
     given = dtypes(
         weight=weight.dtype,
@@ -74,13 +82,13 @@ def forward(
         bias=bias.dtype,
         layer_norm=None if layer_norm is None else layer_norm[0].dtype,
     )
-    jit.kernel("few_pre", hidden_size, delayed, *given)(
+    jit.kernel("few_pre", hidden_size, delayed, collapses, *given)(
         sums,
         *gates,
         streams,
         *parameters,
-        given_mix,
-        layer_input.view(-1, hidden_size),
+        absent(x) if collapses else given_mix,
+        layer_input,
         next_pre[0].view(-1, n) if next_pre else absent(x),
         post_mix.view(-1, n),
         comb_mix.view(-1, n * n),
