@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import replaying
 import tile_mhc
-from tile_mhc import jit, reference, specs
+from tile_mhc import config, jit, reference, specs
 from tile_mhc.bench import checking, compiling, floors, measuring, ops, peer, stacks, timing
 from tile_mhc.bench.inputs import LAYERS, make_inputs
 from tile_mhc.bench.measuring import Shape
+from tile_mhc.kernels._arch import HOPPER
 
 # What each op reads, by the names of Inputs and of what a forward saves; a name again is a read
 # again. What it writes is what it returns.
@@ -480,6 +482,24 @@ def test_every_op_is_compiled_before():
         wanted = compiling.kernels([table()[name]], SHAPES)
         assert (into in wanted) == is_there
         assert len(set(wanted)) == len(wanted)
+
+
+def test_what_is_served_compiles_what_it_launches(monkeypatch):
+    """On another architecture than this GPU's, all that its ops have."""
+    monkeypatch.setattr(config, "_num_sms", replaying.NUM_SMS)
+    monkeypatch.setattr(config, "settings", (replaying.NUM_SMS, False))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(jit, "device_arch", lambda _: "sm_90a")
+    served = [op for op in ops.make_ops() if op.stem in compiling.SERVED]
+    assert len(served) == 4
+    with replaying.on_architecture(HOPPER):
+        wanted = compiling.kernels(served, [Shape(8, 64, 4), Shape(128, 64, 4)], "sm_90a")
+        every = compiling.kernels(served, [Shape(8, 64, 4)], "sm_100a")
+    assert {name for name, _ in wanted} == {"few_project", "few_pre", "post_fwd"}
+    assert len(wanted) == len(set(wanted)) == 13
+    assert set(wanted) < set(every)
+    assert len(every) > 100
 
 
 def test_the_peer_runs_each_stem_once_before():

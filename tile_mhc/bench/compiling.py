@@ -33,20 +33,41 @@ PARTS = {
         ("post_pre_norm_separate", "post_pre_norm_delayed_separate"), ("fused_pre", "post")
     ),
 }
+# Stems without gradients: of all kernels of their ops they launch one in ten.
+SERVED = {stem for stem in PARTS if stem.startswith("post_pre_norm")}
 PEER_PARTS = {"sub_layer": ("projection", "split_mixes", "sinkhorn", "aggregate", "post")}
 
 
 def kernels(
     ops: Sequence[Op], shapes: Sequence[Shape], arch: str = DEFAULT
 ) -> list[tuple[str, specs.Arguments]]:
-    """Our kernels behind `ops` on an architecture."""
-    wanted = []
+    """Our kernels behind `ops` on an architecture.
+
+    All of them by the sizes, whatever the number of tokens; of what is served those that the calls
+    ask for, where the current GPU is of that architecture.
+    """
+    wanted: list[tuple[str, specs.Arguments]] = []
+    asks = torch.cuda.is_available() and jit.device_arch(torch.cuda.current_device()) == arch
+    if asks:
+        for shape in shapes:
+            wanted += _asked_for([op for op in ops if op.stem in SERVED], shape)
     for grads in ((), ("bfloat16",)):
         chosen = [op for op in ops if op.directed == bool(grads)]
+        chosen = [op for op in chosen if not (asks and op.stem in SERVED)]
         names = [name for op in chosen for name in PARTS.get(op.stem, (op.stem,))]
         sizes = {specs.Sizes(shape.n, shape.H, SINKHORN_STEPS, grads=grads) for shape in shapes}
         wanted += specs.select(sorted(sizes), names, arch) if names else []
     return list(dict.fromkeys(wanted))
+
+
+def _asked_for(ops: Sequence[Op], shape: Shape) -> list[tuple[str, specs.Arguments]]:
+    if not ops:
+        return []
+    x = make_inputs(shape.T, shape.H, shape.n, torch.device("meta"))
+    with torch.no_grad(), jit.asking() as asked_for:
+        for op in ops:
+            op.ours(x)()
+    return list(asked_for)
 
 
 def peer_commands(ops: Sequence[Op], shapes: Sequence[Shape], peer: Peer) -> dict[str, list[str]]:

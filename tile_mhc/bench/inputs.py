@@ -112,7 +112,8 @@ class Inputs:
 def make_inputs(T: int, H: int, n: int, device: torch.device) -> Inputs:
     """Normal tensors, weights of the size that a layer starts with, mixes as the ops make them."""
     mixes = n * (n + 2)
-    generator = torch.Generator(device).manual_seed(0)
+    # On the meta device nothing is drawn.
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=dtype)
