@@ -8,9 +8,14 @@ from dataclasses import dataclass
 
 from emulator.lowering import Lowered
 
-KINDS = ("wait", "barrier", "mask", "index")
+KINDS = ("wait", "parity", "arrival", "barrier", "mask", "index", "factor")
 _WAIT = re.compile(r"(?:tl::cp_async_wait<\d+>|cudaGridDependencySynchronize)\(\);")
+# Of mbarriers.
+_WAITS_FOR = re.compile(r"(?<=\])\.wait\((.*)\);$")
+_ARRIVES = re.compile(r"\S+\]\.arrive\(\);$")
 _BARRIER = re.compile(r"__sync(?:threads|warp)\(\);|tl::__sync_thread_partial\([^;]*\);")
+# A factor that is a float of an array, before or behind the other one.
+_FACTOR = re.compile(r"(?<=\() *\w+\[[^\[\]]*\] \* | \* \w+\[[^\[\]]*\](?=\))")
 # The condition of a copy that fills with zeros comes last.
 _CONDITIONAL = "tl::cp_async_gs_conditional<"
 
@@ -58,6 +63,11 @@ def _all(source: str) -> Iterator[Mutant]:
 def _changes(line: str) -> Iterator[tuple[str, str]]:
     if _WAIT.search(line):
         yield "wait", _WAIT.sub(r"/* \g<0> */", line)
+    if _WAITS_FOR.search(line):
+        yield "wait", f"{line[: len(line) - len(line.lstrip())]};"
+        yield "parity", _WAITS_FOR.sub(r".wait((\1) ^ 1);", line)
+    if _ARRIVES.search(line):
+        yield "arrival", _ARRIVES.sub(";", line)
     if _BARRIER.search(line):
         yield "barrier", _BARRIER.sub("", line)
     condition = re.match(r"\s*if \((.*)\) \{$", line)
@@ -72,6 +82,9 @@ def _changes(line: str) -> Iterator[tuple[str, str]]:
             end = _end_of_term(line, at + 3)
             if _in_address(line, at):
                 yield "index", line[:at] + line[end:]
+    for found in _FACTOR.finditer(line):
+        if not _in_address(line, found.start()):
+            yield "factor", line[: found.start()] + line[found.end() :]
 
 
 def _end_of_term(line: str, at: int) -> int:

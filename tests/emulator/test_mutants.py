@@ -6,6 +6,7 @@ with no fault, may be no bug at all: a mask that these sizes never need, an inde
 """
 
 import dataclasses
+import itertools
 import os
 import re
 from collections import Counter, defaultdict
@@ -18,18 +19,22 @@ from torch import Tensor
 
 import oracle
 import summary
-from cases import OPS, Case
+import whole_pre
+from cases import DELAYED_PRE, FUSED_PRE, OPS, POST_PRE, POST_PRE_DELAYED, Case
 from emulator import launch
 from emulator.launch import FaultError, Kernel
 from emulator.mutate import Mutant, mutants
 from emulator.ops import emulated
 from tile_mhc import selection
+from tile_mhc.selection import FEW_STREAMS
 
 pytestmark = pytest.mark.scheduled
 
 # Ragged for every block, and so few SMs that one CTA has several tiles: pipelines run full.
 CASE = Case(301, 4, 192, "three tiles, the last ragged")
 NUM_SMS = 6
+# Of few tokens, by all streams a CTA then has two groups.
+FEW_SMS = 2
 FEW = Case(13, 4, 192, "less than a tile")
 KERNELS = (
     "expand_bwd", "projection_fwd", "projection_norm", "projection_norm_bwd", "projection_bwd",
@@ -37,11 +42,23 @@ KERNELS = (
     "aggregate_bwd", "post_bwd", "contract_cluster_fwd", "contract_cluster_bwd", "fused_pre",
     "post_pre_fwd", "post_pre_bwd", "delayed_mixes", "delayed_sums", "identity_cluster_fwd",
     "identity_cluster_bwd", "identity_post_fwd", "identity_post_bwd", "stream_mean_fwd",
-    "stream_mean_bwd",
+    "stream_mean_bwd", "delayed_pre_bwd", "few_project", "few_pre",
 )  # fmt: skip
+# Of these several forms; of the others what comes first.
+FORMS = {
+    # By warps that have one stream, or all; which also collapse.
+    "few_project": ((192, True, 1, False), (192, False, 4, False), (192, True, 4, True)),
+    # With all streams, with a given pre_mix, and of a layer input that is there.
+    "few_pre": tuple(
+        (192, *kind, "layer_norm=float32") for kind in ((False, False), (True, False), (True, True))
+    ),
+}
+PRES = (FUSED_PRE, DELAYED_PRE, POST_PRE, POST_PRE_DELAYED)
 PER_KIND = 3
 # Of the largest sources, which take g++ longest.
-FEWER = {"post_pre_fwd": 2, "post_pre_bwd": 2, "identity_cluster_bwd": 2}
+FEWER = dict.fromkeys(
+    ("post_pre_fwd", "post_pre_bwd", "identity_cluster_bwd", "delayed_pre_bwd"), 2
+)
 SEEDS = (0, 1)
 # Above the tolerances of the suite, by dtype.
 OFF = {torch.bfloat16: 2.0**-6, torch.float32: 2.0**-10}
@@ -59,7 +76,14 @@ HARMLESS = (
     ("mask", r"^step_\d+ < steps\[0\]$", "nobody reads what is pushed past the last group"),
     ("mask", r"^\(1 <= step_\d+\) && \(step_\d+ <= steps\[0\]\)$", "nor gates of none"),
     ("mask", r"^\(0 < large\[", "the statements beside it have it, too"),
+    (
+        "mask",
+        r"^\(?step \+ 1\)? < place_of\[2\]$",
+        "nobody reads what is loaded past the last step",
+    ),
     ("index", r"^ \+ 0$", "nothing is added"),
+    ("index", r"^ \+ k_\d+$", "what a NaN of the weight is rounded to"),
+    ("factor", r"^others\[i_\d+\] \* $", "Sinkhorn begins with factors of one"),
     (
         "wait",
         "",
@@ -83,7 +107,7 @@ class Launch:
 
 @pytest.fixture(scope="module")
 def recorded(built_kernels):
-    """For each kernel the launches that its mutants are tried on."""
+    """For each kernel, or form of one, the launches that its mutants are tried on."""
     kernels: dict[str, Kernel] = {}
     launches: dict[str, list[Launch]] = defaultdict(list)
     seen = set()
@@ -92,8 +116,12 @@ def recorded(built_kernels):
         return [g.clone() if isinstance(g, Tensor) else g for g in given]
 
     def watch(kernel, given):
-        name = kernel.key[0]
-        if name not in KERNELS or name in seen or kernels.setdefault(name, kernel) is not kernel:
+        name, args = kernel.key
+        if name in FORMS and args in FORMS[name]:
+            name = kernel.lowered.title
+        elif name not in KERNELS or name in FORMS:
+            return None
+        if name in seen or kernels.setdefault(name, kernel) is not kernel:
             return None
         seen.add(name)
         before = copies(given)
@@ -108,6 +136,12 @@ def recorded(built_kernels):
             seen.clear()
             for op in OPS:
                 vary(op)
+    with emulated(num_sms=FEW_SMS), launch.settings(watch=watch):
+        for vary, streams in itertools.product(OF_PRES, FEW_STREAMS):
+            seen.clear()
+            with mock.patch.object(selection, "few_streams", return_value=streams):
+                for op in PRES:
+                    vary(op, FEW.hidden_size)
     return {name: (kernels[name], launches[name]) for name in kernels}
 
 
@@ -153,6 +187,44 @@ def two_steps(op):
     steps = [name for name in ("repeat", "sinkhorn_repeat") if name in options]
     if steps:
         run(op, FEW, tensors, options | {steps[0]: 2})
+
+
+def pre(op, hidden_size, **changes):
+    """Forward alone, with a norm of the layer input; eps so large that it shows."""
+    tensors = whole_pre.inputs(op, hidden_size, 45, "cpu")
+    return run_pre(op, tensors, sinkhorn_eps=0.5, **changes)
+
+
+def huge_pre(op, hidden_size):
+    tensors = whole_pre.inputs(op, hidden_size, 13, "cpu")
+    tensors["residual"][3] *= 1e18
+    run_pre(op, tensors)
+
+
+def tf32_pre(op, hidden_size):
+    tensors = whole_pre.inputs(op, hidden_size, 13, "cpu")
+    tensors["residual"][3] *= 1e18
+    run_pre(op, tensors, tf32=True)
+
+
+def two_steps_pre(op, hidden_size):
+    pre(op, hidden_size, sinkhorn_repeat=2)
+
+
+def small_eps_pre(op, hidden_size):
+    """So small that products of four sums may leave float32."""
+    tensors = whole_pre.inputs(op, hidden_size, 13, "cpu")
+    tensors["bias"] *= 20
+    run_pre(op, tensors, sinkhorn_eps=2.0**-60)
+
+
+OF_PRES = (pre, huge_pre, tf32_pre, two_steps_pre, small_eps_pre)
+
+
+def run_pre(op, tensors, **options):
+    del tensors["norm_weight"]  # one form of each kernel
+    norm = torch.rand(tensors["residual"].shape[-1]) + 0.5
+    op.run(**tensors, **{**whole_pre.OPTIONS, **options}, layer_norm_weight=norm)
 
 
 def outcome(kernel: Kernel, launches: list[Launch]) -> str:
@@ -208,7 +280,11 @@ def harmless(mutant: Mutant, result: str) -> bool:
 
 
 def test_recorded_launches_repeat(recorded):
-    assert set(recorded) == set(KERNELS)
+    wanted = {name for name in KERNELS if name not in FORMS}
+    forms = {(name, args) for name, every in FORMS.items() for args in every}
+    assert {kernel.key for kernel, _ in recorded.values()} >= forms
+    assert set(recorded) >= wanted
+    assert len(recorded) == len(wanted) + len(forms)
     for kernel, launches in recorded.values():
         assert len(launches) >= 2
         assert outcome(kernel, launches) == "same"
