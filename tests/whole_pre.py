@@ -10,17 +10,25 @@ import torch
 from torch import Tensor
 
 import oracle
-from cases import FUSED_PRE, PARAMETERS, POST_PRE, Case, Dtypes, Op
+from cases import (
+    DELAYED_PRE,
+    FUSED_PRE,
+    PARAMETERS,
+    POST_PRE,
+    POST_PRE_DELAYED,
+    Case,
+    Dtypes,
+    Op,
+)
 from readout import check_rounded
 from tile_mhc import fused_pre, post, reference, selection
 
-OPS = (FUSED_PRE, POST_PRE)
-KERNELS = {FUSED_PRE.name: "pre_cluster_fwd", POST_PRE.name: "post_pre_cluster_fwd"}
+OPS = (FUSED_PRE, POST_PRE, DELAYED_PRE, POST_PRE_DELAYED)
+KERNEL = "pre_cluster_fwd"
 OPTIONS = {"sinkhorn_repeat": 5, "post_mult": 2.0}
 OF_POST = ("layer_output", "residual", "post_mix", "comb_mix")
-# CTAs a token by width; with a post the widest has no kernel.
+# CTAs a token by width.
 SIZES = {256: 4, 1024: 4, 1280: 4, 2560: 8, 4096: 16, 5120: 16, 7168: 16}
-POST_SIZES = SIZES | {7168: 0}
 # Where there is no such kernel: streams, width, and why.
 NONE = {
     (2, 1024): "fewest streams",
@@ -31,6 +39,11 @@ NONE = {
 }
 
 
+def of_op(op: Op) -> tuple[bool, bool]:
+    """Whether there is a post before it, and a pre_mix given: as `pre_cluster` takes them."""
+    return "streams" in op.outputs, "next_pre" in op.outputs
+
+
 @contextlib.contextmanager
 def always() -> Iterator[None]:
     """Within: also of few tokens, and of any width that has the kernel."""
@@ -38,6 +51,8 @@ def always() -> Iterator[None]:
         mock.patch.object(selection, "FEW_TOKENS", 0),
         mock.patch.object(selection, "ONCE_ELEMENTS", 0),
         mock.patch.object(selection, "POST_ONCE_HIDDEN", 0),
+        mock.patch.object(selection, "DELAYED_ONCE_HIDDEN", 0),
+        mock.patch.object(selection, "DELAYED_ONCE_ELEMENTS", 0),
     ):
         yield
 

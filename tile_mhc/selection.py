@@ -61,8 +61,14 @@ FEW_TOKENS = 128
 FEW_STREAMS = (1, 4)
 FEW_TOKENS_OF_ONE = 16
 # post_pre: the least width for which it is. H200, 2026-11, us of one pass and of two: 78 and 92 at
-# 4096x2560, 111 and 144 at 4096x4096. At 8192x7168 it took 470 and 490 us, two passes 489.
+# 4096x2560, 111 and 144 at 4096x4096, 342 and 488 at 8192x7168.
 POST_ONCE_HIDDEN = 2560
+# The same with a given pre_mix, where two launches read the streams once, too: the least width and
+# the least elements of a stream for which clusters do it. H200, 2026-11, us of clusters and of two
+# launches: post_pre 335 and 373 at 8192x7168, 118 and 113 at 4096x4096, 92 and 76 at 4096x2560;
+# fused_pre 180 and 189 at 8192x7168, 67 and 64 at 4096x4096.
+DELAYED_ONCE_HIDDEN = 7168
+DELAYED_ONCE_ELEMENTS = 1 << 24
 # Blocks of a split in the batch-invariant mode: more of them leave a GPU with few tokens idle,
 # fewer make more partial sums where there are many.
 INVARIANT_BLOCKS = 16
@@ -171,10 +177,16 @@ def identity_reads_twice(
 
 
 def has_pre_cluster(
-    dtype: torch.dtype, n: int, hidden_size: int, has_post: bool, limits: Architecture
+    dtype: torch.dtype,
+    n: int,
+    hidden_size: int,
+    has_post: bool,
+    delayed: bool,
+    limits: Architecture,
 ) -> bool:
     """fused_pre, post_pre: whether a kernel's clusters of CTAs hold these streams."""
-    return dtype == torch.bfloat16 and pre_cluster(n, hidden_size, has_post, limits).size > 0
+    size = pre_cluster(n, hidden_size, has_post, delayed, limits).size
+    return dtype == torch.bfloat16 and size > 0
 
 
 def pre_reads_once(
@@ -184,6 +196,7 @@ def pre_reads_once(
     hidden_size: int,
     num_splits: int | None,
     has_post: bool,
+    delayed: bool,
 ) -> bool:
     """fused_pre, post_pre: whether they are made in one pass over the streams.
 
@@ -191,13 +204,17 @@ def pre_reads_once(
     and not in the batch-invariant mode, in which all numbers of tokens have the same kernels.
     """
     limits = _device.limits()
+    if delayed:
+        least_hidden, least = DELAYED_ONCE_HIDDEN, DELAYED_ONCE_ELEMENTS
+    else:
+        least_hidden, least = POST_ONCE_HIDDEN if has_post else 0, ONCE_ELEMENTS
     return (
         num_splits is None
-        and num_tokens * hidden_size >= ONCE_ELEMENTS
-        and (hidden_size >= POST_ONCE_HIDDEN or not has_post)
+        and num_tokens * hidden_size >= least
+        and hidden_size >= least_hidden
         and not config.get_batch_invariant()
-        and has_pre_cluster(dtype, n, hidden_size, has_post, limits)
-        and has_clusters_of(pre_cluster(n, hidden_size, has_post, limits).size)
+        and has_pre_cluster(dtype, n, hidden_size, has_post, delayed, limits)
+        and has_clusters_of(pre_cluster(n, hidden_size, has_post, delayed, limits).size)
     )
 
 

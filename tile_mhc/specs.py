@@ -295,16 +295,16 @@ def _clusters(backward: bool) -> Callable[[Sizes], list[Arguments]]:
     return of
 
 
-def _pre_clusters(has_post: bool) -> Callable[[Sizes], list[Arguments]]:
-    """All of a pre in one pass, with the post before it or without, where it has a kernel."""
-
-    def of(s: Sizes) -> list[Arguments]:
-        dtype = getattr(torch, s.dtype)
-        if not selection.has_pre_cluster(dtype, s.n, s.hidden, has_post, s.limits):
-            return []
-        return [_kernel(s.hidden, **dtypes) for dtypes in _parameters(s)]
-
-    return of
+def _pre_clusters(s: Sizes) -> list[Arguments]:
+    """All of a pre in one pass, with the post before it and without, with a given pre_mix and
+    without, where it has a kernel."""
+    dtype = getattr(torch, s.dtype)
+    return [
+        _kernel(s.hidden, has_post, delayed, **dtypes)
+        for has_post, delayed in itertools.product((False, True), repeat=2)
+        if selection.has_pre_cluster(dtype, s.n, s.hidden, has_post, delayed, s.limits)
+        for dtypes in _parameters(s)
+    ]
 
 
 @_one_pass
@@ -681,16 +681,9 @@ SPECS = (
     Spec(
         "pre_cluster_fwd",
         "pre_cluster",
-        ("fused_pre",),
-        ("hidden_size",),
-        _pre_clusters(has_post=False),
-    ),
-    Spec(
-        "post_pre_cluster_fwd",
-        "pre_cluster",
-        ("post_pre",),
-        ("hidden_size",),
-        _pre_clusters(has_post=True),
+        _PRE_OPS,
+        ("hidden_size", "has_post", "delayed"),
+        _pre_clusters,
     ),
     Spec("delayed_mixes", "delayed_pre", _PRE_OPS, _PRE, _delayed_mixes),
     Spec("weight_parts", "delayed_pre", _PRE_OPS, _MATMUL, _weight_parts),

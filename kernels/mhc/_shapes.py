@@ -235,10 +235,9 @@ PRE_STREAMS = 4
 PRE_MIXES = PRE_STREAMS * (PRE_STREAMS + 2)
 PRE_OPERANDS = 3
 # Columns of H that a warp multiplies at a time. Of so many blocks of columns a CTA has at most,
-# with a post or without, and a warp has two where there are more than so many.
+# and a warp has two where there are more than so many.
 PRE_COLUMNS = 32
 PRE_BLOCKS = 14
-PRE_POST_BLOCKS = 10
 PRE_SINGLE_BLOCKS = 11
 # Sums of a group of tokens, and those that every CTA of a cluster gets: first mixes, and squares.
 PRE_SUMS = (PRE_MIXES + 1) * CLUSTER_TOKENS
@@ -246,10 +245,14 @@ PRE_SHARED = (PRE_STREAMS + 1) * CLUSTER_TOKENS
 # Steps of which the gates are kept; with more groups than this a ring gains nothing.
 PRE_GATES = 4
 PRE_STAGES = 8
+# With a given pre_mix at least so many: all but one are on their way.
+PRE_DELAYED_STAGES = 4
 # Of shared memory beside what is counted: gates, mbarriers; and logits or a post's factors.
 PRE_BYTES = 1024
 PRE_LOGITS = CLUSTER_TOKENS * PRE_STREAMS**2
-PRE_FACTORS = CLUSTER_TOKENS * PRE_STREAMS * (PRE_STREAMS + 1)
+PRE_FACTORS = CLUSTER_TOKENS * PRE_STREAMS
+# Of what a warp for Sinkhorn tells who has sent it sums, with a given pre_mix.
+PRE_CREDIT = 4
 
 
 class PreCluster(NamedTuple):
@@ -261,8 +264,9 @@ class PreCluster(NamedTuple):
         warps: warps of a CTA that multiply.
         kept: operands of the weight that a warp has in registers; the others are in shared memory.
         solvers: warps that take Sinkhorn's steps, of groups of tokens in turn.
-        lag: steps from a group's products to what its gates are for.
+        lag: steps from a group's products to what its gates are for; 0 with a given pre_mix.
         stages: groups of tokens that a CTA holds.
+        delayed: whether a pre_mix is given.
     """
 
     size: int = 0
@@ -272,6 +276,7 @@ class PreCluster(NamedTuple):
     solvers: int = 0
     lag: int = 0
     stages: int = 0
+    delayed: bool = False
 
     @property
     def operands(self) -> int:
@@ -281,7 +286,7 @@ class PreCluster(NamedTuple):
     @property
     def buffers(self) -> int:
         """Of the sums of a CTA's warps: whose gates have come, that one is free."""
-        return 2 if self.lag == 2 else PRE_GATES
+        return 2 if self.lag in (0, 2) else PRE_GATES
 
     @property
     def slots(self) -> int:
@@ -299,57 +304,68 @@ class PreCluster(NamedTuple):
     def registers(self) -> tuple[int, int]:
         """Registers of a thread of the groups of warps that multiply, and of the last group."""
         each = min(65536 // (128 * self.groups) // 8 * 8, 240)
-        last = {2: each, 3: 72}.get(self.groups, 80)
+        last = {2: each, 3: 80 if self.delayed else 72}.get(self.groups, 80)
         return (each * self.groups - last) // (self.groups - 1) // 8 * 8, last
 
     def bytes_beside(self, has_post: bool) -> int:
         """Of shared memory, beside the ring."""
-        sums = self.buffers * self.warps * PRE_SUMS + self.slots * self.size * PRE_SHARED
-        sums += self.solvers * self.size * (PRE_SUMS - PRE_STREAMS * CLUSTER_TOKENS)
-        sums += self.solvers * PRE_LOGITS + has_post * PRE_GATES * PRE_FACTORS
+        turns = self.solvers * self.size
+        sums = self.buffers * self.warps * PRE_SUMS + self.solvers * PRE_LOGITS
+        factors = has_post * (PRE_STREAMS + 1)
+        if self.delayed:
+            sums += turns * (PRE_SUMS + PRE_CREDIT)
+            factors += 1
+        else:
+            sums += self.slots * self.size * PRE_SHARED
+            sums += turns * (PRE_SUMS - PRE_STREAMS * CLUSTER_TOKENS)
+        sums += PRE_GATES * factors * PRE_FACTORS
         return PRE_BYTES + 4 * sums + (self.operands - self.kept) * self.warps * 32 * 16
 
 
-def pre_kept(warps: int, blocks: int, has_post: bool, limits: Architecture) -> int:
+def pre_kept(warps: int, blocks: int, has_post: bool, delayed: bool, limits: Architecture) -> int:
     """pre_cluster: operands for which a warp has registers; in code for Blackwell it needs more of
     them for all else."""
     if blocks == 2:
-        return 38
+        return (32 if delayed else 30) if has_post else 38
     if warps <= 4:
         return PRE_OPERANDS * 2 * PRE_STREAMS
     if warps <= 8:
         return 22 if has_post else 24
     if has_post:
-        return 20
+        return 19
     return 22 if limits.has_wgmma else 16
 
 
 @functools.cache
-def pre_cluster(n: int, hidden_size: int, has_post: bool, limits: Architecture) -> PreCluster:
+def pre_cluster(
+    n: int, hidden_size: int, has_post: bool, delayed: bool, limits: Architecture
+) -> PreCluster:
     """pre_cluster: how it is cut, with as few CTAs sharing a token as hold it.
 
     Gates take about 2700 cycles to come: two steps of wide CTAs, more of narrow ones. H200,
     2026-11, us of a lag of two, three and four steps: 72.0, 63.6 and 61.7 at 4096x4096, and of two
-    and three 197.6 and 196.8 at 8192x7168, where three leave fewer groups on their way. Of a post
-    CTAs as wide have no room for that many groups.
+    and three 197.6 and 196.8 at 8192x7168, where three leave fewer groups on their way. With a
+    given pre_mix one step makes all of a group: us of that and of a lag of one at 8192x7168 335 and
+    332 of a post, and 180 and 195 of a pre.
     """
-    most = PRE_POST_BLOCKS if has_post else PRE_BLOCKS
     if n != PRE_STREAMS or not limits.ring_bytes:
         return PreCluster()
     for size in (4, 8, 16):
         per_cta, rest = divmod(hidden_size, size * PRE_COLUMNS)
         blocks = 1 if per_cta <= PRE_SINGLE_BLOCKS else 2
-        if rest or per_cta > most or per_cta % blocks:
+        if rest or per_cta > PRE_BLOCKS or per_cta % blocks:
             continue
         warps = per_cta // blocks
-        kept = pre_kept(warps, blocks, has_post, limits)
+        kept = pre_kept(warps, blocks, has_post, delayed, limits)
         # A second one where a CTA's turn comes soon, and a warp is left.
         solvers = 2 if size <= 8 and warps % 4 else 1
-        group = per_cta * (PRE_STREAMS + has_post) * 32 * 16
-        for lag in (2,) if blocks == 2 else (4, 3, 2):
-            cut = PreCluster(size, blocks, warps, kept, solvers, lag)
+        vectors = per_cta * 32 * 16
+        for lag in (0,) if delayed else (2,) if blocks == 2 else (4, 3, 2):
+            cut = PreCluster(size, blocks, warps, kept, solvers, lag, 0, delayed)
             room = limits.shared_bytes - cut.bytes_beside(has_post)
-            stages = min(room // group, PRE_STAGES)
-            if stages >= lag + 2:
+            # A layer output is read by the products alone.
+            room += has_post * lag * vectors
+            stages = min(room // ((PRE_STREAMS + has_post) * vectors), PRE_STAGES)
+            if stages >= (PRE_DELAYED_STAGES if delayed else lag + 2):
                 return cut._replace(stages=stages)
     return PreCluster()

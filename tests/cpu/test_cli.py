@@ -159,7 +159,7 @@ def test_list_for_another_architecture(run):
         names[arch] = {kernel["name"] for kernel in json.loads(out)}
     ops, ways = ("contract", "identity"), ("fwd", "bwd")
     clusters, passes = {f"{op}_cluster_{way}" for op in ops for way in ways}, {"post_pre_fwd"}
-    clusters |= {"pre_cluster_fwd", "post_pre_cluster_fwd"}
+    clusters |= {"pre_cluster_fwd"}
     assert names["sm_90a"] - names["sm_80"] == clusters
     assert names["sm_90a"] - names["sm_120a"] >= clusters | passes
     check_refusal(run("list", "--arch", "sm_75"), 2, r"'sm_75' is not one of 'sm_80'")

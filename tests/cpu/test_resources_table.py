@@ -1,6 +1,7 @@
 """The committed table of registers, shared memory and spills: what passes it and what does not."""
 
 import importlib
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -114,13 +115,11 @@ def test_shares_of_registers_are_those_of_the_launch():
     table = json.loads(resources.TABLE.read_text())["kernels"]
     shared_out = 0
     for arch in ("sm_90a", "sm_100a"):
-        for has_post, name in ((False, "pre_cluster_fwd"), (True, "post_pre_cluster_fwd")):
-            cut = pre_cluster(4, resources.SIZES.hidden, has_post, ARCHITECTURES[arch])
-            rows = [
-                row
-                for title, row in table.items()
-                if title.startswith(f"{name}(") and arch in title
-            ]
+        for of in itertools.product((False, True), repeat=2):
+            hidden_size = resources.SIZES.hidden
+            cut = pre_cluster(4, hidden_size, *of, ARCHITECTURES[arch])
+            name = f"pre_cluster_fwd({hidden_size}, {of[0]}, {of[1]}"
+            rows = [row for title, row in table.items() if title.startswith(name) and arch in title]
             assert rows
             wanted = sum(cut.registers) + cut.registers[0] * (cut.groups - 2)
             for row in rows:

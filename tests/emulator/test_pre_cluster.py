@@ -13,14 +13,14 @@ import torch
 
 import oracle
 import whole_pre
-from cases import POST_PRE
+from cases import DELAYED_PRE, FUSED_PRE, POST_PRE, POST_PRE_DELAYED
 from emulator import launch
 from emulator.launch import FaultError, Kernel
 from emulator.ops import emulated
 from emulator.suite import PLAIN, some
 from tile_mhc.kernels._arch import HOPPER
 from tile_mhc.kernels._shapes import pre_cluster
-from whole_pre import KERNELS, OPTIONS
+from whole_pre import KERNEL, OPTIONS, of_op
 
 SEED = 1
 OPS = pytest.mark.parametrize("op", whole_pre.OPS, ids=str)
@@ -33,15 +33,16 @@ def emulator():
         yield
 
 
+@OPS
 @pytest.mark.parametrize("hidden", whole_pre.SIZES)
-def test_sizes_of_clusters(hidden):
-    assert pre_cluster(4, hidden, False, HOPPER).size == whole_pre.SIZES[hidden]
-    assert pre_cluster(4, hidden, True, HOPPER).size == whole_pre.POST_SIZES[hidden]
+def test_sizes_of_clusters(op, hidden):
+    assert pre_cluster(4, hidden, *of_op(op), HOPPER).size == whole_pre.SIZES[hidden]
 
 
+@OPS
 @pytest.mark.parametrize(("n", "hidden"), whole_pre.NONE, ids=str)
-def test_widths_without_a_kernel(n, hidden):
-    assert not any(pre_cluster(n, hidden, has_post, HOPPER).size for has_post in (False, True))
+def test_widths_without_a_kernel(op, n, hidden):
+    assert not pre_cluster(n, hidden, *of_op(op), HOPPER).size
 
 
 @OPS
@@ -53,8 +54,7 @@ def test_tokens(op, hidden, norm):
     with launch.settings(watch=lambda kernel, given: ran.add(kernel.key[0])):
         for num_tokens in (1, 7, 8, 9, 40):
             whole_pre.check(op, hidden, num_tokens, "cpu", norm)
-    has_kernel = pre_cluster(4, hidden, op is POST_PRE, HOPPER).size > 0
-    assert (KERNELS[op.name] in ran) == has_kernel
+    assert KERNEL in ran
 
 
 @OPS
@@ -66,7 +66,7 @@ def test_one_cluster_with_all_the_tokens(op, hidden):
         whole_pre.check(op, hidden, 101, "cpu", sinkhorn_repeat=30)
 
 
-@pytest.mark.parametrize("hidden", some({h: n for h, n in whole_pre.POST_SIZES.items() if n}, 1))
+@HIDDEN
 def test_bits_of_two_ops(hidden):
     whole_pre.check_two_ops(hidden, 40, "cpu")
 
@@ -126,36 +126,58 @@ def test_a_token_by_itself(op, hidden):
 RACE = "never written|under way|since the last barrier"
 BROKEN = {
     "no wait": (r"full\[[^;]*\.wait\([^;]*;", f"{RACE}|more than the mbarrier counts"),
-    "a CTA's sums are not waited for": (r"full\[[^;]* \+ 16\)\]\.wait\([^;]*;", RACE),
-    "gates are not waited for": (r"full\[[^;]* \+ 12\)\]\.wait\([^;]*;", RACE),
     "sums for Sinkhorn are not waited for": (r"full\[[^;]*\.wait\(\(turn[^;]*;", RACE),
-    "nobody says that they were read": (r"full\[\(+int\)[^;]*\.arrive\(\);", "never will"),
-    "a buffer may still be read": (r"__syncwarp\(\);(?=\s*if \(\(\d+ <= step_)", RACE),
     "no wait for a copy": (r"tl::cp_async_wait<\d+>\(\);", "that nothing waits for|under way"),
 }
+OF_GATES = {
+    "a CTA's sums are not waited for": (r"full\[[^;]* \+ 16\)\]\.wait\([^;]*;", RACE),
+    "gates are not waited for": (r"full\[[^;]* \+ 12\)\]\.wait\([^;]*;", RACE),
+    "nobody says that they were read": (r"full\[\(+int\)[^;]*\.arrive\(\);", "never will"),
+    "a buffer may still be read": (r"__syncwarp\(\);(?=\s*if \(\(\d+ <= step_)", RACE),
+}
+# With a given pre_mix.
+OF_CREDITS = {
+    "a CTA's sums are not waited for": (r"full\[[^;]* \+ 14\)\]\.wait\([^;]*;", RACE),
+    "a buffer may still be read": (r"full\[[^;]* \+ 10\)\]\.wait\([^;]*;", RACE),
+    "sums for Sinkhorn may still be read": (
+        r"full\[[^;]* \+ 2\)\]\.wait\([^;]*;",
+        f"{RACE}|no wait between",
+    ),
+    "nobody says that they were read": (
+        r"push_vector\(\(&\(\(\(float\*\)credits[^;]*;",
+        "never will",
+    ),
+}
+FAULTS = [
+    *((op, what) for op in whole_pre.OPS for what in BROKEN),
+    *((op, what) for op in (FUSED_PRE, POST_PRE) for what in OF_GATES),
+    *((op, what) for op in (DELAYED_PRE, POST_PRE_DELAYED) for what in OF_CREDITS),
+]
 
 
 @pytest.fixture(scope="module")
 def launches():
-    """A launch of each kernel: the kernel and its arguments."""
+    """A launch by each op: the kernel and its arguments."""
     found = {}
-
-    def watch(kernel, given):
-        copies = [g.clone() if torch.is_tensor(g) else g for g in given]
-        found.setdefault(kernel.key[0], (kernel, copies))
-
-    with emulated(num_sms=1), whole_pre.always(), launch.settings(watch=watch):
+    with emulated(num_sms=1), whole_pre.always():
         for op in whole_pre.OPS:
-            op.run(**whole_pre.inputs(op, 256, 150, "cpu", norm=False), sinkhorn_repeat=30)
+
+            def watch(kernel, given, name=op.name):
+                copies = [g.clone() if torch.is_tensor(g) else g for g in given]
+                if kernel.key[0] == KERNEL:
+                    found[name] = kernel, copies
+
+            with launch.settings(watch=watch):
+                op.run(**whole_pre.inputs(op, 256, 150, "cpu", norm=False), sinkhorn_repeat=30)
     return found
 
 
-@pytest.mark.parametrize("what", BROKEN)
-@OPS
+@pytest.mark.parametrize(("op", "what"), FAULTS, ids=str)
 def test_faults_within_a_cluster(launches, op, what):
     """In some order of threads: most of them hide that a CTA may be ahead."""
-    kernel, given = launches[KERNELS[op.name]]
-    pattern, message = BROKEN[what]
+    kernel, given = launches[op.name]
+    faults = OF_CREDITS if whole_pre.of_op(op)[1] else OF_GATES
+    pattern, message = (BROKEN | faults)[what]
     source, count = re.subn(pattern, "", kernel.lowered.source)
     assert count, f"the kernel has no {pattern!r} any more: choose another place to break"
     broken = Kernel(dataclasses.replace(kernel.lowered, source=source))

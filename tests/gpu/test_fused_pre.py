@@ -147,7 +147,7 @@ def test_same_bits_as_the_ops(case):
     tensors, options = FUSED_PRE.inputs(*case.shape, "cuda")
     dtype, (num_tokens, n, hidden_size) = tensors["residual"].dtype, tensors["residual"].shape
     of_pass = (dtype, num_tokens, n, hidden_size, None)
-    once = selection.pre_reads_once(*of_pass, has_post=False)
+    once = selection.pre_reads_once(*of_pass, has_post=False, delayed=False)
     few = selection.is_one_pass(dtype, n, hidden_size, None) and selection.is_few(num_tokens)
     check_bits(tensors, options, 4 if once or few else None)
 

@@ -5,25 +5,14 @@ import torch
 
 import oracle
 import whole_pre
-from cases import POST_PRE
 from launched import launched
 from tile_mhc import _device, config, selection
 from tile_mhc.kernels._shapes import pre_cluster
-from whole_pre import KERNELS, OPTIONS, POST_SIZES, SIZES
+from whole_pre import KERNEL, OPTIONS, SIZES
 
 OPS = pytest.mark.parametrize("op", whole_pre.OPS, ids=str)
 HIDDEN = pytest.mark.parametrize("hidden", SIZES)
 ONE_OF_EACH = pytest.mark.parametrize("hidden", [1280, 2560, 7168])
-# With a post the widest streams have no such kernel.
-ONCE = pytest.mark.parametrize(
-    ("op", "hidden"),
-    [
-        (op, hidden)
-        for op in whole_pre.OPS
-        for hidden in (1280, 2560, 5120 if op is POST_PRE else 7168)
-    ],
-    ids=str,
-)
 NORMS = pytest.mark.parametrize("norm", [True, False], ids=["norm_weight", "plain"])
 
 
@@ -41,22 +30,21 @@ def clusters():
 )
 def test_which_kernels_run(op, n, hidden):
     tensors = whole_pre.inputs(op, hidden, 65, "cuda", n=n)
-    size = pre_cluster(n, hidden, op.name == "post_pre", _device.limits()).size
-    assert n != 4 or size == (POST_SIZES if op.name == "post_pre" else SIZES).get(hidden, 0)
+    size = pre_cluster(n, hidden, *whole_pre.of_op(op), _device.limits()).size
+    assert size == (0 if (n, hidden) in whole_pre.NONE else SIZES[hidden])
     expected = size > 0 and selection.has_clusters_of(size)
-    assert (KERNELS[op.name] in launched(lambda: op.run(**tensors))) == expected
+    assert (KERNEL in launched(lambda: op.run(**tensors))) == expected
 
 
 @OPS
 def test_when_two_passes_are_made(op):
     """Splits that are given, the batch-invariant mode, and few tokens."""
     tensors = whole_pre.inputs(op, 1280, 65, "cuda")
-    name = KERNELS[op.name]
-    assert name in launched(lambda: op.run(**tensors))
-    assert name not in launched(lambda: op.run(**tensors, num_splits=1))
+    assert KERNEL in launched(lambda: op.run(**tensors))
+    assert KERNEL not in launched(lambda: op.run(**tensors, num_splits=1))
     config.set_batch_invariant(True)
     try:
-        assert name not in launched(lambda: op.run(**tensors))
+        assert KERNEL not in launched(lambda: op.run(**tensors))
     finally:
         config.set_batch_invariant(False)
 
@@ -89,7 +77,7 @@ def test_few_sms(op, hidden, repeat):
         config.set_num_sms(0)
 
 
-@pytest.mark.parametrize("hidden", [h for h, size in POST_SIZES.items() if size])
+@HIDDEN
 def test_bits_of_two_ops(hidden):
     whole_pre.check_two_ops(hidden, 777, "cuda")
 
@@ -101,7 +89,8 @@ def test_same_bits_every_run(op, hidden, norm):
     oracle.check_repeatable(op, whole_pre.inputs(op, hidden, 777, "cuda", norm), OPTIONS)
 
 
-@ONCE
+@OPS
+@ONE_OF_EACH
 def test_bits_of_a_token_alone(op, hidden):
     whole_pre.check_alone(op, hidden, 777, "cuda")
 

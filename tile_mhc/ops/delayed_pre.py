@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tile_mhc import jit, reference, selection
 from tile_mhc.kernels._shapes import DELAYED_COLUMNS, is_no_eps
-from tile_mhc.ops import _flops, few_pre
+from tile_mhc.ops import _flops, few_pre, pre_cluster
 from tile_mhc.ops import aggregate as aggregate_op
 from tile_mhc.ops import gates as gates_op
 from tile_mhc.ops import log_sinkhorn as log_sinkhorn_op
@@ -71,6 +71,18 @@ def launch(
         if one_pass and selection.is_few(residual.numel() // weight.shape[1]):
             of_gates = (weight, scale, bias, pre_mix, norm_weight)
             few_pre.forward(residual, *of_gates, *steps, tf32, outputs, layer_norm)
+            return outputs
+        if layer_norm is None and selection.pre_reads_once(
+            residual.dtype,
+            residual.numel() // weight.shape[1],
+            n,
+            hidden_size,
+            num_splits,
+            has_post=False,
+            delayed=True,
+        ):
+            of_gates = (weight, scale, bias, pre_mix, norm_weight)
+            pre_cluster.forward(residual, *of_gates, *steps, tf32, outputs)
             return outputs
         normed = None
         if one_pass:

@@ -284,21 +284,22 @@ def launch(
     n, hidden_size = residual.shape[-2:]
     num_tokens = residual.numel() // (n * hidden_size)
     steps = (norm_eps, pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat)
-    of_both = (residual, weight, scale, bias, norm_weight, *steps, tf32, outputs)
+    of_both = (*steps, tf32, outputs)
     if selection.is_one_pass(residual.dtype, n, hidden_size, num_splits) and selection.is_few(
         num_tokens
     ):
         of_gates = (weight, scale, bias, None, norm_weight)
         few_pre.forward(residual, *of_gates, *steps, tf32, outputs, layer_norm)
     elif layer_norm is None and selection.pre_reads_once(
-        residual.dtype, num_tokens, n, hidden_size, num_splits, has_post=False
+        residual.dtype, num_tokens, n, hidden_size, num_splits, has_post=False, delayed=False
     ):
-        pre_cluster.forward(*of_both)
+        pre_cluster.forward(residual, weight, scale, bias, None, norm_weight, *of_both)
     else:
         products, squares = projection_op.split_products(
             residual, weight, norm_weight, num_splits, tf32
         )
-        launch_from(products, squares, *of_both, layer_norm)
+        of_mixes = (residual, weight, scale, bias, norm_weight, *of_both)
+        launch_from(products, squares, *of_mixes, layer_norm)
     return outputs
 
 

@@ -125,7 +125,7 @@ def post_pre(
     last bits where one pass over the streams makes and projects them (bfloat16, n = 4, H a multiple
     of 64, no layer_bias), which sums by columns of all streams at once. Up to 128 tokens have
     kernels of their own for that, but in the batch-invariant mode. Without a `pre_mix` many tokens
-    of the usual H from 2560 to 5120 take one pass for all, with the bits of `post` and then
+    of the usual H from 2560 to 7168 take one pass for all, with the bits of `post` and then
     `fused_pre` in one pass; in the batch-invariant mode always two.
 
     Gradients of parameters that carry `main_grad` go into that: see `tile_mhc.main_grad`.
@@ -240,7 +240,6 @@ def _cuda(
     plain = layer_bias is None and residual.numel() > 0
     if (
         plain
-        and pre_mix is None
         and norm is None
         and selection.pre_reads_once(
             residual.dtype,
@@ -249,14 +248,16 @@ def _cuda(
             hidden_size,
             num_splits,
             has_post=True,
+            delayed=pre_mix is not None,
         )
     ):
-        outputs = fused_op.empty(residual)
+        outputs = (delayed_op if pre_mix is not None else fused_op).empty(residual)
         layer_input, *mixes = outputs
         of_pass = (layer_output, post_mix, comb_mix, streams)
-        given: list[Any] = [residual, *gates[1:], norm_weight, *steps, tf32, outputs, of_pass]
-        pre_cluster.forward(*given)
-        mixes.insert(0, delayed_op.no_mix(residual))
+        of_gates = (weight, scale, bias, pre_mix, norm_weight)
+        pre_cluster.forward(residual, *of_gates, *steps, tf32, outputs, of_pass)
+        if pre_mix is None:
+            mixes.insert(0, delayed_op.no_mix(residual))
     elif one_pass and plain and selection.is_few(layer_output.numel() // hidden_size):
         outputs = (delayed_op if pre_mix is not None else fused_op).empty(residual)
         layer_input, *mixes = outputs
@@ -271,7 +272,7 @@ def _cuda(
         layer_input, *mixes = outputs
         sums = _launch_pass(*of_post, pre_mix, weight, norm_weight, tf32, streams, layer_input)
         if pre_mix is None:
-            given = [*sums, *gates, norm_weight, *steps, tf32, outputs, norm]
+            given: list[Any] = [*sums, *gates, norm_weight, *steps, tf32, outputs, norm]
             fused_op.launch_from(*given)
             mixes.insert(0, delayed_op.no_mix(residual))
         else:

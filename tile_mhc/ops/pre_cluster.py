@@ -1,6 +1,4 @@
-"""What `fused_pre`, and `post_pre` without a pre_mix, launch where clusters of CTAs hold their
-tokens: one pass over the streams.
-"""
+"""What `fused_pre` and `post_pre` launch where clusters of CTAs hold their tokens: one pass."""
 
 from collections.abc import Sequence
 
@@ -10,7 +8,7 @@ from tile_mhc import _device, jit, selection
 from tile_mhc.kernels._shapes import is_no_eps, pre_cluster
 from tile_mhc.ops import log_sinkhorn as log_sinkhorn_op
 from tile_mhc.ops import projection as projection_op
-from tile_mhc.ops._library import dtype_of, dtypes
+from tile_mhc.ops._library import absent, dtype_of, dtypes
 
 
 def forward(
@@ -18,6 +16,7 @@ def forward(
     weight: Tensor,
     scale: Tensor,
     bias: Tensor,
+    pre_mix: Tensor | None,
     norm_weight: Tensor | None,
     norm_eps: float,
     pre_eps: float,
@@ -28,7 +27,8 @@ def forward(
     outputs: Sequence[Tensor],
     of_post: tuple[Tensor, ...] | None = None,
 ) -> None:
-    """Write `outputs`: layer input, post_mix and comb_mix; for the backward mixes and inv_rms.
+    """Write `outputs`: layer input, with a `pre_mix` the next, post_mix and comb_mix; for the
+    backward mixes and inv_rms.
 
     With `of_post`, which is layer_output, post_mix and comb_mix of the sub-layer before, and the
     streams, these are written first: all else is of them, and the residual is what they are made
@@ -36,27 +36,40 @@ def forward(
     """
     n, hidden_size = residual.shape[-2:]
     x = residual.view(-1, n * hidden_size)
-    layer_input, post_mix, comb_mix, mixes, inv_rms = outputs
+    layer_input, *next_pre, post_mix, comb_mix, mixes, inv_rms = outputs
+    has_post, delayed = of_post is not None, pre_mix is not None
+    if of_post is None:
+        streams = absent(x, x.dtype)
+        of_before = absent(x, x.dtype), x, absent(x), absent(x)
+    else:
+        layer_output, post_before, comb_before, made = of_post
+        streams = made.view(x.shape)
+        of_before = (
+            layer_output.view(-1, hidden_size),
+            x,
+            post_before.contiguous().view(-1, n),
+            comb_before.contiguous().view(-1, n, n),
+        )
     given = dtypes(
         weight=weight.dtype,
         norm_weight=dtype_of(norm_weight),
         scale=scale.dtype,
         bias=bias.dtype,
     )
-    parameters = (
+    size = pre_cluster(n, hidden_size, has_post, delayed, _device.limits()).size
+    jit.kernel("pre_cluster_fwd", hidden_size, has_post, delayed, *given)(
+        *of_before,
+        absent(x) if pre_mix is None else pre_mix.contiguous().view(-1, n),
         *projection_op.parameters(weight, norm_weight),
         scale.contiguous(),
         bias.contiguous(),
-    )
-    written = (
+        streams,
         layer_input.view(-1, hidden_size),
+        next_pre[0].view(-1, n) if next_pre else absent(x),
         post_mix.view(-1, n),
         comb_mix.view(-1, n * n),
         mixes.view(-1, n * (n + 2)),
         inv_rms.view(-1),
-    )
-    size = pre_cluster(n, hidden_size, of_post is not None, _device.limits()).size
-    options = (
         norm_eps,
         pre_eps,
         sinkhorn_eps,
@@ -65,19 +78,5 @@ def forward(
         tf32,
         selection.num_clusters(x.shape[0], size, bound_by_memory=False),
     )
-    if of_post is None:
-        jit.kernel("pre_cluster_fwd", hidden_size, *given)(x, *parameters, *written, *options)
-    else:
-        layer_output, post_before, comb_before, streams = of_post
-        jit.kernel("post_pre_cluster_fwd", hidden_size, *given)(
-            layer_output.view(-1, hidden_size),
-            x,
-            post_before.contiguous().view(-1, n),
-            comb_before.contiguous().view(-1, n, n),
-            *parameters,
-            streams.view(x.shape),
-            *written,
-            *options,
-        )
     if is_no_eps(sinkhorn_eps):
         log_sinkhorn_op.launch_comb(mixes, scale, bias, comb_mix, sinkhorn_repeat)
