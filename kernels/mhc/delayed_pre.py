@@ -9,7 +9,6 @@ n = 4, bfloat16 streams and an H that is a multiple of 64; other streams take th
 `projection` and `aggregate`.
 """
 
-
 import tilelang.language as T
 
 from tile_mhc.kernels._arch import Architecture
