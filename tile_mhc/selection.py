@@ -65,8 +65,8 @@ FEW_TOKENS_OF_ONE = 16
 POST_ONCE_HIDDEN = 2560
 # The same with a given pre_mix, where two launches read the streams once, too: the least width and
 # the least elements of a stream for which clusters do it. H200, 2026-11, us of clusters and of two
-# launches: post_pre 335 and 373 at 8192x7168, 118 and 113 at 4096x4096, 92 and 76 at 4096x2560;
-# fused_pre 180 and 189 at 8192x7168, 67 and 64 at 4096x4096.
+# launches: post_pre 332 and 373 at 8192x7168, 114 and 128 at 2400x7168, 118 and 113 at 4096x4096;
+# fused_pre 178 and 184 at 8192x7168, 67 and 72 at 2400x7168, 67 and 64 at 4096x4096.
 DELAYED_ONCE_HIDDEN = 7168
 DELAYED_ONCE_ELEMENTS = 1 << 24
 # Blocks of a split in the batch-invariant mode: more of them leave a GPU with few tokens idle,

@@ -345,8 +345,8 @@ def pre_cluster(
     Gates take about 2700 cycles to come: two steps of wide CTAs, more of narrow ones. H200,
     2026-11, us of a lag of two, three and four steps: 72.0, 63.6 and 61.7 at 4096x4096, and of two
     and three 197.6 and 196.8 at 8192x7168, where three leave fewer groups on their way. With a
-    given pre_mix one step makes all of a group: us of that and of a lag of one at 8192x7168 335 and
-    332 of a post, and 180 and 195 of a pre.
+    given pre_mix one step makes all of a group: us of that and of a lag of one at 8192x7168 332 and
+    332 of a post, and 178 and 195 of a pre.
     """
     if n != PRE_STREAMS or not limits.ring_bytes:
         return PreCluster()
