@@ -72,6 +72,7 @@ def measured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(_bench, "Clock", Clock)
+    monkeypatch.setattr(compiling, "kernels", lambda *_: [])
     monkeypatch.setattr(compiling, "compile_all", lambda *_: [])
     monkeypatch.setattr(measuring, "measure_all", lambda *_: iter(given))
     monkeypatch.setattr(

@@ -53,7 +53,7 @@ FORMS = {
         (192, *kind, "layer_norm=float32") for kind in ((False, False), (True, False), (True, True))
     ),
 }
-PRES = (FUSED_PRE, DELAYED_PRE, POST_PRE, POST_PRE_DELAYED)
+PRE_OPS = (FUSED_PRE, DELAYED_PRE, POST_PRE, POST_PRE_DELAYED)
 PER_KIND = 3
 # Of the largest sources, which take g++ longest.
 FEWER = dict.fromkeys(
@@ -140,7 +140,7 @@ def recorded(built_kernels):
         for vary, streams in itertools.product(OF_PRES, FEW_STREAMS):
             seen.clear()
             with mock.patch.object(selection, "few_streams", return_value=streams):
-                for op in PRES:
+                for op in PRE_OPS:
                     vary(op, FEW.hidden_size)
     return {name: (kernels[name], launches[name]) for name in kernels}
 

@@ -47,22 +47,23 @@ def kernels(
     ask for, where the current GPU is of that architecture.
     """
     wanted: list[tuple[str, specs.Arguments]] = []
-    asks = torch.cuda.is_available() and jit.device_arch(torch.cuda.current_device()) == arch
-    if asks:
-        for shape in shapes:
-            wanted += _asked_for([op for op in ops if op.stem in SERVED], shape)
+    served = [op for op in ops if op.stem in SERVED]
+    if served and _is_current(arch):
+        wanted = [kernel for shape in shapes for kernel in _asked_for(served, shape)]
+        ops = [op for op in ops if op not in served]
     for grads in ((), ("bfloat16",)):
         chosen = [op for op in ops if op.directed == bool(grads)]
-        chosen = [op for op in chosen if not (asks and op.stem in SERVED)]
         names = [name for op in chosen for name in PARTS.get(op.stem, (op.stem,))]
         sizes = {specs.Sizes(shape.n, shape.H, SINKHORN_STEPS, grads=grads) for shape in shapes}
         wanted += specs.select(sorted(sizes), names, arch) if names else []
     return list(dict.fromkeys(wanted))
 
 
+def _is_current(arch: str) -> bool:
+    return torch.cuda.is_available() and jit.device_arch(torch.cuda.current_device()) == arch
+
+
 def _asked_for(ops: Sequence[Op], shape: Shape) -> list[tuple[str, specs.Arguments]]:
-    if not ops:
-        return []
     x = make_inputs(shape.T, shape.H, shape.n, torch.device("meta"))
     with torch.no_grad(), jit.asking() as asked_for:
         for op in ops:
