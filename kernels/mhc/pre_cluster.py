@@ -46,7 +46,7 @@ from tile_mhc.kernels._shapes import (
     PRE_SUMS,
     pre_cluster,
 )
-from tile_mhc.kernels._weights import high_part, low_part, norm_shape, rounded_to_tf32
+from tile_mhc.kernels._weights import norm_shape, rounded_to_tf32
 from tile_mhc.kernels.contract_cluster import (
     BARRIER,
     RING,
@@ -689,6 +689,9 @@ def pre_cluster_fwd(
         t = T.alloc_local((1,), T.int32)
         raw = T.alloc_local((early + 1, 3, VECTOR), T.float32)
         scales = T.alloc_local((early + 1, VECTOR), T.float32)
+        high = T.alloc_local((3, VECTOR), T.bfloat16)
+        high_words = T.view(high, (3, VECTOR // 2), T.uint32)
+        low = T.alloc_local((3, VECTOR), T.bfloat16)
         w = T.alloc_local((kept * VECTOR,), T.bfloat16)
         values = T.alloc_local((VECTOR,), T.bfloat16)
         a = T.alloc_local((VECTOR,), T.bfloat16)
@@ -745,25 +748,31 @@ def pre_cluster_fwd(
             if piece < 0:
                 continue
             now = piece % (early + 1)
-            for p in T.unroll(3):
-                for v in T.unroll(VECTOR):
-                    if has_norm:
+            if has_norm:
+                for p in T.unroll(3):
+                    for v in T.unroll(VECTOR):
                         raw[now, p, v] *= scales[now, v]
-                    if io.tf32 != 0:
+            if io.tf32 != 0:
+                for p in T.unroll(3):
+                    for v in T.unroll(VECTOR):
                         raw[now, p, v] = rounded_to_tf32(raw[now, p, v])
+            # Two values at a time: what a warp does once it waits for, instruction by instruction.
+            for p in T.unroll(3):
+                for v in T.vectorized(VECTOR):
+                    high[p, v] = T.cast(raw[now, p, v], T.bfloat16)
+                for v in T.unroll(VECTOR // 2):
+                    raw[now, p, 2 * v] -= first_of(high_words[p, v])
+                    raw[now, p, 2 * v + 1] -= second_of(high_words[p, v])
+                for v in T.vectorized(VECTOR):
+                    low[p, v] = T.cast(raw[now, p, v], T.bfloat16)
             # High parts of 16 mixes; both parts of the other eight; low parts of the 16.
+            of_rows = ((high, 0, high, 1), (high, 2, low, 2), (low, 0, low, 1))
             for p, half in tuple((p, half) for p in range(PRE_OPERANDS) for half in (0, 1)):
                 k = p * pieces + 2 * piece + half
+                upper, upper_row, lower, lower_row = of_rows[p]
                 for v in tuple(range(4)):
-                    if p == 0:
-                        a[place(v, False)] = high_part(raw[now, 0, half * 4 + v])
-                        a[place(v, True)] = high_part(raw[now, 1, half * 4 + v])
-                    elif p == 1:
-                        a[place(v, False)] = high_part(raw[now, 2, half * 4 + v])
-                        a[place(v, True)] = low_part(raw[now, 2, half * 4 + v])
-                    else:
-                        a[place(v, False)] = low_part(raw[now, 0, half * 4 + v])
-                        a[place(v, True)] = low_part(raw[now, 1, half * 4 + v])
+                    a[place(v, False)] = upper[upper_row, half * 4 + v]
+                    a[place(v, True)] = lower[lower_row, half * 4 + v]
                 if k < kept:
                     for v in T.unroll(VECTOR):
                         w[k * VECTOR + v] = a[v]
