@@ -5,7 +5,7 @@
 Sub-layers are a linear layer in a `tile_mhc.nn.HyperConnection`, or with `--model v4.1` in a
 `DelayedHyperConnection`; there is one more of them than boundaries. `boundaries` runs them by
 `run_sublayers` (`run_delayed_sublayers`), `separate` connection by connection. The peak is what is
-allocated at most in a forward and a backward, beyond the parameters, their gradients, and the
+asked for at most in a forward and a backward, beyond the parameters, their gradients, and the
 streams that the first sub-layer is given.
 
 Exit codes: 0; 1 the boundaries' peak is higher; 2 bad usage.
@@ -65,6 +65,11 @@ def run(modules: nn.ModuleDict, way: str, streams: Tensor) -> Tensor:
     return aggregate(streams, pre_mix)
 
 
+def requested(device: torch.device, when: str) -> int:
+    """Bytes as asked for: a block that is reused may have up to a MiB more, by what came before."""
+    return torch.cuda.memory_stats(device).get(f"requested_bytes.all.{when}", 0)
+
+
 def peak_bytes(modules: nn.ModuleDict, way: str, tokens: int) -> int:
     """Of the second step: the first one makes the gradients and what libraries keep."""
     hidden_size = modules["layers"][0].in_features
@@ -74,11 +79,11 @@ def peak_bytes(modules: nn.ModuleDict, way: str, tokens: int) -> int:
     for _ in range(2):
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        before = requested(device, "current")
         out = run(modules, way, streams)
         out.backward(torch.ones_like(out))
         torch.cuda.synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device) - before
+        peak = requested(device, "peak") - before
         del out
     return peak
 
