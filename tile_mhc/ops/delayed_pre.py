@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tile_mhc import jit, reference, selection
 from tile_mhc.kernels._shapes import DELAYED_COLUMNS, is_no_eps
-from tile_mhc.ops import _flops, few_pre, pre_cluster
+from tile_mhc.ops import _flops, _whole_pre
 from tile_mhc.ops import aggregate as aggregate_op
 from tile_mhc.ops import gates as gates_op
 from tile_mhc.ops import log_sinkhorn as log_sinkhorn_op
@@ -65,27 +65,21 @@ def launch(
 ) -> tuple[Tensor, ...]:
     outputs = empty(residual)
     n, hidden_size = residual.shape[-2:]
-    if residual.numel():
-        steps = (norm_eps, pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat)
-        one_pass = selection.is_one_pass(residual.dtype, n, hidden_size, num_splits)
-        if one_pass and selection.is_few(residual.numel() // weight.shape[1]):
-            of_gates = (weight, scale, bias, pre_mix, norm_weight)
-            few_pre.forward(residual, *of_gates, *steps, tf32, outputs, layer_norm)
-            return outputs
-        if layer_norm is None and selection.pre_reads_once(
-            residual.dtype,
-            residual.numel() // weight.shape[1],
-            n,
-            hidden_size,
-            num_splits,
-            has_post=False,
-            delayed=True,
-        ):
-            of_gates = (weight, scale, bias, pre_mix, norm_weight)
-            pre_cluster.forward(residual, *of_gates, *steps, tf32, outputs)
-            return outputs
+    gates = (residual, weight, scale, bias)
+    steps = (norm_eps, pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat)
+    of_all: list[Any] = [
+        *gates,
+        pre_mix,
+        norm_weight,
+        *steps,
+        num_splits,
+        tf32,
+        outputs,
+        layer_norm,
+    ]
+    if residual.numel() and not _whole_pre.forward(*of_all):
         normed = None
-        if one_pass:
+        if selection.is_one_pass(residual.dtype, n, hidden_size, num_splits):
             products, squares = _launch_pass(
                 residual, weight, pre_mix, norm_weight, tf32, outputs[0]
             )
@@ -98,7 +92,7 @@ def launch(
             aggregate_op.launch(residual, pre_mix, outputs[0])
             if layer_norm is not None:
                 _launch_norm(outputs[0], *layer_norm)
-        of_mixes = (residual, weight, scale, bias, norm_weight, *steps, tf32, outputs[1:], normed)
+        of_mixes = (*gates, norm_weight, *steps, tf32, outputs[1:], normed)
         launch_mixes(products, squares, *of_mixes)
     return outputs
 

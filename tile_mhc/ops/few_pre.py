@@ -7,6 +7,7 @@ from torch import Tensor
 from tile_mhc import jit, selection
 from tile_mhc.kernels._shapes import FEW_COLUMNS, FEW_ROW, is_no_eps
 from tile_mhc.ops import log_sinkhorn as log_sinkhorn_op
+from tile_mhc.ops import post as post_op
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops._library import absent, dtype_of, dtypes
 
@@ -46,20 +47,7 @@ def forward(
     parameters = projection_op.parameters(weight, norm_weight)
     gates = scale.contiguous(), bias.contiguous(), layer_norm_weight.contiguous()
     given_mix = absent(residual) if pre_mix is None else pre_mix.contiguous().view(-1, n)
-    if of_post is None:
-        streams = x
-        before = absent(x, x.dtype), x, absent(x), absent(x), *parameters, absent(x, x.dtype)
-    else:
-        layer_output, post_before, comb_before, made = of_post
-        streams = made.view(x.shape)
-        before = (
-            layer_output.view(-1, hidden_size),
-            x,
-            post_before.contiguous().view(-1, n),
-            comb_before.contiguous().view(-1, n, n),
-            *parameters,
-            streams,
-        )
+    *before, made = post_op.given_before(x, n, of_post)
     sums = mixes.new_empty(hidden_size // FEW_COLUMNS, num_tokens, FEW_ROW)
     layer_input = layer_input.view(-1, hidden_size)
     of_weight = dtypes(weight=weight.dtype, norm_weight=dtype_of(norm_weight))
@@ -67,13 +55,9 @@ def forward(
     steps = selection.few_steps(num_tokens, hidden_size, own)
     # By warps that have all streams: the second launch then only takes the norm.
     collapses = delayed and own == n
-    into = (
-        (given_mix, before[-1], layer_input)
-        if collapses
-        else (absent(x), before[-1], absent(x, x.dtype))
-    )
+    collapse = (given_mix, layer_input) if collapses else (absent(x), absent(x, x.dtype))
     jit.kernel("few_project", hidden_size, of_post is not None, own, collapses, *of_weight)(
-        *before[:-1], *into, sums, steps, tf32
+        *before, *parameters, collapse[0], made, collapse[1], sums, steps, tf32
     )
     given = dtypes(
         weight=weight.dtype,
@@ -85,7 +69,7 @@ def forward(
     jit.kernel("few_pre", hidden_size, delayed, collapses, *given)(
         sums,
         *gates,
-        streams,
+        x if of_post is None else made,
         *parameters,
         absent(x) if collapses else given_mix,
         layer_input,

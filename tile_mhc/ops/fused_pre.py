@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tile_mhc import errors, jit, reference, selection
 from tile_mhc.kernels._shapes import is_no_eps
-from tile_mhc.ops import _flops, few_pre, pre_cluster
+from tile_mhc.ops import _flops, _whole_pre
 from tile_mhc.ops import delayed_pre as delayed_op
 from tile_mhc.ops import gates as gates_op
 from tile_mhc.ops import log_sinkhorn as log_sinkhorn_op
@@ -281,25 +281,15 @@ def launch(
     outputs = empty(residual)
     if not residual.numel():
         return outputs
-    n, hidden_size = residual.shape[-2:]
-    num_tokens = residual.numel() // (n * hidden_size)
+    gates = (residual, weight, scale, bias)
     steps = (norm_eps, pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat)
-    of_both = (*steps, tf32, outputs)
-    if selection.is_one_pass(residual.dtype, n, hidden_size, num_splits) and selection.is_few(
-        num_tokens
-    ):
-        of_gates = (weight, scale, bias, None, norm_weight)
-        few_pre.forward(residual, *of_gates, *steps, tf32, outputs, layer_norm)
-    elif layer_norm is None and selection.pre_reads_once(
-        residual.dtype, num_tokens, n, hidden_size, num_splits, has_post=False, delayed=False
-    ):
-        pre_cluster.forward(residual, weight, scale, bias, None, norm_weight, *of_both)
-    else:
+    of_all: list[Any] = [*gates, None, norm_weight, *steps, num_splits, tf32, outputs, layer_norm]
+    if not _whole_pre.forward(*of_all):
         products, squares = projection_op.split_products(
             residual, weight, norm_weight, num_splits, tf32
         )
-        of_mixes = (residual, weight, scale, bias, norm_weight, *of_both)
-        launch_from(products, squares, *of_mixes, layer_norm)
+        given: list[Any] = [*gates, norm_weight, *steps, tf32, outputs, layer_norm]
+        launch_from(products, squares, *given)
     return outputs
 
 

@@ -17,7 +17,7 @@ from tile_mhc.ops._destinations import (
     register_into,
 )
 from tile_mhc.ops._group import active
-from tile_mhc.ops._library import dtype_of, dtypes, empty_gradients, empty_like, register
+from tile_mhc.ops._library import absent, dtype_of, dtypes, empty_gradients, empty_like, register
 from tile_mhc.ops._op import Op
 from tile_mhc.ops.aggregate import check_mix
 
@@ -119,6 +119,21 @@ def launch(
             out.view(-1, n, hidden_size),
             *([] if bias is None else [bias.contiguous()]),
         )
+
+
+def given_before(x: Tensor, n: int, of_post: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+    """What kernels that make a post on their way are given of it: layer_output, the streams x,
+    post_mix and comb_mix, and the streams to write. Without `of_post` what is absent, but for x."""
+    if of_post is None:
+        return absent(x, x.dtype), x, absent(x), absent(x), absent(x, x.dtype)
+    layer_output, post_mix, comb_mix, streams = of_post
+    return (
+        layer_output.view(-1, layer_output.shape[-1]),
+        x,
+        post_mix.contiguous().view(-1, n),
+        comb_mix.contiguous().view(-1, n, n),
+        streams.view(x.shape),
+    )
 
 
 def _cuda(

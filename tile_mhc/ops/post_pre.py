@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tile_mhc import errors, jit, reference, selection
 from tile_mhc.accumulator import GradAccumulator
-from tile_mhc.ops import _flops, few_pre, pre_cluster
+from tile_mhc.ops import _flops, _whole_pre
 from tile_mhc.ops import delayed_pre as delayed_op
 from tile_mhc.ops import fused_pre as fused_op
 from tile_mhc.ops import gates as gates_op
@@ -232,61 +232,44 @@ def _cuda(
 ) -> tuple[Tensor, ...]:
     steps = (norm_eps, pre_eps, sinkhorn_eps, post_mult, sinkhorn_repeat)
     streams = empty_like(residual)
-    gates = [streams, weight, scale, bias]
-    own_mix = [] if pre_mix is None else [pre_mix]
+    gates = (streams, weight, scale, bias)
+    of_post = (layer_output, post_mix, comb_mix, streams)
+    norm = None if layer_norm_weight is None else (layer_norm_weight, layer_norm_eps)
     n, hidden_size = residual.shape[-2:]
     one_pass = selection.is_one_pass(residual.dtype, n, hidden_size, num_splits)
-    norm = None if layer_norm_weight is None else (layer_norm_weight, layer_norm_eps)
-    plain = layer_bias is None and residual.numel() > 0
-    if (
-        plain
-        and norm is None
-        and selection.pre_reads_once(
-            residual.dtype,
-            layer_output.numel() // hidden_size,
-            n,
-            hidden_size,
-            num_splits,
-            has_post=True,
-            delayed=pre_mix is not None,
-        )
-    ):
-        outputs = (delayed_op if pre_mix is not None else fused_op).empty(residual)
+    pre_op = fused_op if pre_mix is None else delayed_op
+    if one_pass and layer_bias is None and residual.numel() > 0:
+        outputs = pre_op.empty(residual)
         layer_input, *mixes = outputs
-        of_pass = (layer_output, post_mix, comb_mix, streams)
-        of_gates = (weight, scale, bias, pre_mix, norm_weight)
-        pre_cluster.forward(residual, *of_gates, *steps, tf32, outputs, of_pass)
-        if pre_mix is None:
-            mixes.insert(0, delayed_op.no_mix(residual))
-    elif one_pass and plain and selection.is_few(layer_output.numel() // hidden_size):
-        outputs = (delayed_op if pre_mix is not None else fused_op).empty(residual)
-        layer_input, *mixes = outputs
-        of_pass = (layer_output, post_mix, comb_mix, streams)
-        of_gates = (weight, scale, bias, pre_mix, norm_weight)
-        few_pre.forward(residual, *of_gates, *steps, tf32, outputs, norm, of_pass)
-        if pre_mix is None:
-            mixes.insert(0, delayed_op.no_mix(residual))
-    elif one_pass and plain:
-        of_post = (layer_output, residual, post_mix, comb_mix)
-        outputs = (delayed_op if pre_mix is not None else fused_op).empty(residual)
-        layer_input, *mixes = outputs
-        sums = _launch_pass(*of_post, pre_mix, weight, norm_weight, tf32, streams, layer_input)
-        if pre_mix is None:
-            given: list[Any] = [*sums, *gates, norm_weight, *steps, tf32, outputs, norm]
-            fused_op.launch_from(*given)
-            mixes.insert(0, delayed_op.no_mix(residual))
-        else:
-            normed = None if norm is None else (layer_input, *norm)
-            given = [*sums, *gates, norm_weight, *steps, tf32, mixes, normed]
-            delayed_op.launch_mixes(*given)
+        of_gates = (residual, weight, scale, bias, pre_mix, norm_weight)
+        given: list[Any] = [*of_gates, *steps, num_splits, tf32, outputs, norm, of_post]
+        if not _whole_pre.forward(*given):
+            sums = _launch_pass(
+                layer_output,
+                residual,
+                post_mix,
+                comb_mix,
+                pre_mix,
+                weight,
+                norm_weight,
+                tf32,
+                streams,
+                layer_input,
+            )
+            if pre_mix is None:
+                given = [*sums, *gates, norm_weight, *steps, tf32, outputs, norm]
+                fused_op.launch_from(*given)
+            else:
+                normed = None if norm is None else (layer_input, *norm)
+                given = [*sums, *gates, norm_weight, *steps, tf32, mixes, normed]
+                delayed_op.launch_mixes(*given)
     else:
         post_op.launch(layer_output, residual, post_mix, comb_mix, layer_bias, streams)
+        own_mix = [] if pre_mix is None else [pre_mix]
         given = [*gates, *own_mix, norm_weight, *steps, num_splits, tf32, norm]
-        if pre_mix is None:
-            layer_input, *mixes = fused_op.launch(*given)
-            mixes.insert(0, delayed_op.no_mix(residual))
-        else:
-            layer_input, *mixes = delayed_op.launch(*given)
+        layer_input, *mixes = pre_op.launch(*given)
+    if pre_mix is None:
+        mixes.insert(0, delayed_op.no_mix(residual))
     return streams, layer_input, *mixes
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from tile_mhc import _device, jit, selection
 from tile_mhc.kernels._shapes import is_no_eps, pre_cluster
 from tile_mhc.ops import log_sinkhorn as log_sinkhorn_op
+from tile_mhc.ops import post as post_op
 from tile_mhc.ops import projection as projection_op
 from tile_mhc.ops._library import absent, dtype_of, dtypes
 
@@ -38,18 +39,7 @@ def forward(
     x = residual.view(-1, n * hidden_size)
     layer_input, *next_pre, post_mix, comb_mix, mixes, inv_rms = outputs
     has_post, delayed = of_post is not None, pre_mix is not None
-    if of_post is None:
-        streams = absent(x, x.dtype)
-        of_before = absent(x, x.dtype), x, absent(x), absent(x)
-    else:
-        layer_output, post_before, comb_before, made = of_post
-        streams = made.view(x.shape)
-        of_before = (
-            layer_output.view(-1, hidden_size),
-            x,
-            post_before.contiguous().view(-1, n),
-            comb_before.contiguous().view(-1, n, n),
-        )
+    *before, streams = post_op.given_before(x, n, of_post)
     given = dtypes(
         weight=weight.dtype,
         norm_weight=dtype_of(norm_weight),
@@ -58,7 +48,7 @@ def forward(
     )
     size = pre_cluster(n, hidden_size, has_post, delayed, _device.limits()).size
     jit.kernel("pre_cluster_fwd", hidden_size, has_post, delayed, *given)(
-        *of_before,
+        *before,
         absent(x) if pre_mix is None else pre_mix.contiguous().view(-1, n),
         *projection_op.parameters(weight, norm_weight),
         scale.contiguous(),
